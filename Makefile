@@ -1,0 +1,27 @@
+# Each target does all its own set-up: a virtual environment in .venv, the pinned versions, the encoders and data.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(READY)
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+	$(BIN)/pytest -q tests
+
+bench: $(READY)
+	$(BIN)/pytest benches --benchmark-only
+
+# torch first: later packages then take the build that is there instead of pulling in another one.
+$(READY): pyproject.toml setup.py constraints.txt requirements-demo.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[test,demo]"
+	$(BIN)/pip install -q --no-deps --require-hashes -r requirements-demo.txt
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

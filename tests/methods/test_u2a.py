@@ -1,0 +1,199 @@
+"""U2A equals its plain reference, absent rows never matter, and what trains is what the paper trains."""
+
+import parity
+import pytest
+import tiny_encoders
+import torch
+
+from u2a_fast import U2A, LoraConfig
+from u2a_fast.reference import ReferenceU2A
+
+PAIRS = {
+    "pre and post norm": {"image": "vit", "text": "bert"},
+    "layer scale and causal": {"text": "clip_text", "image": "dinov2"},
+    "mean-pooled": {"audio": "wav2vec2_stable", "image": "siglip_vision"},
+    "three": {"image": "deit", "text": "roberta", "audio": "whisper"},
+}
+COUNT = 6
+
+
+def models(families, unequal=False, targets=("q", "k", "v", "o"), **options):
+    built = {}
+    for i, (name, family) in enumerate(families.items()):
+        built[name] = tiny_encoders.build(family, seed=i, **({"hidden_size": 48} if unequal and i == 0 else {})).double()
+    torch.manual_seed(0)
+    reference = ReferenceU2A(built, num_labels=5, r=3, lora_alpha=6, target_modules=targets, **options).double()
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=targets)
+    fast = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0, **options).double()
+    parity.share_factors(fast, reference)
+    names = parity.share_named(fast, reference, ("mask_tokens", "projection", "head"))
+    return fast, reference, names
+
+
+@pytest.mark.parametrize("absent", ["pack", "where"])
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("families", PAIRS.values(), ids=PAIRS.keys())
+def test_forward_loss_and_gradients_equal_the_reference(families, unequal, absent):
+    fast, reference, names = models(families, unequal)
+    fast.absent = absent
+    labels = torch.arange(COUNT) % 5
+    for seed in range(2):
+        inputs, present = parity.batch(families, COUNT, seed), parity.random_presence(COUNT, len(families), seed)
+        fast.zero_grad()
+        reference.zero_grad()
+        out = fast(**inputs, modality_mask=present, labels=labels)
+        expected = reference(inputs, present, labels)
+        for name in ("logits", "task_loss", "align_loss", "loss"):
+            parity.assert_close(getattr(out, name), getattr(expected, name), 1e-9, name)
+        out.loss.backward()
+        expected.loss.backward()
+        parity.assert_same_gradients(fast, reference, names, 1e-9)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("fc1", "fc2"), ("q", "k", "v", "o", "fc1", "fc2")])
+def test_any_roles_can_be_adapted(targets):
+    families = PAIRS["pre and post norm"]
+    fast, reference, names = models(families, targets=targets)
+    inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 2, 1)
+    labels = torch.arange(COUNT) % 5
+    out, expected = fast(**inputs, modality_mask=present, labels=labels), reference(inputs, present, labels)
+    parity.assert_close(out.logits, expected.logits, 1e-9, "logits")
+    out.loss.backward()
+    expected.loss.backward()
+    parity.assert_same_gradients(fast, reference, names, 1e-9)
+
+
+@pytest.mark.parametrize("absent", ["pack", "where"])
+def test_what_stands_in_absent_rows_never_matters(absent):
+    families = PAIRS["three"]
+    fast, _, _ = models(families)
+    fast.absent = absent
+    present, labels = parity.random_presence(COUNT, 3, 3), torch.arange(COUNT) % 5
+    results = []
+    for fill in (0.0, float("nan"), float("inf")):
+        inputs = parity.batch(families, COUNT)
+        for i, values in enumerate(inputs.values()):
+            for name, tensor in values.items():
+                junk = fill if tensor.is_floating_point() else (0 if fill == 0 else 10**6)
+                tensor[~present[:, i]] = torch.tensor(junk).to(tensor.dtype)
+        fast.zero_grad()
+        out = fast(**inputs, modality_mask=present, labels=labels)
+        out.loss.backward()
+        results.append([out.logits, out.loss, *(p.grad for p in fast.parameters() if p.requires_grad)])
+    assert all(torch.isfinite(t).all() for t in results[0])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("absent", ["pack", "where"])
+def test_a_modality_absent_in_the_whole_batch(absent, lost):
+    families = PAIRS["pre and post norm"]
+    fast, reference, _ = models(families)
+    fast.absent = absent
+    present = torch.ones(COUNT, 2, dtype=torch.bool)
+    present[:, lost] = False
+    inputs = parity.batch(families, COUNT)
+    out = fast(**inputs, modality_mask=present, labels=torch.zeros(COUNT, dtype=torch.long))
+    parity.assert_close(out.logits, reference(inputs, present).logits, 1e-9, "logits")
+    out.loss.backward()
+    assert out.align_loss == 0
+    name = list(families)[lost]
+    without_keyword = fast(**{m: v for m, v in inputs.items() if m != name})
+    parity.assert_close(without_keyword.logits, out.logits, 1e-12, "logits without the keyword")
+    lora = [p.grad for n, p in fast.named_parameters() if n.startswith(f"encoders.{name}.") and p.requires_grad]
+    assert lora and all(g is not None and not g.any() for g in lora)
+
+
+def test_rows_do_not_see_each_other():
+    families = PAIRS["three"]
+    fast, _, _ = models(families)
+    inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 3, 5)
+    logits = fast(**inputs, modality_mask=present).logits
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    shuffled = {m: {k: v[order] for k, v in values.items()} for m, values in inputs.items()}
+    parity.assert_close(fast(**shuffled, modality_mask=present[order]).logits, logits[order], 1e-12, "permuted")
+    single = {m: {k: v[2:3] for k, v in values.items()} for m, values in inputs.items()}
+    parity.assert_close(fast(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
+
+
+def test_prior_for_a_sample_with_nothing():
+    families = PAIRS["pre and post norm"]
+    fast, reference, names = models(families, unequal=True, all_absent="prior")
+    present = torch.tensor([[True, True], [False, False], [False, True]])
+    inputs, labels = parity.batch(families, 3), torch.tensor([0, 1, 2])
+    out, expected = fast(**inputs, modality_mask=present, labels=labels), reference(inputs, present, labels)
+    parity.assert_close(out.logits, expected.logits, 1e-9, "logits")
+    out.loss.backward()
+    expected.loss.backward()
+    parity.assert_same_gradients(fast, reference, names, 1e-9)
+
+
+def test_modality_dropout_takes_one_modality_and_never_the_last():
+    fast, _, _ = models(PAIRS["three"])
+    fast.modality_dropout = 0.5
+    present = parity.random_presence(3000, 3, 0)
+    torch.manual_seed(0)
+    kept = fast.drop_modalities(present)
+    lost = present.sum(1) - kept.sum(1)
+    assert not (kept & ~present).any() and kept.any(1).all() and set(lost.tolist()) == {0, 1}
+    assert lost[present.sum(1) == 1].max() == 0
+    assert lost[present.sum(1) > 1].float().mean().sub(0.5).abs() < 0.05
+    shares = (present & ~kept)[present.all(1)].float().mean(0)
+    assert (shares - 0.5 / 3).abs().max() < 0.05
+
+
+def test_what_trains_is_lora_mask_tokens_and_head():
+    encoders = {name: tiny_encoders.build(family) for name, family in PAIRS["pre and post norm"].items()}
+    model = U2A(encoders, num_labels=5, lora=LoraConfig(r=2))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(any(word in name for word in ("lora", "mask_token", "head")) for name in trained)
+    assert sum(p.numel() for name, p in trained.items() if "lora" not in name) == 5 * 32 + 5 + 2 * 32
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert sum(p.numel() for name, p in trained.items() if "lora" in name) == 2 * 2 * 4 * 2 * (32 + 32)
+
+
+def test_trainable_line_is_pefts(capsys):
+    encoders = {name: tiny_encoders.build(family) for name, family in PAIRS["pre and post norm"].items()}
+    model = U2A(encoders, num_labels=5)
+    model.print_trainable_parameters()
+    trained, total = model.get_nb_trainable_parameters()
+    expected = f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_bf16_encoders_compute_in_bf16_and_train_in_fp32():
+    encoders = {name: tiny_encoders.build(f).bfloat16() for name, f in PAIRS["pre and post norm"].items()}
+    model = U2A(encoders, num_labels=5).eval()
+    inputs = parity.batch(PAIRS["pre and post norm"], 3, dtype=torch.float32)
+    assert model.encoders["image"](**inputs["image"]).dtype == torch.bfloat16
+    out = model(**inputs, labels=torch.tensor([0, 1, 2]))
+    out.loss.backward()
+    assert out.logits.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad and p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains(dtype):
+    encoders = {name: tiny_encoders.build(family) for name, family in PAIRS["pre and post norm"].items()}
+    model = U2A(encoders, num_labels=5, modality_dropout=0.0)
+    inputs, labels = parity.batch(PAIRS["pre and post norm"], 3, dtype=torch.float32), torch.tensor([0, 1, 2])
+    plain = model(**inputs, labels=labels).loss
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    assert (loss - plain).abs() < 0.1
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_frozen_weights_stay_bitwise_the_same_through_training():
+    encoders = {name: tiny_encoders.build(f).bfloat16() for name, f in PAIRS["three"].items()}
+    model = U2A(encoders, num_labels=5)
+    before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for step in range(3):
+        inputs = parity.batch(PAIRS["three"], 4, step, dtype=torch.float32)
+        model(**inputs, labels=torch.arange(4)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert before and all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)

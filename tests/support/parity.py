@@ -1,0 +1,67 @@
+"""Give a fast model and its plain reference the same weights, and compare their gradients by name."""
+
+import tiny_encoders
+import torch
+
+ROLE_LINEAR = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "fc1": "fc1", "fc2": "fc2"}
+
+
+def batch(families: dict[str, str], count: int, seed: int = 0, padded: bool = True, dtype=torch.float64) -> dict:
+    """`{modality: inputs}` of `count` samples for `{modality: family}`."""
+    return {
+        name: tiny_encoders.inputs(family, count, seed=seed + i, padded=padded, dtype=dtype)
+        for i, (name, family) in enumerate(families.items())
+    }
+
+
+def random_presence(count: int, modalities: int, seed: int) -> torch.Tensor:
+    """bool [count, modalities] without an empty row."""
+    generator = torch.Generator().manual_seed(seed)
+    present = torch.rand(count, modalities, generator=generator) < 0.6
+    present[torch.arange(count), torch.randint(modalities, (count,), generator=generator)] = True
+    return present
+
+
+def fast_factor(model, modality: str, layer: int, role: str, which: int):
+    """`(parameter, rows)` where the fast model keeps the factor A (0) or B (1) of one role."""
+    linear = getattr(model.encoders[modality].blocks[layer], ROLE_LINEAR[role])
+    parameter = (linear.lora_a, linear.lora_b)[which]
+    rows = parameter.shape[0] // len(linear.adapted)
+    start = linear.adapted.index(role) * rows
+    return parameter, slice(start, start + rows)
+
+
+@torch.no_grad()
+def share_factors(fast, reference) -> None:
+    """Random LoRA factors, the same in both models."""
+    for key, factors in reference.lora_factors().items():
+        for which, factor in enumerate(factors):
+            factor.normal_(std=0.3)
+            parameter, rows = fast_factor(fast, *key, which)
+            parameter[rows] = factor
+
+
+@torch.no_grad()
+def share_named(fast, reference, prefixes: tuple[str, ...]) -> list[str]:
+    """Copy the reference's parameters under `prefixes` to those of the same name; their names."""
+    own = dict(fast.named_parameters())
+    names = [name for name, _ in reference.named_parameters() if name.startswith(prefixes)]
+    for name in names:
+        own[name].copy_(reference.get_parameter(name).view_as(own[name]))
+    return names
+
+
+def assert_same_gradients(fast, reference, names: list[str], limit: float) -> None:
+    for key, factors in getattr(reference, "lora_factors", dict)().items():
+        for which, factor in enumerate(factors):
+            parameter, rows = fast_factor(fast, *key, which)
+            assert_close(parameter.grad[rows], factor.grad, limit, f"LoRA factor {which} of {key}")
+    own = dict(fast.named_parameters())
+    for name in names:
+        assert_close(own[name].grad.view_as(reference.get_parameter(name)), reference.get_parameter(name).grad, limit, name)
+
+
+def assert_close(got, expected, limit: float, what: str) -> None:
+    expected = torch.zeros_like(got) if expected is None else expected
+    worst = (got - expected).abs().max().item() if got.numel() else 0.0
+    assert worst < limit, f"{what}: off by {worst:.1e}"

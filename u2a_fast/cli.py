@@ -1,0 +1,118 @@
+"""`u2a-fast train | evaluate | predict | doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .training import TrainOptions, option
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    model: str = option("out", "folder of a trained model")
+    data: str = option("emoji", "emoji, stamps, or a folder or table")
+    output_dir: str = option("out/evaluation", "where report.csv and report.png go")
+    batch_size: int = option(32, "samples a pass")
+    seed: int = option(0, "of split and missing tables")
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    model: str = option("out", "folder of a trained model")
+    input: str = option("-", "JSON lines of samples, one object each ('-': standard input)")
+    output: str = option("-", "where the predictions go, JSON lines ('-': standard output)")
+    batch_size: int = option(32, "samples a pass")
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    pass
+
+
+def run_train(options: TrainOptions) -> None:
+    from .training import train
+
+    train(options)
+
+
+def run_evaluate(options: EvaluateOptions) -> None:
+    from .evaluation import evaluate, print_report
+    from .methods import load_model
+    from .training import load_splits
+
+    splits = load_splits(options.data, options.seed)
+    model = load_model(options.model)
+    rows = evaluate(model, splits["test"], None, options.output_dir, options.batch_size, options.seed)
+    print_report(rows, title=f"{options.model} on {options.data}")
+
+
+def run_predict(options: PredictOptions) -> None:
+    from .methods import load_model
+
+    lines = sys.stdin if options.input == "-" else Path(options.input).read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines if line.strip()]
+    model = load_model(options.model)
+    written = []
+    for logits in model.predict(samples, options.batch_size):
+        best = int(logits.argmax())
+        probability = logits.softmax(dim=0)[best].item()
+        written.append(json.dumps({"label": model.config.id2label[best], "probability": round(probability, 4)}))
+    text = "".join(line + "\n" for line in written)
+    sys.stdout.write(text) if options.output == "-" else Path(options.output).write_text(text, encoding="utf-8")
+
+
+def run_doctor(options: DoctorOptions) -> None:
+    from .doctor import print_findings
+
+    print_findings()
+
+
+COMMANDS: dict[str, tuple[type, Any, str]] = {
+    "train": (TrainOptions, run_train, "train on data with missing modalities and report every scenario"),
+    "evaluate": (EvaluateOptions, run_evaluate, "report every scenario of a trained model"),
+    "predict": (PredictOptions, run_predict, "label samples; any modality may be missing"),
+    "doctor": (DoctorOptions, run_doctor, "what this machine has and what is missing"),
+}
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="u2a-fast", description="Multimodal fine-tuning of frozen encoders.")
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, (options, _, help) in COMMANDS.items():
+        commands.add_subcommand(name, _options_parser(options), help=help)
+    return parser
+
+
+def _options_parser(options: type) -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options below")
+    hints = typing.get_type_hints(options)
+    for item in fields(options):
+        flag = "--" + item.name.replace("_", "-")
+        if hints[item.name] is bool:
+            parser.add_argument(flag, action="store_true", help=item.metadata["help"])
+        else:
+            parser.add_argument(flag, type=hints[item.name], default=item.default, help=item.metadata["help"])
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and run; a mistake of the user is one sentence and exit code 1, not a traceback."""
+    parsed = build_parser().parse_args(arguments)
+    options, run, _ = COMMANDS[parsed.command]
+    values: Namespace = parsed[parsed.command]
+    try:
+        run(options(**{item.name: values[item.name] for item in fields(options)}))
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            error = f"the input is not JSON lines: {error}"
+        sys.exit(f"u2a-fast {parsed.command}: {error}")
+
+

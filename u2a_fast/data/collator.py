@@ -1,0 +1,206 @@
+"""From rows with holes to a batch: each modality's own processor runs on the rows that have it."""
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from u2a_fast.data.inputs import DecodeError, is_absent, to_audio, to_image
+
+logger = logging.getLogger(__name__)
+
+LONGEST_TEXT = 512  # tokens; many tokenizers claim no limit, and most encoders have this one
+LABELS = ("labels", "label")
+MEMBERS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
+
+Inputs = dict[str, Tensor]
+
+
+class MultimodalCollator:
+    """Turn samples into a batch; a data collator for Trainer and `DataLoader(collate_fn=...)`.
+
+    `processors` maps each modality to its Hugging Face tokenizer, image processor or feature extractor; its order is
+    the modality order. A sample is a dictionary such as {"image": .., "text": .., "label": ..}. A modality is absent
+    where its key is missing, the cell is None or NaN, the text is blank, or the file cannot be decoded; the last is
+    counted in `undecodable` ({modality: count}; a DataLoader worker counts for itself) and logged once a file.
+
+    Images may be paths, bytes, {"path", "bytes"} records, PIL images or uint8 arrays; clips the same, or arrays and
+    {"array", "sampling_rate"}. Images become white squares, clips mono at the extractor's rate with a peak of 1. Other
+    keys than the modalities, `label` and `labels` are ignored.
+
+    >>> from transformers import Wav2Vec2FeatureExtractor
+    >>> collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor()})
+    >>> batch = collate([{"audio": np.ones(400), "label": 1}, {"audio": None, "label": 0}])
+    >>> batch["audio"]["input_values"].shape, batch["modality_mask"].tolist(), batch["labels"].tolist()
+    (torch.Size([2, 400]), [[True], [False]], [1, 0])
+    """
+
+    def __init__(self, processors: Mapping[str, Any]) -> None:
+        if not processors:
+            raise ValueError("MultimodalCollator needs a processor for each modality, and got none.")
+        self.processors: dict[str, Any] = {}
+        self._kinds: dict[str, str] = {}
+        for modality, processor in processors.items():
+            self._kinds[modality], self.processors[modality] = _fitting(modality, processor)
+        self.undecodable: Counter[str] = Counter()
+        self._reported: set[str] = set()
+        self._blanks: dict[str, Inputs] = {}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities, in the order of the columns of `modality_mask`."""
+        return tuple(self.processors)
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return {modality: {name: tensor [B, ..]}, .., "modality_mask": bool [B, M], "labels": [B] or [B, C]}.
+
+        Labels are int64 where they are whole numbers, float32 otherwise, and left out where no sample has one. An
+        absent row is zeros; an absent text keeps one visible token, and other masks are all ones there, so that no
+        attention is over nothing. Raises ValueError when no sample has a column for any modality.
+        """
+        if not any(modality in sample for sample in samples for modality in self.processors):
+            raise ValueError(
+                f"No sample has a column for {', '.join(self.modalities)}: if Trainer dropped them, pass "
+                "TrainingArguments(remove_unused_columns=False)."
+            )
+        batch: dict[str, Any] = {}
+        masks = []
+        for modality in self.processors:
+            values = [self._read(modality, sample.get(modality)) for sample in samples]
+            present = torch.tensor([value is not None for value in values])
+            batch[modality] = self._inputs(modality, [value for value in values if value is not None], present)
+            masks.append(present)
+        batch["modality_mask"] = torch.stack(masks, dim=1)
+        labels = _labels(samples)
+        if labels is not None:
+            batch["labels"] = labels
+        return batch
+
+    def _read(self, modality: str, value: Any) -> Any:
+        """The cell as its processor takes it, or None where it is absent or cannot be decoded."""
+        if is_absent(value):
+            return None
+        kind = self._kinds[modality]
+        if kind == "text":
+            if not isinstance(value, str):
+                raise TypeError(f"The column {modality} holds a {type(value).__name__}; a text must be a string.")
+            return value
+        try:
+            return to_image(value) if kind == "image" else to_audio(value, self.processors[modality].sampling_rate)
+        except DecodeError as error:
+            self._report(modality, value, error)
+            return None
+
+    def _report(self, modality: str, value: Any, error: DecodeError) -> None:
+        self.undecodable[modality] += 1
+        path = value.get("path") if isinstance(value, Mapping) else value
+        name = str(path) if path is not None and not isinstance(path, bytes) else "unnamed content"
+        if name not in self._reported:
+            self._reported.add(name)
+            logger.warning("%s %s cannot be decoded and counts as absent: %s", modality, name, error)
+
+    def _inputs(self, modality: str, values: list[Any], present: Tensor) -> Inputs:
+        """The processor's tensors, scattered to the present rows of the batch."""
+        if len(values) == len(present):
+            return self._process(modality, values)
+        computed = self._process(modality, values) if values else self._blank(modality)
+        inputs = {}
+        for name, tensor in computed.items():
+            inputs[name] = tensor.new_zeros(len(present), *tensor.shape[1:])
+            if values:
+                inputs[name][present] = tensor
+        if self._kinds[modality] == "text":
+            _show_one_token(inputs, ~present, self.processors[modality])
+        else:
+            for name in inputs:
+                if name.endswith("mask"):
+                    inputs[name][~present] = 1
+        return inputs
+
+    def _blank(self, modality: str) -> Inputs:
+        """What the processor makes of one sample: shapes and dtypes for a batch in which nobody has the modality."""
+        if modality not in self._blanks:
+            from PIL import Image
+
+            kind = self._kinds[modality]
+            if kind == "audio":
+                sample = np.zeros(self.processors[modality].sampling_rate, np.float32)
+            else:
+                sample = "." if kind == "text" else Image.new("RGB", (64, 64))
+            self._blanks[modality] = self._process(modality, [sample])
+        return self._blanks[modality]
+
+    def _process(self, modality: str, values: list[Any]) -> Inputs:
+        processor = self.processors[modality]
+        kind = self._kinds[modality]
+        if kind == "image":
+            return dict(processor(images=values, return_tensors="pt"))
+        if kind == "audio":
+            # Whisper and AST pad to a window of their own; the others pad nothing unless told to.
+            padding = inspect.signature(type(processor).__call__).parameters.get("padding")
+            pad = {"padding": True} if padding is not None and padding.default is False else {}
+            return dict(processor(values, sampling_rate=processor.sampling_rate, return_tensors="pt", **pad))
+        return dict(
+            processor(
+                values,
+                padding=True,
+                padding_side="right",
+                truncation=True,
+                max_length=min(processor.model_max_length, LONGEST_TEXT),
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+        )
+
+
+def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
+    """The kind of a processor (text, image or audio) and the part of it that reads `modality`."""
+    from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    if isinstance(processor, ProcessorMixin):
+        part = getattr(processor, MEMBERS.get(modality, ""), None)
+        if part is None:
+            raise ValueError(
+                f"The {type(processor).__name__} given for {modality!r} has several parts; pass the one that reads it "
+                f"({', '.join(MEMBERS.values())})."
+            )
+        processor = part
+    kinds = {"text": PreTrainedTokenizerBase, "image": BaseImageProcessor, "audio": FeatureExtractionMixin}
+    for kind, parent in kinds.items():
+        if isinstance(processor, parent):
+            return kind, processor
+    raise ValueError(
+        f"The processor given for {modality!r} is a {type(processor).__name__}; a Hugging Face tokenizer, image "
+        "processor or feature extractor is needed."
+    )
+
+
+def _show_one_token(inputs: Inputs, absent: Tensor, tokenizer: Any) -> None:
+    """Make absent rows padding behind one visible token: attention over nothing gives NaN in some kernels."""
+    special = (tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    inputs["input_ids"][absent] = tokenizer.pad_token_id or 0
+    inputs["input_ids"][absent, 0] = next(token for token in special if token is not None)
+    inputs["attention_mask"][absent, 0] = 1
+
+
+def _labels(samples: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    name = next((name for name in LABELS if any(name in sample for sample in samples)), None)
+    values = [sample.get(name) for sample in samples]
+    unlabelled = sum(is_absent(value) for value in values)
+    if unlabelled == len(values):
+        return None
+    if unlabelled:
+        raise ValueError(f"{unlabelled} of {len(values)} samples have no label; label all of them, or none.")
+    try:
+        array = np.asarray([value.tolist() if hasattr(value, "tolist") else value for value in values])
+    except ValueError as error:
+        raise ValueError("The labels of a batch must have the same length; they have not.") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"Labels must be numbers, not {values[0]!r}: turn names into a datasets.ClassLabel.")
+    return torch.from_numpy(array.astype(np.int64 if array.ndim == 1 and array.dtype.kind != "f" else np.float32))

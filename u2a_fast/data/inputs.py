@@ -1,0 +1,124 @@
+"""One cell of a table as what a processor takes: a square RGB picture, or a mono clip at a given rate."""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class DecodeError(ValueError):
+    """A file, or its content, cannot be decoded."""
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a cell holds nothing: None, NaN, a blank string, or a file record with neither path nor content.
+
+    >>> [is_absent(value) for value in (None, float("nan"), " ", {"path": None, "bytes": None}, "a.png", 0)]
+    [True, True, True, True, False, False]
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, Mapping):
+        return all(value.get(key) is None for key in ("array", "bytes", "path"))
+    if isinstance(value, float | np.floating):
+        return bool(np.isnan(value))
+    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, without importing it
+
+
+def to_image(value: Any) -> "Image.Image":
+    """Return a picture as a square RGB image: transparent pixels and the padding are white.
+
+    Takes a path, bytes, {"path", "bytes"}, a PIL image of any mode, or an uint8 array [H, W] or [H, W, 3 or 4]. Square,
+    because the centre crop of most processors would cut the ends off anything else. Raises DecodeError for a file
+    that cannot be read, TypeError for another kind of value.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8:
+            raise TypeError(f"An image array must be uint8 (0 to 255), not {value.dtype}.")
+        value = Image.fromarray(value)
+    try:
+        image = value if isinstance(value, Image.Image) else Image.open(_source(value, "image"))
+        return _white_square(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise DecodeError(str(error)) from error
+
+
+def _white_square(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Sixteen bits: Pillow's own conversion would clip all but the darkest pixels to white.
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    transparent = "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA" if transparent else "RGB")
+    side = max(image.size)
+    if not transparent and image.width == image.height:
+        return image
+    square = Image.new("RGB", (side, side), "white")
+    corner = ((side - image.width) // 2, (side - image.height) // 2)
+    square.paste(image, corner, mask=image if transparent else None)
+    return square
+
+
+def to_audio(value: Any, rate: int) -> np.ndarray:
+    """Return a clip as float32 [samples] at `rate` samples a second: mono, resampled, scaled to a peak of 1.
+
+    Takes a path, bytes, {"path", "bytes"}, {"array", "sampling_rate"}, or an array, which is taken to be at `rate`
+    already. An array with two axes is averaged over the shorter one. Raises DecodeError for what cannot be read, is
+    empty or not finite, TypeError for another kind of value.
+    """
+    samples, source_rate = _samples(value, rate)
+    if samples.ndim == 2:
+        samples = samples.mean(axis=int(np.argmin(samples.shape)))
+    if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
+        raise DecodeError(f"a clip of shape {samples.shape} is empty, not finite, or has too many axes")
+    if source_rate != rate:
+        from scipy.signal import resample_poly
+
+        divisor = math.gcd(source_rate, rate)
+        samples = resample_poly(samples, rate // divisor, source_rate // divisor)
+    peak = np.abs(samples).max()
+    return (samples / peak if peak > 0 else samples).astype(np.float32)
+
+
+def _samples(value: Any, rate: int) -> tuple[np.ndarray, int]:
+    """The clip as it was stored, [samples] or [samples, channels], and its rate."""
+    if isinstance(value, Mapping) and value.get("array") is not None:
+        rate = int(value["sampling_rate"])
+        value = value["array"]
+    if isinstance(value, np.ndarray | list | tuple) or type(value).__name__ == "Tensor":
+        return _as_float(np.asarray(value)), rate
+    import soundfile
+
+    try:
+        return soundfile.read(_source(value, "audio"), dtype="float32")
+    except (OSError, RuntimeError) as error:
+        raise DecodeError(str(error)) from error
+
+
+def _as_float(samples: np.ndarray) -> np.ndarray:
+    return samples if samples.dtype.kind == "f" else samples.astype(np.float32)
+
+
+def _source(value: Any, kind: str) -> str | Path | io.BytesIO:
+    """What a decoder can open: the bytes where there are any, the path otherwise."""
+    if isinstance(value, Mapping):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes | bytearray):
+        return io.BytesIO(value)
+    if isinstance(value, str | Path):
+        return value
+    raise TypeError(
+        f"The {kind} column holds a {type(value).__name__}; paths, bytes, arrays and undecoded files are understood "
+        f"(in a data set: cast_column(name, {kind.title()}(decode=False)))."
+    )

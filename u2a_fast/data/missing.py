@@ -1,0 +1,200 @@
+"""Which modality is missing in which sample: seeded tables under the protocol that the literature shares.
+
+A rate of 0.7 means that 70% of the *samples* are incomplete. Tables are drawn once per split and stay fixed over the
+epochs; every sample keeps at least one modality.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UPSTREAM_LOST = {0: None, 1: "text", 2: "image"}
+
+
+@dataclass(frozen=True)
+class MissingPattern:
+    """How modalities go missing: a rate, a kind, and the seed that makes it repeatable.
+
+    `rate` is the share of incomplete samples, in 0..1. `kind` says what they lose:
+
+    - "both": one modality each. Of two modalities, `both_ratio` of the incomplete samples (rounded down) lose the first
+      and the remainder the second; of more, all are lost equally often;
+    - the name of a modality: that one;
+    - "any": any set of modalities but all of them, every set equally often.
+
+    The samples incomplete at one rate are among those incomplete at any higher rate, and lose the same there. Each
+    split has a table of its own: the name of the split goes into the draw.
+
+    >>> MissingPattern(rate=0.5, kind="text").table(4, ("image", "text")).sum(dim=0)
+    tensor([4, 2])
+    """
+
+    rate: float = 0.7
+    kind: str = "both"
+    both_ratio: float = 0.5
+    seed: int = 0
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "both_ratio"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number, 0 or larger, not {self.seed!r}.")
+
+    def table(self, n: int, modalities: Sequence[str], epoch: int | None = None) -> Tensor:
+        """Return bool [n, M], True = present, for n samples and M modalities in the order given.
+
+        floor(rate * n) samples are incomplete, in exact arithmetic: 63 of 90 at rate 0.7, not 62. `epoch` draws
+        another table for each epoch, which is another protocol (see `with_missing`). Raises ValueError for fewer than
+        two modalities, and for a kind that does not fit them.
+
+        >>> table = MissingPattern(rate=0.7).table(90, ("image", "text"))
+        >>> int((~table).any(dim=1).sum()), (~table).sum(dim=0).tolist()
+        (63, [31, 32])
+        """
+        modalities = tuple(modalities)
+        incomplete = _share(self.rate, _checked_size(n))
+        losses = self._losses(incomplete, modalities)
+        present = torch.ones(n, len(modalities), dtype=torch.bool)
+        for row, lost in zip(self._order(n, epoch)[:incomplete].tolist(), losses, strict=True):
+            present[row, list(lost)] = False
+        return present
+
+    def _order(self, n: int, epoch: int | None) -> np.ndarray:
+        """The samples in the order in which they become incomplete, the same for every rate and kind."""
+        split = int.from_bytes(hashlib.sha256(self.split.encode()).digest()[:8], "big")
+        entropy = [self.seed, split] if epoch is None else [self.seed, split, epoch]
+        # Ranks of raw bits instead of `Generator.permutation`: NumPy promises that the former never change.
+        return np.argsort(np.random.PCG64(entropy).random_raw(n), kind="stable")
+
+    def _losses(self, incomplete: int, modalities: tuple[str, ...]) -> list[tuple[int, ...]]:
+        """What the first, second, .. incomplete sample loses, as columns.
+
+        The loss depends on the position alone, never on how many follow: this is what makes the rates nested. Counts
+        that do not divide go to the later modalities.
+        """
+        size = len(modalities)
+        self._check_kind(modalities)
+        if self.kind == "any":
+            sets = [lost for count in range(1, size) for lost in itertools.combinations(range(size), count)]
+            return [sets[-1 - position % len(sets)] for position in range(incomplete)]
+        if self.kind != "both":
+            return [(modalities.index(self.kind),)] * incomplete
+        if size > 2:
+            return [(size - 1 - position % size,) for position in range(incomplete)]
+        lost_first = [_share(self.both_ratio, count) for count in range(incomplete + 1)]
+        return [(0,) if after > before else (1,) for before, after in itertools.pairwise(lost_first)]
+
+    def _check_kind(self, modalities: tuple[str, ...]) -> None:
+        if len(modalities) < 2 or len(set(modalities)) < len(modalities):
+            raise ValueError(f"A missing table needs two or more different modalities, not {modalities}.")
+        if self.kind not in ("both", "any", *modalities):
+            raise ValueError(f"kind must be 'both', 'any' or one of {modalities}, not {self.kind!r}.")
+        if self.kind == "both" and len(modalities) > 2 and self.both_ratio != 0.5:
+            raise ValueError(f"both_ratio = {self.both_ratio} divides two modalities; there are {len(modalities)}.")
+
+    def hash(self, n: int, modalities: Sequence[str]) -> str:
+        """Return the SHA-256 of everything that decides the table: n, modalities, rate, kind, both_ratio, seed, split."""
+        exact = {"rate": str(_exact(self.rate)), "both_ratio": str(_exact(self.both_ratio))}
+        content = {"n": n, "modalities": list(modalities), **asdict(self), **exact}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def summary(self, n: int, modalities: Sequence[str]) -> str:
+        """Return the realised counts in a sentence.
+
+        >>> MissingPattern(rate=0.7).summary(90, ("image", "text"))
+        '63 of 90 train samples are incomplete: 31 without image, 32 without text (kind both, seed 0).'
+        """
+        modalities = tuple(modalities)
+        lost = Counter(tuple(row) for row in (~self.table(n, modalities)).tolist() if any(row))
+        parts = [
+            f"{count} without {' and '.join(itertools.compress(modalities, row))}"
+            for row, count in sorted(lost.items(), key=lambda item: (sum(item[0]), [not gone for gone in item[0]]))
+        ]
+        counts = f": {', '.join(parts)}" if parts else ""
+        return (
+            f"{lost.total()} of {n} {self.split} samples are incomplete{counts} (kind {self.kind}, seed {self.seed})."
+        )
+
+    def save(self, path: str | Path, n: int, modalities: Sequence[str]) -> None:
+        """Write the table to a safetensors file, with the parameters and hashes that `load` checks."""
+        from safetensors.torch import save_file
+
+        table = self.table(n, modalities)
+        metadata = {
+            "pattern": json.dumps(asdict(self)),
+            "modalities": json.dumps(list(modalities)),
+            "hash": self.hash(n, modalities),
+            "table_hash": _table_hash(table),
+        }
+        save_file({"present": table}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple["MissingPattern", Tensor, tuple[str, ...]]:
+        """Return the pattern, the table (bool [n, M]) and the modalities of a file that `save` wrote.
+
+        Raises ValueError when the table or its parameters do not have the hashes that were stored with them.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                table = file.get_tensor("present")
+            pattern = cls(**json.loads(metadata["pattern"]))
+            modalities = tuple(json.loads(metadata["modalities"]))
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is not a missing table: MissingPattern.save did not write it.") from error
+        stored = metadata.get("hash"), metadata.get("table_hash")
+        if stored != (pattern.hash(len(table), modalities), _table_hash(table)):
+            raise ValueError(f"{path} was altered after it was saved: its content does not fit its hash.")
+        return pattern, table, modalities
+
+
+def import_upstream_table(path: str | Path, modalities: Sequence[str] = ("image", "text")) -> Tensor:
+    """Return a `.pt` table of missing-aware prompts and its successors as bool [n, M], True = present.
+
+    In those files 0 means complete, 1 text lost, 2 image lost; `modalities` must name both. Modalities that the file
+    does not know are present. Raises ValueError for anything else.
+    """
+    if not {"image", "text"} <= set(modalities):
+        raise ValueError(f"An upstream table is about image and text; modalities are {tuple(modalities)}.")
+    table = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(table, Tensor) or table.ndim != 1:
+        raise ValueError(f"{path} does not hold a table: a tensor with one number per sample was expected.")
+    unknown = sorted(set(table.tolist()) - set(UPSTREAM_LOST))
+    if unknown:
+        raise ValueError(f"{path} holds {unknown[0]}; an upstream table holds 0, 1 (text lost) and 2 (image lost).")
+    lost = {name: code for code, name in UPSTREAM_LOST.items()}
+    return torch.stack([table != lost.get(modality, math.nan) for modality in modalities], dim=1)
+
+
+def _exact(number: float) -> Fraction:
+    """The number as it is written: 0.7 is 7/10, not its binary neighbour."""
+    return Fraction(str(number))
+
+
+def _share(rate: float, n: int) -> int:
+    return math.floor(_exact(rate) * n)
+
+
+def _checked_size(n: int) -> int:
+    if n < 0:
+        raise ValueError(f"A table cannot have {n} samples.")
+    return n
+
+
+def _table_hash(table: Tensor) -> str:
+    return hashlib.sha256(table.numpy().tobytes()).hexdigest()

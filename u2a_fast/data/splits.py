@@ -1,0 +1,99 @@
+"""From rows to a `datasets.DatasetDict`: one seeded split that never separates near-duplicates."""
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
+
+MODALITIES = ("image", "text", "audio")
+SHARES = {"train": 0.65, "validation": 0.10, "test": 0.25}
+
+Row = dict[str, Any]
+
+
+def grouped_split(labels: Sequence[Hashable], groups: Sequence[Hashable], seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the row numbers of train (65%), validation (10%) and test (25%), ascending, each row in exactly one.
+
+    Rows of one group stay together, and every class keeps its share in every split as far as that allows. The same
+    labels, groups and seed always give the same split.
+
+    The groups come in random order, larger ones first, and each goes where its classes are furthest behind.
+
+    >>> split = grouped_split(labels=["a", "b"] * 20, groups=range(40))
+    >>> {name: len(rows) for name, rows in split.items()}
+    {'train': 26, 'validation': 4, 'test': 10}
+    """
+    _, classes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    if len(classes) != sum(map(len, members.values())):
+        raise ValueError(f"There are {len(classes)} labels for {sum(map(len, members.values()))} groups of rows.")
+
+    totals = np.bincount(classes)
+    target = np.outer(list(SHARES.values()), totals)
+    placed = np.zeros_like(target)
+    rows: list[list[int]] = [[] for _ in SHARES]
+    # Ranks from raw bits instead of `permutation`: NumPy promises that the former never change.
+    shuffled = np.argsort(np.random.PCG64(seed).random_raw(len(members)), kind="stable")
+    blocks = list(members.values())
+    for block in sorted((blocks[index] for index in shuffled), key=len, reverse=True):
+        added = np.bincount(classes[block], minlength=len(totals))
+        behind = (added * (target - placed - added / 2) / target).sum(axis=1)
+        chosen = int(behind.argmax())
+        placed[chosen] += added
+        rows[chosen].extend(block)
+    return {name: np.array(sorted(part), dtype=np.int64) for name, part in zip(SHARES, rows, strict=True)}
+
+
+def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
+    """Split rows by their "label" and "group"; a row without a group is a group of its own."""
+    labels = [str(row.get("label")) for row in rows]
+    groups = [index if row.get("group") is None else row["group"] for index, row in enumerate(rows)]
+    return {name: [rows[index] for index in part] for name, part in grouped_split(labels, groups, seed).items()}
+
+
+def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None) -> "datasets.DatasetDict":
+    """Build the data set of `splits`; the columns of a split are the keys of its rows.
+
+    Images and recordings are stored as {"path", "bytes"} and not decoded, so that a broken file reaches the collator
+    as an absent modality instead of ending an epoch. With `class_names` a label is one of them, and becomes a
+    ClassLabel; without, it is a number or a list of numbers.
+    """
+    import datasets
+
+    rows = [row for part in splits.values() for row in part]
+    number = datasets.Value("float32")
+    vectors = any(isinstance(row.get("label"), list) for row in rows)
+    # Files go in as plain records and are cast afterwards: encoding an Audio column asks for torchcodec.
+    record = {"path": datasets.Value("string"), "bytes": datasets.Value("binary")}
+    features = {
+        "image": record,
+        "text": datasets.Value("string"),
+        "audio": record,
+        "label": datasets.ClassLabel(names=list(class_names)) if class_names else number,
+        "group": datasets.Value("string"),
+    }
+    if vectors:
+        features["label"] = datasets.Sequence(number)
+
+    made = {}
+    for name, part in splits.items():
+        given = {key for row in part or rows for key in row}
+        columns = [column for column in features if column in given]
+        made[name] = datasets.Dataset.from_dict(
+            {column: [row.get(column) for row in part] for column in columns},
+            features=datasets.Features({column: features[column] for column in columns}),
+        )
+        for column, feature in (("image", datasets.Image(decode=False)), ("audio", datasets.Audio(decode=False))):
+            if column in columns:
+                made[name] = made[name].cast_column(column, feature)
+    return datasets.DatasetDict(made)
+
+
+def file_cell(path: Any) -> dict[str, Any] | None:
+    """The stored form of an image or recording at `path`; None stays None."""
+    return None if path is None else {"path": str(path), "bytes": None}

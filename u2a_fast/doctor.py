@@ -1,0 +1,48 @@
+"""What this machine has, which paths will run on it, and what each missing package costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+from .kernels.backend import interpreting, triton
+
+OPTIONAL = {
+    "bitsandbytes": "no nf4 encoders, no 8-bit optimizer, no encoders loaded with BitsAndBytesConfig",
+    "flash_attn": "attention on a GPU through SDPA instead of flash-attn's varlen kernels",
+    "peft": "no comparison with PEFT in the benches",
+    "soundfile": "no audio files",
+    "scipy": "no resampling of audio",
+}
+
+
+def findings() -> dict[str, str]:
+    """What `u2a-fast doctor` prints, by name."""
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} (CPU)"
+    found = {
+        "device": f"{device}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "u2a-fast")},
+        "triton": importlib.metadata.version("triton") if triton is not None else "not installed",
+        "backend": f"auto -> {'triton' if gpu and triton is not None else 'torch'}"
+        + (" (Triton's interpreter is on)" if interpreting() else ""),
+        "bfloat16": "in hardware" if gpu or torch.cpu._is_avx512_bf16_supported() else "emulated: use float32",
+    }
+    for name, cost in OPTIONAL.items():
+        spec = importlib.util.find_spec(name)
+        found[name] = "found" if spec is not None else f"not installed: {cost}"
+    return found
+
+
+def print_findings() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "finding", title="u2a-fast doctor")
+    for name, finding in findings().items():
+        table.add_row(name, finding)
+    Console().print(table)

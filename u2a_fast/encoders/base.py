@@ -1,0 +1,179 @@
+"""A Hugging Face encoder seen as embed -> blocks -> finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..block import Block
+
+EmbedResult = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families of encoders; ten lines each in families.py.
+
+    Args:
+        name: for messages.
+        classes: names of the Hugging Face classes it reads.
+        stem: name -> path of the submodules that `embed` and `finish` use; `final_norm` is the norm after the last layer.
+        layers: path of the layer list.
+        roles: path inside a layer of the linears q, k, v, o, fc1, fc2.
+        norms: paths of the LayerNorm beside attention and of the one beside the MLP.
+        pre_norm: whether they normalise before (ViT) or after (BERT) their sublayer.
+        heads: the config attribute that counts attention heads.
+        activation: the config attribute that names the MLP's activation.
+        embed: `(encoder, **inputs) -> tokens [B, S, D], padding_mask [B, S] or None`.
+        class_token: `"first"` row, `"last"` real row, or the `"mean"` of the real rows.
+        scales: paths inside a layer of the two LayerScale vectors, or None.
+        causal: whether row i sees rows up to i only (CLIP text).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    stem: dict[str, str]
+    layers: str
+    roles: dict[str, str]
+    norms: tuple[str, str]
+    embed: Callable[..., EmbedResult]
+    pre_norm: bool = True
+    heads: str = "num_attention_heads"
+    activation: str = "hidden_act"
+    class_token: str = "first"
+    scales: tuple[str, str] | None = None
+    causal: bool = False
+
+
+class Encoder(nn.Module):
+    """A frozen encoder: Hugging Face's embedding stage, our blocks, Hugging Face's final norm.
+
+    Made by `from_pretrained_model`. Every parameter is frozen, and dropout in the embedding stage stays off whatever
+    `train()` is called. Calling it gives `finish(blocks(embed(**inputs)))` `[B, S, D]`, adapters applied.
+
+    Attributes:
+        blocks: `nn.ModuleList` of `Block`.
+        width: D. num_layers: number of blocks. config: the Hugging Face config. name_or_path: where it came from.
+    """
+
+    def __init__(self, family: Family, config, stem: nn.ModuleDict, blocks: list[Block], name_or_path: str = ""):
+        super().__init__()
+        self.family, self.config, self.name_or_path = family, config, name_or_path
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        return self.blocks[0].norm1.normalized_shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it computes in: that of its norms, which are never quantised."""
+        return self.blocks[0].norm1.weight.dtype
+
+    def train(self, mode: bool = True) -> Encoder:
+        super().train(mode)
+        self.stem.eval()  # frozen is not eval: dropout of the embedding stage must stay off
+        return self
+
+    def embed(self, **inputs: torch.Tensor) -> EmbedResult:
+        """Hugging Face's inputs -> tokens `[B, S, D]`, padding_mask bool `[B, S]` (True = a real token) or None."""
+        inputs = {
+            name: value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+        return self.family.embed(self, **inputs)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        tokens, padding_mask = self.embed(**inputs)
+        return self.finish(self.run(tokens, padding_mask))
+
+    def run(
+        self,
+        tokens: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        suffix: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+        layers: slice = slice(None),
+    ) -> torch.Tensor:
+        """All blocks (or `layers` of them): tokens `[B, S, D]` -> `[B, S + Q, D]`, before `finish`.
+
+        Args:
+            padding_mask: bool `[B, S]`; real tokens may stand anywhere in a row.
+            suffix: `[Q, D]` learned rows, appended once and always visible.
+            present: bool `[B]`; token rows of absent samples are never read, the first suffix row stands in.
+        """
+        order, lengths = key_order(padding_mask)
+        if order is not None:
+            tokens = take_rows(tokens, order)
+        rows, mask_token = 0, None if present is None else suffix[0]
+        for block in self.blocks[layers]:
+            tokens = block(tokens, lengths, suffix, rows, present, mask_token)
+            rows = rows if suffix is None else suffix.shape[0]
+            suffix = present = mask_token = None
+        if order is None:
+            return tokens
+        length = order.shape[1]
+        restored = take_rows(tokens[:, :length], order.argsort(dim=1))
+        return torch.cat([restored, tokens[:, length:]], dim=1) if rows else restored
+
+    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The encoder's own last LayerNorm, or nothing where it has none: `[B, S, D]` -> `[B, S, D]`."""
+        return self.stem["final_norm"](tokens) if "final_norm" in self.stem else tokens
+
+    def class_token(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens `[B, S, D]` (without learned rows) -> `[B, D]`.
+
+        The CLS row (BERT family, ViT, DeiT, DINOv2, CLIP vision, AST), the end-of-text row (CLIP text), or the mean
+        of the real rows where there is neither (SigLIP, Wav2Vec2, HuBERT, Whisper).
+        """
+        if self.family.class_token == "mean":
+            return masked_mean(tokens, padding_mask)
+        if self.family.class_token == "first":
+            if padding_mask is None:
+                return tokens[:, 0]
+            index = padding_mask.int().argmax(dim=1)  # left padding: CLS is the first real row
+        else:
+            length = tokens.shape[1]
+            if padding_mask is None:
+                return tokens[:, length - 1]
+            index = length - 1 - padding_mask.flip(1).int().argmax(dim=1)
+        return tokens.gather(1, index[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)
+
+
+def masked_mean(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the rows where `mask` `[B, S]` is True: `[B, S, D]` -> `[B, D]`; 0 where no row is."""
+    if mask is None:
+        return tokens.mean(dim=1)
+    kept = torch.where(mask[:, :, None], tokens, 0)
+    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def key_order(padding_mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """How `kernels.attention` is told of padding: `(order [B, S] or None, lengths [B] or None)`.
+
+    Attention takes the number of real keys at the front of each row. A mask with holes or on the left is brought into
+    that form by a stable reordering of the rows; without positions inside the blocks the order does not matter.
+    """
+    if padding_mask is None:
+        return None, None
+    lengths = padding_mask.sum(dim=1)
+    if not torch.compiler.is_compiling():
+        if bool(padding_mask.all()):
+            return None, None
+        if bool((padding_mask[:, :-1] >= padding_mask[:, 1:]).all()):
+            return None, lengths
+    return (~padding_mask).to(torch.uint8).argsort(dim=1, stable=True), lengths
+
+
+def take_rows(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """tokens `[B, S, D]`, order `[B, S]` -> row `order[b, s]` of sample b at place s."""
+    return tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))

@@ -1,0 +1,167 @@
+"""From a Hugging Face model, hub id or folder to an `Encoder`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from ..block import Block
+from ..lora import LoraLinear
+from .base import Encoder, Family
+from .families import FAMILIES, WAV2VEC2, WAV2VEC2_STABLE
+
+SUPPORTED = "BERT, RoBERTa, ELECTRA, ViT, DeiT, DINOv2, CLIP text, CLIP vision, SigLIP vision, AST, Wav2Vec2, HuBERT, Whisper encoder"
+TOWERS = {
+    ("clip", "text"): "CLIPTextModel",
+    ("clip", "image"): "CLIPVisionModel",
+    ("siglip", "image"): "SiglipVisionModel",
+}
+
+
+def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Encoder:
+    """A Hugging Face encoder as an `Encoder`; the model given stays as it is, large weights are shared with it.
+
+    Args:
+        model: a `transformers` encoder without a task head; its pooler is dropped. An `Encoder` is returned as it is.
+        family: the spec of a family we do not know (see encoders/families.py for examples).
+
+    Raises:
+        ValueError: an unsupported family, a task head on top, two towers at once, or a pruned model.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    >>> encoder = from_pretrained_model(BertModel(config))
+    >>> encoder(input_ids=torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 8])
+    """
+    if isinstance(model, Encoder):
+        return model
+    family = family or _family_of(model)
+    _refuse_variants(model, family)
+    stem = nn.ModuleDict()
+    for name, path in family.stem.items():
+        if (module := _get(model, path)) is not None:
+            stem[name] = _share(module)
+    layers = _get(model, family.layers)
+    blocks = [_block(layer, family, model.config) for layer in layers]
+    encoder = Encoder(family, model.config, stem, blocks, name_or_path=getattr(model, "name_or_path", "") or "")
+    return encoder.train(model.training)
+
+
+def load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
+    """The Hugging Face encoder of `modality` from a hub id or a folder, without a pooler.
+
+    Of a model with two towers (CLIP, SigLIP) it is the one for the modality; of Whisper it is the encoder.
+    """
+    import transformers
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = AutoConfig.from_pretrained(name_or_path)
+    if config.model_type == "whisper":
+        if config.architectures == ["WhisperEncoder"]:
+            return WhisperEncoder.from_pretrained(name_or_path, **options)
+        return AutoModel.from_pretrained(name_or_path, **options).get_encoder()
+    tower = TOWERS.get((config.model_type, modality))
+    if tower is not None:
+        return getattr(transformers, tower).from_pretrained(name_or_path, **options)
+    model_class = AutoModel._model_mapping.get(type(config), AutoModel)
+    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        options["add_pooling_layer"] = False
+    return AutoModel.from_pretrained(name_or_path, **options)
+
+
+def _family_of(model: nn.Module) -> Family:
+    name = type(model).__name__
+    if name in ("Wav2Vec2Model", "HubertModel"):
+        return WAV2VEC2_STABLE if model.config.do_stable_layer_norm else WAV2VEC2
+    for family in FAMILIES:
+        if name in family.classes:
+            return family
+    if "For" in name:
+        raise ValueError(f"{name} carries a task head: pass the encoder below it, model.base_model")
+    if all(hasattr(model, tower) for tower in ("text_model", "vision_model")):
+        raise ValueError(f"{name} holds two towers: pass model.text_model or model.vision_model")
+    if name == "WhisperModel":
+        raise ValueError("WhisperModel holds a decoder too: pass model.get_encoder()")
+    raise ValueError(
+        f"{name} is not supported: pass one of {SUPPORTED}, or describe it in a u2a_fast.encoders.Family "
+        "and call from_pretrained_model(model, family=...)"
+    )
+
+
+def _refuse_variants(model: nn.Module, family: Family) -> None:
+    config, name = model.config, type(model).__name__
+    for attribute, what in (
+        ("use_swiglu_ffn", "a gated MLP"),
+        ("is_decoder", "decoder attention"),
+        ("add_adapter", "a convolutional adapter"),
+        ("adapter_attn_dim", "attention adapters"),
+    ):
+        if getattr(config, attribute, None):
+            raise ValueError(f"{name} with {attribute} ({what}) is not supported: our block has no such part")
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"{name} with relative positions is not supported: our block takes absolute positions only")
+    layers = _get(model, family.layers)
+    if layers is None or len(layers) == 0:
+        raise ValueError(f"{name} has no layers under {family.layers!r}: its family spec does not fit")
+    heads = getattr(config, family.heads)
+    for i, layer in enumerate(layers):
+        q, k, o = (_get(layer, family.roles[role]) for role in ("q", "k", "o"))
+        width = _get(layer, family.norms[0]).normalized_shape[0]
+        if (q.out_features, k.out_features, o.in_features) != (width,) * 3 or width % heads:
+            raise ValueError(
+                f"layer {i} of {name} has {q.out_features} query features where {heads} heads of width {width} are "
+                "expected: pruned models are not supported"
+            )
+
+
+def _block(layer: nn.Module, family: Family, config: Any) -> Block:
+    linear = {role: _get(layer, path) for role, path in family.roles.items()}
+    norm1, norm2 = (_norm(_get(layer, path)) for path in family.norms)
+    scale1, scale2 = (_get(layer, path) for path in family.scales) if family.scales else (None, None)
+    return Block(
+        qkv=stack_linears([linear[role] for role in "qkv"], ("q", "k", "v")),
+        o=stack_linears([linear["o"]], ("o",)),
+        fc1=stack_linears([linear["fc1"]], ("fc1",)),
+        fc2=stack_linears([linear["fc2"]], ("fc2",)),
+        norm1=norm1,
+        norm2=norm2,
+        num_heads=getattr(config, family.heads),
+        activation=getattr(config, family.activation),
+        pre_norm=family.pre_norm,
+        scale1=scale1,
+        scale2=scale2,
+        causal=family.causal,
+    )
+
+
+def stack_linears(linears: list[nn.Linear], roles: tuple[str, ...]) -> LoraLinear:
+    """Linears of equal input as one `LoraLinear`; a missing bias (Whisper's keys) counts as zeros beside others."""
+    weights = [linear.weight.detach() for linear in linears]
+    biases = [linear.bias for linear in linears]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if all(bias is None for bias in biases):
+        return LoraLinear(weight, None, roles)
+    filled = [w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+    return LoraLinear(weight, torch.cat(filled), roles)
+
+
+def _norm(norm: nn.LayerNorm) -> nn.LayerNorm:
+    return copy.deepcopy(norm)  # a copy: BitFit trains its bias, and the caller's model must not change
+
+
+def _share(module: nn.Module) -> nn.Module:
+    """A copy of the module whose frozen parameters share the caller's storage."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, memo)
+
+
+def _get(module: nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module

@@ -1,0 +1,193 @@
+"""The scenario matrix: one pass over the encoders, every pattern of missing modalities substituted afterwards."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchmetrics.functional import accuracy, f1_score
+from tqdm.auto import tqdm
+
+from .data import MissingPattern, MultimodalCollator
+from .methods.base import MultimodalModel, to_device
+
+RATES = (0.3, 0.5, 0.7, 0.9)
+COLUMNS = ("scenario", "accuracy", "macro_f1", "n")
+Row = dict[str, Any]
+
+
+def default_scenarios(modalities: Sequence[str]) -> list[str]:
+    """`full`, each modality missing alone (where there are two or more), and four missing rates.
+
+    >>> default_scenarios(["image", "text"])[:4]
+    ['full', 'image missing', 'text missing', 'rate 0.3']
+    """
+    if len(modalities) == 1:
+        return ["full"]
+    return ["full", *(f"{name} missing" for name in modalities), *(f"rate {rate}" for rate in RATES)]
+
+
+def scenario_mask(scenario: str, natural: torch.Tensor, modalities: Sequence[str], seed: int = 0) -> torch.Tensor:
+    """Presence under a scenario: bool `[n, M]`, never more than `natural` `[n, M]`.
+
+    `"rate 0.7"` draws `MissingPattern(0.7, "both", split="test")`; where that would leave a sample nothing, the sample
+    keeps what it has. `"image missing"` may leave a sample nothing: such samples do not count.
+
+    Raises:
+        ValueError: a scenario that is none of `full`, `<modality> missing`, `rate <number>`.
+    """
+    if scenario == "full":
+        return natural
+    if scenario.endswith(" missing") and (name := scenario.removesuffix(" missing")) in modalities:
+        kept = natural.clone()
+        kept[:, list(modalities).index(name)] = False
+        return kept
+    if scenario.startswith("rate "):
+        pattern = MissingPattern(rate=float(scenario.removeprefix("rate ")), kind="both", seed=seed, split="test")
+        kept = natural & pattern.table(len(natural), modalities)
+        return torch.where(kept.any(dim=1, keepdim=True), kept, natural)
+    known = ", ".join(default_scenarios(modalities))
+    raise ValueError(f"unknown scenario {scenario!r}: use one of {known} or another rate")
+
+
+def evaluate(
+    model: MultimodalModel,
+    dataset: Any,
+    scenarios: Iterable[str] | None = None,
+    output_dir: str | Path | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> list[Row]:
+    """Accuracy and macro F1 of a classifier under every scenario; each encoder runs once a sample.
+
+    Args:
+        dataset: samples with a column for each modality (None where it is missing) and `label`.
+        scenarios: names as in `scenario_mask`; None: `default_scenarios`.
+        output_dir: where to write `report.csv` and `report.png`.
+
+    Returns:
+        One row a scenario: `{"scenario", "accuracy", "macro_f1", "n"}`, accuracy in 0..1, n the samples that count.
+
+    Raises:
+        ValueError: an unknown scenario, or a regression model, which has no accuracy.
+    """
+    modalities = model.config.modalities
+    scenarios = list(default_scenarios(modalities) if scenarios is None else scenarios)
+    for scenario in scenarios:  # before any work: a typing error should not cost a pass over the encoders
+        scenario_mask(scenario, torch.ones(1, len(modalities), dtype=torch.bool), modalities)
+    logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)
+    if model.problem_type(labels) == "regression":
+        raise ValueError("evaluate reports accuracy, which a regression model does not have: use Trainer.evaluate")
+    rows = []
+    for scenario in scenarios:
+        counted = _counted(model, scenario_mask(scenario, natural, modalities, seed))
+        rows.append({"scenario": scenario, **_scores(logits[scenario][counted], labels[counted])})
+    if output_dir is not None:
+        write_report(rows, output_dir)
+    return rows
+
+
+@torch.no_grad()
+def scenario_logits(
+    model: MultimodalModel, dataset: Any, scenarios: Sequence[str], batch_size: int, seed: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """`({scenario: logits [n, C]}, natural presence [n, M], labels [n])`; rows with nothing present hold zeros."""
+    modalities, collate, was_training = model.config.modalities, MultimodalCollator(model.processors), model.training
+    encoded, natural, labels, logits = None, [], [], {name: [] for name in scenarios}
+    here = natural_presence(dataset, modalities)
+    masks = {name: scenario_mask(name, here, modalities, seed) for name in scenarios}
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(dataset), batch_size), desc="evaluating", unit="batch"):
+            chosen = range(start, min(start + batch_size, len(dataset)))
+            batch = to_device(collate([dataset[i] for i in chosen]), model.device)
+            present, target = batch.pop("modality_mask"), batch.pop("labels")
+            encoded = model.encode(batch, present)
+            for name in scenarios:
+                mask = masks[name][start : start + batch_size].to(present.device) & present
+                logits[name].append(model.fuse(encoded, mask)[0].float().cpu())
+            natural.append(present.cpu())
+            labels.append(target.cpu())
+    finally:
+        model.train(was_training)
+    return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(natural), torch.cat(labels)
+
+
+def natural_presence(dataset: Any, modalities: Sequence[str]) -> torch.Tensor:
+    """Which cells of the data set are filled: bool `[n, M]`, without decoding any."""
+    columns = []
+    for name in modalities:
+        values = dataset[name] if hasattr(dataset, "column_names") else [sample.get(name) for sample in dataset]
+        columns.append(torch.tensor([value is not None for value in values]))
+    return torch.stack(columns, dim=1)
+
+
+def _counted(model: MultimodalModel, mask: torch.Tensor) -> torch.Tensor:
+    return mask.any(dim=1) if model.all_absent == "error" else torch.ones(len(mask), dtype=torch.bool)
+
+
+def _scores(logits: torch.Tensor, labels: torch.Tensor) -> Row:
+    if not len(labels):
+        return {"accuracy": float("nan"), "macro_f1": float("nan"), "n": 0}
+    task = {"task": "multiclass", "num_classes": logits.shape[1]}
+    predicted = logits.argmax(dim=1)
+    if labels.is_floating_point():
+        task = {"task": "multilabel", "num_labels": logits.shape[1]}
+        predicted, labels = logits.sigmoid(), labels.int()
+    return {
+        "accuracy": accuracy(predicted, labels, average="micro", **task).item(),
+        "macro_f1": f1_score(predicted, labels, average="macro", **task).item(),
+        "n": len(labels),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- reports
+def write_report(rows: Sequence[Row], output_dir: str | Path) -> None:
+    """`report.csv` and `report.png`."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "report.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**row, **{name: f"{row[name]:.4f}" for name in ("accuracy", "macro_f1")}})
+    plot_report({"": rows}).savefig(folder / "report.png", dpi=120)
+
+
+def print_report(rows: Sequence[Row], title: str = "") -> None:
+    """The same table in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "scenario" else "right")
+    for row in rows:
+        table.add_row(row["scenario"], f"{row['accuracy']:.3f}", f"{row['macro_f1']:.3f}", str(row["n"]))
+    Console().print(table)
+
+
+def plot_report(reports: Mapping[str, Sequence[Row]]) -> Any:
+    """A figure of accuracy by scenario (bars) and by missing rate (curve), one colour a report."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    bars, curve = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
+    height = 0.8 / len(reports)
+    for i, (title, rows) in enumerate(reports.items()):
+        fixed = [row for row in rows if not row["scenario"].startswith("rate ")]
+        rates = [row for row in rows if row["scenario"].startswith("rate ") and "[" not in row["scenario"]]
+        places = [place + i * height for place in range(len(fixed))]
+        bars.bar(places, [row["accuracy"] for row in fixed], height, label=title)
+        bars.set_xticks(range(len(fixed)), [row["scenario"] for row in fixed], rotation=30, ha="right")
+        full = [(0.0, row["accuracy"]) for row in rows if row["scenario"] == "full"]
+        points = full + [(float(row["scenario"].split()[1]), row["accuracy"]) for row in rates]
+        curve.plot(*zip(*points, strict=True), marker="o", label=title)
+    bars.set(ylabel="accuracy", ylim=(0, 1), title="by scenario")
+    curve.set(xlabel="missing rate", title="by missing rate")
+    if len(reports) > 1:
+        bars.legend(loc="lower right")
+    return figure

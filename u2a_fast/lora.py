@@ -1,0 +1,203 @@
+"""Low-rank adapters by role: the configuration, and the frozen linear that carries one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import kernels
+
+ROLES = ("q", "k", "v", "o", "fc1", "fc2")
+
+# What the projections are called in the encoders we know: PEFT's target names, read as roles.
+ROLE_OF_NAME = {
+    **{name: "q" for name in ("q", "q_proj", "query", "q_lin")},
+    **{name: "k" for name in ("k", "k_proj", "key", "k_lin")},
+    **{name: "v" for name in ("v", "v_proj", "value", "v_lin")},
+    **{name: "o" for name in ("o", "o_proj", "out_proj", "out_lin", "attention.output.dense")},
+    **{name: "fc1" for name in ("fc1", "intermediate.dense", "intermediate_dense", "lin1")},
+    **{name: "fc2" for name in ("fc2", "output_dense", "lin2")},
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation of frozen linears, `y = W x + b + (lora_alpha / r) B A x` (Hu et al., arXiv 2106.09685).
+
+    Args:
+        r: rank; `A` is `[r, in]`, `B` is `[out, r]`. The defaults `r=4, lora_alpha=8` are ours.
+        lora_alpha: the scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        lora_dropout: dropout on the input of the low-rank path, while training.
+        target_modules: roles out of q, k, v, o, fc1, fc2.
+        use_rslora: rank-stabilised scaling.
+
+    Raises:
+        ValueError: an unknown role, a rank below 1, or a dropout outside [0, 1).
+
+    >>> LoraConfig(r=4, lora_alpha=8).scaling
+    2.0
+    """
+
+    r: int = 4
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q", "k", "v", "o")
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        targets = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
+        object.__setattr__(self, "target_modules", targets)
+        unknown = [t for t in targets if t not in ROLES]
+        if unknown or not targets:
+            raise ValueError(f"target_modules must name roles out of {', '.join(ROLES)}, not {unknown or 'nothing'}")
+        if self.r < 1:
+            raise ValueError(f"r must be at least 1, not {self.r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "target_modules": list(self.target_modules)}
+
+    @classmethod
+    def read(cls, config: Any) -> LoraConfig:
+        """A `LoraConfig` from ours, from a dictionary of its fields, or from PEFT's.
+
+        Raises:
+            ValueError: PEFT's config asks for something our linears do not compute (DoRA, trained biases, ...).
+            TypeError: anything else was given.
+        """
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, dict):
+            return cls(**config)
+        if type(config).__name__ == "LoraConfig" and hasattr(config, "peft_type"):
+            return cls._read_peft(config)
+        raise TypeError(f"lora must be a u2a_fast.LoraConfig, PEFT's LoraConfig or a dict, not {type(config).__name__}")
+
+    @classmethod
+    def _read_peft(cls, config: Any) -> LoraConfig:
+        refused = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
+        asked = [name for name in refused if getattr(config, name, None)]
+        if asked or getattr(config, "bias", "none") != "none":
+            raise ValueError(f"PEFT's LoraConfig asks for {', '.join(asked) or 'bias'}, which u2a_fast does not compute")
+        names = config.target_modules or ("q", "k", "v", "o")
+        names = ROLES if names == "all-linear" else sorted([names] if isinstance(names, str) else names)
+        unknown = [name for name in names if name not in ROLE_OF_NAME]
+        if unknown:
+            raise ValueError(f"cannot tell the role of target_modules {unknown}: use roles out of {', '.join(ROLES)}")
+        roles = {ROLE_OF_NAME[name] for name in names}
+        return cls(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=tuple(role for role in ROLES if role in roles),
+            use_rslora=config.use_rslora,
+        )
+
+
+class LoraLinear(nn.Module):
+    """One or several frozen linears of equal input as one product, with an optional low-rank path for each.
+
+    Args:
+        weight: `[N, K]`, the linears of `roles` stacked along N in equal blocks; kept by reference, frozen.
+        bias: `[N]` or None.
+        roles: one name per block, for example `("q", "k", "v")`.
+
+    `forward` maps `[..., K]` to `[..., N]`. After `add_adapter`, `lora_a` is `[groups * r, K]` and `lora_b` `[N', r]`
+    over the adapted roles only, fp32.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, roles: tuple[str, ...]):
+        super().__init__()
+        self.roles = roles
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        # A clone, because a bias may train (BitFit) and the caller's model must not change.
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("weight_scale", None)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+        self.adapted: tuple[str, ...] = ()
+        self.scaling = 1.0
+        self.dropout = 0.0
+        self.adapter_enabled = True
+        self.quantize_input = False
+
+    def add_adapter(self, config: LoraConfig) -> None:
+        """Give every role of `config.target_modules` its factors: A uniform as in PEFT, B zero."""
+        self.adapted = tuple(role for role in self.roles if role in config.target_modules)
+        if not self.adapted:
+            self.lora_a = self.lora_b = None
+            return
+        rows, width = self.weight.shape[0] // len(self.roles), self.weight.shape[1]
+        groups, device = len(self.adapted), self.weight.device
+        bound = 1 / math.sqrt(width)  # kaiming_uniform_ with a = sqrt(5), as nn.Linear and PEFT do
+        self.lora_a = nn.Parameter(torch.empty(groups * config.r, width, device=device).uniform_(-bound, bound))
+        self.lora_b = nn.Parameter(torch.zeros(groups * rows, config.r, device=device))
+        self.scaling, self.dropout = config.scaling, config.lora_dropout
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.lora_a is not None and self.adapter_enabled
+
+    def factors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`lora_a [G * r, K]` and `lora_b [N, r]` over all G roles: zero blocks for those without an adapter."""
+        if not self.has_adapter:
+            return None, None
+        if self.adapted == self.roles:
+            return self.lora_a, self.lora_b
+        groups = len(self.adapted)
+        a = dict(zip(self.adapted, self.lora_a.chunk(groups), strict=True))
+        b = dict(zip(self.adapted, self.lora_b.chunk(groups), strict=True))
+        zero_a, zero_b = (torch.zeros_like(next(iter(blocks.values()))) for blocks in (a, b))
+        return (
+            torch.cat([a.get(role, zero_a) for role in self.roles]),
+            torch.cat([b.get(role, zero_b) for role in self.roles]),
+        )
+
+    @property
+    def lora_before_dropout(self) -> torch.Tensor | None:
+        """`lora_a` for the pass that normalises and projects at once; None without an adapter or with dropout."""
+        return None if self.training and self.dropout > 0 else self.factors()[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lora_a, lora_b = self.factors()
+        return kernels.lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            lora_a,
+            lora_b,
+            self.scaling,
+            weight_scale=self.weight_scale,
+            groups=len(self.roles),
+            dropout=self.dropout if self.training and lora_a is not None else 0.0,
+            quantize_input=self.quantize_input,
+        )
+
+    def forward_projected(self, x: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
+        """The same with `s = x A^T` [..., G * r] already computed by the pass that wrote `x`."""
+        if s is None:
+            return self(x)
+        return kernels.linear_lowrank(
+            x,
+            self.weight,
+            self.bias,
+            s,
+            self.factors()[1],
+            self.scaling,
+            weight_scale=self.weight_scale,
+            groups=len(self.roles),
+            quantize_input=self.quantize_input,
+        )
+
+    def extra_repr(self) -> str:
+        adapter = f", r={self.lora_b.shape[1]} on {self.adapted}" if self.lora_a is not None else ""
+        return f"{self.weight.shape[1]} -> {'+'.join(self.roles)} {self.weight.shape[0]}, {self.weight.dtype}{adapter}"

@@ -1,0 +1,29 @@
+"""The methods, each short enough that the paper's figure shows through, and the baseline they are held against."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .base import MultimodalModel
+from .late_fusion import LateFusion
+from .u2a import U2A
+
+METHODS: dict[str, type[MultimodalModel]] = {"u2a": U2A}
+
+__all__ = ["METHODS", "LateFusion", "MultimodalModel", "U2A", "load_model"]
+
+
+def load_model(name_or_path: str | os.PathLike, **options: Any) -> MultimodalModel:
+    """`from_pretrained` of whichever method the folder's config names.
+
+    Raises:
+        ValueError: the config names none of ours.
+    """
+    from transformers import PreTrainedConfig
+
+    kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    known = {method.config_class.model_type: method for method in (*METHODS.values(), LateFusion)}
+    if kind not in known:
+        raise ValueError(f"{name_or_path} holds a {kind!r} model: u2a_fast loads {', '.join(known)}")
+    return known[kind].from_pretrained(name_or_path, **options)

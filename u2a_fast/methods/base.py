@@ -1,0 +1,407 @@
+"""What U2A, PMF and JointEmbedding share: encoders, presence masks, losses, saving and loading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, cached_file
+
+from .. import encoders as encoders_module
+from ..encoders import Encoder
+from ..lora import LoraConfig
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor}
+
+
+class MultimodalConfig(PreTrainedConfig):
+    """Config of a multimodal model: the constructor's arguments, and where the encoders come from.
+
+    `modalities` is a list because `config.json` sorts the keys of a dictionary and their order has a meaning.
+    """
+
+    keys_to_ignore_at_inference = ["task_loss", "align_loss"]
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = (),
+        encoders: Mapping[str, str] | None = None,
+        encoder_dtypes: Mapping[str, str] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self.modalities = list(modalities)
+        self.encoders = dict(encoders or {})
+        self.encoder_dtypes = dict(encoder_dtypes or {})
+        self.arguments = dict(arguments or {})
+        super().__init__(**kwargs)
+
+
+@dataclass
+class MultimodalOutput(ModelOutput):
+    """`loss` = task loss + weighted `align_loss`; `logits` [B, C]. The losses are None without labels."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    task_loss: torch.Tensor | None = None
+    align_loss: torch.Tensor | None = None
+
+
+class MultimodalModel(PreTrainedModel):
+    """Frozen encoders under one head. Subclasses say what `encode` keeps of each sample and how `fuse` classifies it.
+
+    `encode` looks at each sample once and never at which other modalities it has, so that every missing-modality
+    scenario can be evaluated from one pass over the encoders.
+    """
+
+    config_class = MultimodalConfig
+    main_input_name = "modality_mask"  # a tensor of the batch, as Trainer counts its elements
+    accepts_loss_kwargs = False  # or Trainer passes num_items_in_batch as if it were a modality
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    min_modalities = 2
+
+    def __init__(
+        self,
+        encoders: Mapping[str, str | nn.Module],
+        num_labels: int,
+        problem_type: str | None,
+        quantization: Any,
+        all_absent: str,
+        processors: Mapping[str, Any] | None,
+        **arguments: Any,
+    ):
+        check_choice("all_absent", all_absent, ("error", "prior"))
+        if problem_type is not None:
+            check_choice("problem_type", problem_type, PROBLEM_TYPES)
+        if len(encoders) < self.min_modalities:
+            raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
+        built = {name: _as_encoder(name, given, None) for name, given in encoders.items()}
+        config = self.config_class(
+            modalities=list(built),
+            encoders={name: encoder.name_or_path for name, encoder in built.items()},
+            encoder_dtypes={name: str(encoder.dtype).removeprefix("torch.") for name, encoder in built.items()},
+            arguments={**arguments, "all_absent": all_absent},
+            num_labels=num_labels,
+            problem_type=problem_type,
+        )
+        super().__init__(config)
+        self.encoders = nn.ModuleDict(built)
+        self.all_absent = all_absent
+        self._processors = dict(processors or {})
+
+    # -------------------------------------------------------------------------------------------- what a method says
+    def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> Any:
+        """Everything that `fuse` needs of a batch; rows of absent modalities hold anything."""
+        raise NotImplementedError
+
+    def fuse(self, encoded: Any, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`encode`'s result and bool `[B, M]` -> logits `[B, C]` and the auxiliary loss (scalar)."""
+        raise NotImplementedError
+
+    def drop_modalities(self, present: torch.Tensor) -> torch.Tensor:
+        """Presence as a training step sees it; the default drops nothing."""
+        return present
+
+    auxiliary_weight = 0.0
+
+    # ------------------------------------------------------------------------------------------------------- forward
+    def forward(
+        self,
+        modality_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Mapping[str, Any],
+    ) -> MultimodalOutput | tuple:
+        """One keyword per modality holds that encoder's inputs, for example `image={"pixel_values": ...}`.
+
+        Args:
+            modality_mask: bool `[B, M]` in the order of `config.modalities`, True = present; None: all present. A
+                modality without a keyword is absent. Inputs of absent rows may hold anything, NaN included.
+            labels: `[B]` class indices, or `[B, C]` floats for multi-label and regression problems.
+
+        Raises:
+            ValueError: unknown modality, mask of another shape, a sample with nothing present, label out of range.
+            TypeError: a mask that is not bool.
+        """
+        present = self.presence(inputs, modality_mask)
+        if labels is not None:
+            self._check_labels(labels, present.shape[0])
+        if self.training:
+            present = self.drop_modalities(present)
+        logits, auxiliary = self.fuse(self.encode(inputs, present), present)
+        output = MultimodalOutput(logits=logits)
+        if labels is not None:
+            output.task_loss = self.task_loss(logits, labels)
+            output.align_loss = auxiliary
+            output.loss = output.task_loss + self.auxiliary_weight * auxiliary
+            output = MultimodalOutput(**{name: output[name] for name in ("loss", "logits", "task_loss", "align_loss")})
+        return output.to_tuple() if return_dict is False else output
+
+    def presence(self, inputs: Mapping[str, Any], modality_mask: torch.Tensor | None) -> torch.Tensor:
+        """The checked presence mask of a batch, bool `[B, M]`."""
+        modalities = self.config.modalities
+        unknown = [name for name in inputs if name not in modalities]
+        if unknown:
+            raise ValueError(f"unknown modality {unknown[0]!r}: this model has {', '.join(modalities)}")
+        given = {name: tensor for name, values in inputs.items() if (tensor := _first_tensor(values)) is not None}
+        if not given:
+            raise ValueError(
+                f"the batch holds none of {', '.join(modalities)}: if Trainer dropped the columns, "
+                "pass TrainingArguments(remove_unused_columns=False)"
+            )
+        first = next(iter(given.values()))
+        batch, device = first.shape[0], first.device
+        if modality_mask is None:
+            modality_mask = torch.ones(batch, len(modalities), dtype=torch.bool, device=device)
+        if modality_mask.dtype != torch.bool:
+            raise TypeError(f"modality_mask must be bool (True = present), not {modality_mask.dtype}")
+        if modality_mask.shape != (batch, len(modalities)):
+            raise ValueError(
+                f"modality_mask must be [{batch}, {len(modalities)}] (samples, {', '.join(modalities)}), "
+                f"not {list(modality_mask.shape)}"
+            )
+        for name, tensor in given.items():
+            if tensor.shape[0] != batch:
+                raise ValueError(f"the batch holds {batch} samples but {tensor.shape[0]} rows of {name}")
+        missing = torch.tensor([name not in given for name in modalities], device=device)
+        present = modality_mask & ~missing
+        if self.all_absent == "error" and not torch.compiler.is_compiling():
+            empty = (~present.any(dim=1)).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"samples {empty[:5]} of the batch have every modality absent: drop them, "
+                    'or build the model with all_absent="prior"'
+                )
+        return present
+
+    def task_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.problem_type(labels) == "regression":
+            return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
+        if self.problem_type(labels) == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+    def problem_type(self, labels: torch.Tensor) -> str:
+        """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers."""
+        if self.config.problem_type is not None:
+            return self.config.problem_type
+        if self.config.num_labels == 1:
+            return "regression"
+        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+    def _check_labels(self, labels: torch.Tensor, batch: int) -> None:
+        count = self.config.num_labels
+        if labels.shape[0] != batch:
+            raise ValueError(f"{labels.shape[0]} labels were given for {batch} samples")
+        if self.problem_type(labels) != "single_label_classification":
+            if labels.numel() != batch * count:
+                raise ValueError(f"labels must be [{batch}, {count}], not {list(labels.shape)}")
+            return
+        if labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError(f"labels must be [{batch}] class indices, not {list(labels.shape)} of {labels.dtype}")
+        if torch.compiler.is_compiling():
+            return
+        outside = labels[(labels < 0) & (labels != -100) | (labels >= count)]
+        if outside.numel():
+            raise ValueError(f"label {outside[0].item()} is out of range: num_labels={count} allows 0 to {count - 1}")
+
+    # -------------------------------------------------------------------------------------------------- raw samples
+    @property
+    def processors(self) -> dict[str, Any]:
+        """`{modality: processor}` in modality order, loaded from the encoders' own folders where none was given.
+
+        Raises:
+            ValueError: a modality has no processor and its encoder no folder to load one from.
+        """
+        for name in self.config.modalities:
+            if name not in self._processors:
+                self._processors[name] = _load_processor(name, self.config.encoders[name])
+        return {name: self._processors[name] for name in self.config.modalities}
+
+    @processors.setter
+    def processors(self, processors: Mapping[str, Any]) -> None:
+        self._processors = dict(processors)
+
+    @torch.no_grad()
+    def predict(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 32) -> torch.Tensor:
+        """Raw samples -> logits `[N, C]`; an absent key, None or NaN is a missing modality.
+
+        Raises:
+            ValueError: a sample has no modality at all, or there is no processor for one it has.
+        """
+        from ..data import MultimodalCollator
+
+        collate, was_training = MultimodalCollator(self.processors), self.training
+        self.eval()
+        try:
+            logits = []
+            for start in range(0, len(samples), batch_size):
+                batch = collate([dict(sample) for sample in samples[start : start + batch_size]])
+                batch.pop("labels", None)
+                logits.append(self(**to_device(batch, self.device)).logits)
+        finally:
+            self.train(was_training)
+        return torch.cat(logits) if logits else torch.empty(0, self.config.num_labels)
+
+    # ------------------------------------------------------------------------------------------------- bookkeeping
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """`(trained, all)` parameters, counted as PEFT counts them."""
+        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
+        return sum(trained for trained, _ in counts), sum(total for _, total in counts)
+
+    def print_trainable_parameters(self) -> None:
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def get_input_embeddings(self) -> None:
+        return None  # the default raises on a composite model, and accelerate calls it unguarded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: constructors initialise what they make, and encoders arrive with their weights."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # ------------------------------------------------------------------------------------------- saving and loading
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """Every frozen key of the encoders, as they are now: a list made once would drop what is unfrozen later."""
+        kept = {name for name, p in self.named_parameters() if p.requires_grad or "lora_" in name}
+        return {name for name in self.state_dict() if name.startswith("encoders.")} - kept
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
+        """`post_init` assigns an empty set; the property stays in charge."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write what was trained (safetensors), the config, and the processors that are known."""
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            for name, processor in self._processors.items():
+                processor.save_pretrained(Path(save_directory) / "processors" / name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        encoders: Mapping[str, str | nn.Module] | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> MultimodalModel:
+        """Load the encoders by the names in the config, then overlay what was trained. In eval mode.
+
+        Args:
+            name_or_path: a folder written by `save_pretrained`, or a hub id.
+            encoders: `{modality: module, id or folder}` for encoders that have no name in the config or moved.
+            dtype: of the encoders; None: as they were when saved.
+            overrides: constructor arguments to change, for example `quantization="int8"`.
+
+        Raises:
+            ValueError: an encoder has no name, or the file does not fit the encoders.
+        """
+        config = cls.config_class.from_pretrained(name_or_path)
+        if config.model_type != cls.config_class.model_type:
+            raise ValueError(f"{name_or_path} holds a {config.model_type} model, not {cls.config_class.model_type}")
+        built = {}
+        for name in config.modalities:
+            source = (encoders or {}).get(name, config.encoders[name])
+            if not isinstance(source, nn.Module) and not source:
+                raise ValueError(f"the {name} encoder was saved without a name: pass encoders={{{name!r}: ...}}")
+            built[name] = _as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]))
+        model = cls(
+            built, num_labels=config.num_labels, problem_type=config.problem_type, **{**config.arguments, **overrides}
+        )
+        model.config.id2label, model.config.label2id = config.id2label, config.label2id
+        file = cached_file(name_or_path, "model.safetensors")
+        _overlay(model, load_file(file), str(name_or_path))
+        model._processors = _saved_processors(Path(file).parent, config.modalities)
+        return model.eval()
+
+
+def packed_rows(inputs: Mapping[str, Any], here: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The samples that are present: their indices in the batch, and their rows of every input tensor."""
+    index = here.nonzero().flatten()
+    return index, {k: v[index] if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor of its nested dictionaries on `device`."""
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    return batch.to(device) if torch.is_tensor(batch) else batch
+
+
+def _overlay(model: MultimodalModel, state: dict[str, torch.Tensor], source: str) -> None:
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    unexpected = sorted(set(state) - set(own))
+    missing = sorted(set(own) - set(state) - model._keys_to_ignore_on_save)
+    reshaped = [name for name in state if name in own and state[name].shape != own[name]]
+    problems = {"unexpected": unexpected, "missing": missing, "of another shape": reshaped}
+    found = ", ".join(f"{kind} {names[:3]}" for kind, names in problems.items() if names)
+    if found:
+        raise ValueError(f"{source} does not fit these encoders: {found}")
+    model.load_state_dict(state, strict=False)
+
+
+def _as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None) -> Encoder:
+    if not name.isidentifier():
+        raise ValueError(f"modality name {name!r} must be an identifier, since forward takes it as a keyword")
+    if isinstance(given, nn.Module):
+        encoder = encoders_module.from_pretrained_model(given)
+    elif isinstance(given, (str, os.PathLike)):
+        options = {} if dtype is None else {"dtype": dtype}
+        encoder = encoders_module.from_pretrained_model(encoders_module.load(str(given), name, **options))
+    else:
+        raise TypeError(f"encoder {name!r} must be a module, a hub id or a folder, not {type(given).__name__}")
+    return encoder
+
+
+def _load_processor(name: str, source: str) -> Any:
+    if name not in PROCESSORS or not source:
+        raise ValueError(f"no processor for {name!r} is known: set model.processors = {{{name!r}: ...}}")
+    return PROCESSORS[name].from_pretrained(source)
+
+
+def _saved_processors(folder: Path, modalities: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for name in modalities:
+        if name in PROCESSORS and (folder / "processors" / name).is_dir():
+            found[name] = PROCESSORS[name].from_pretrained(folder / "processors" / name)
+    return found
+
+
+def _first_tensor(values: Any) -> torch.Tensor | None:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"a modality's inputs must be a dictionary of tensors, not {type(values).__name__}")
+    return next((value for value in values.values() if torch.is_tensor(value)), None)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {json.dumps(list(choices))}, not {value!r}")
+
+
+def read_lora(lora: Any) -> LoraConfig | None:
+    """The constructor's `lora` argument: None, ours, PEFT's, or a dictionary."""
+    return None if lora is None else LoraConfig.read(lora)
+
+
+def add_adapters(model: MultimodalModel, lora: LoraConfig | None) -> None:
+    """Give every block's linears their adapters."""
+    if lora is not None:
+        for encoder in model.encoders.values():
+            for block in encoder.blocks:
+                for linear in block.linears:
+                    linear.add_adapter(lora)

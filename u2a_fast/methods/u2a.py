@@ -1,0 +1,172 @@
+"""U2A: LoRA and one mask token per missing modality (arXiv 2501.17823)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import kernels
+from ..lora import LoraConfig
+from .base import MultimodalConfig, MultimodalModel, add_adapters, check_choice, packed_rows, read_lora
+
+
+class U2AConfig(MultimodalConfig):
+    model_type = "u2a"
+
+
+@dataclass
+class U2AEncoded:
+    """class_tokens `[M, B, D]`; proxies `[M, M, B, D]`: row (m, j) is what encoder m says in place of modality j."""
+
+    class_tokens: torch.Tensor
+    proxies: torch.Tensor
+
+
+class U2A(MultimodalModel):
+    """Unified Unimodal Adaptation: frozen encoders, adapted jointly, whose mask tokens stand in for what is missing.
+
+    ::
+
+        h_m = E_m([CLS_m ; X_m ; MT_m])     c_m = class token of h_m     p_{m->j} = row of h_m of its mask token for j
+        z = sum_j (c_j where j is present, else the mean of p_{m->j} over the present m)      logits = W z + b
+        loss = task + align_weight * sum_{m != j} MSE(p_{m->j}, stop_gradient(c_j)) over samples that have both
+
+    With widths D_m that differ, one Linear(D_m -> D) after each narrower encoder, D the largest.
+
+    Args:
+        encoders: `{modality: Hugging Face encoder, hub id, folder or Encoder}`; their order is the modality order.
+        num_labels: C.
+        problem_type: as in Hugging Face's classifiers; None: told from the labels.
+        lora: a `LoraConfig` (or PEFT's), None to train mask tokens and head only. The default rank is ours.
+        quantization: how frozen linears are stored, see `u2a_fast.quantization`; None: as they came.
+        modality_dropout: probability that a training sample loses one of its modalities (never the last; ours).
+        align_weight: the paper's lambda, 0.2.
+        all_absent: `"error"`, or `"prior"`: a sample with nothing is classified from the mean of the mask tokens.
+        absent: `"pack"`: absent rows are not computed; `"where"`: static shapes, for compile and export.
+        processors: `{modality: processor}` for raw samples; by default loaded from the encoders' folders.
+
+    Source: methods as in the paper's section 3; stop-gradient, unequal widths and more than two modalities are ours.
+
+    >>> from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+    >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    >>> text = BertModel(BertConfig(vocab_size=9, **sizes))
+    >>> image = ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes))
+    >>> model = U2A({"image": image, "text": text}, num_labels=3).eval()
+    >>> present = torch.tensor([[True, True], [False, True]])
+    >>> out = model(image={"pixel_values": torch.randn(2, 3, 8, 8)}, text={"input_ids": torch.ones(2, 4).long()},
+    ...             modality_mask=present, labels=torch.tensor([0, 2]))
+    >>> out.logits.shape
+    torch.Size([2, 3])
+    """
+
+    config_class = U2AConfig
+
+    def __init__(
+        self,
+        encoders: Mapping[str, str | nn.Module],
+        num_labels: int,
+        problem_type: str | None = None,
+        lora: LoraConfig | None = LoraConfig(),  # noqa: B008 - frozen
+        quantization: Any = None,
+        modality_dropout: float = 0.3,
+        align_weight: float = 0.2,
+        all_absent: str = "error",
+        absent: str = "pack",
+        processors: Mapping[str, Any] | None = None,
+    ):
+        lora = read_lora(lora)
+        check_choice("absent", absent, ("pack", "where"))
+        if not 0 <= modality_dropout <= 1:
+            raise ValueError(f"modality_dropout must be in [0, 1], not {modality_dropout}")
+        super().__init__(
+            encoders,
+            num_labels,
+            problem_type,
+            quantization,
+            all_absent,
+            processors,
+            lora=lora and lora.to_dict(),
+            modality_dropout=modality_dropout,
+            align_weight=align_weight,
+            absent=absent,
+        )
+        self.modality_dropout, self.auxiliary_weight, self.absent = modality_dropout, align_weight, absent
+        add_adapters(self, lora)
+        widths = {name: encoder.width for name, encoder in self.encoders.items()}
+        width, others = max(widths.values()), len(widths) - 1
+        self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(others, d) * 0.02) for m, d in widths.items()})
+        self.projection = nn.ModuleDict({m: nn.Linear(d, width) for m, d in widths.items() if d != width})
+        self.head = nn.Linear(width, num_labels)
+        self.post_init()
+
+    def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> U2AEncoded:
+        run = self._encode_packed if self.absent == "pack" else self._encode_static
+        class_tokens, proxies = [], []
+        for i, name in enumerate(self.config.modalities):
+            if name in inputs:
+                tokens, stand_ins = run(name, inputs[name], present[:, i])  # [B, D], [M - 1, B, D]
+            else:
+                tokens = self.head.weight.new_zeros(present.shape[0], self.head.in_features)
+                stand_ins = tokens.expand(len(present[0]) - 1, -1, -1)
+            class_tokens.append(tokens)
+            proxies.append(torch.cat([stand_ins[:i], tokens.detach()[None], stand_ins[i:]]))  # diagonal unused
+        return U2AEncoded(torch.stack(class_tokens), torch.stack(proxies))
+
+    def fuse(self, encoded: U2AEncoded, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        fused, align_loss = kernels.substitute(encoded.class_tokens, encoded.proxies, present)  # [B, D]
+        if self.all_absent == "prior":
+            fused = torch.where(present.any(dim=1, keepdim=True), fused, self._prior().to(fused.dtype))
+        return self.head(fused), align_loss
+
+    def drop_modalities(self, present: torch.Tensor) -> torch.Tensor:
+        """With probability `modality_dropout` a sample loses one present modality, drawn uniformly, never its last."""
+        if self.modality_dropout == 0:
+            return present
+        draw = torch.rand(present.shape, device=present.device).masked_fill(~present, -1)
+        lost = torch.zeros_like(present).scatter(1, draw.argmax(dim=1, keepdim=True), True)
+        chosen = torch.rand(present.shape[0], 1, device=present.device) < self.modality_dropout
+        return present & ~(lost & chosen & (present.sum(dim=1, keepdim=True) > 1))
+
+    def _encode_packed(
+        self, name: str, inputs: Mapping[str, Any], here: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Only the rows that are present run; the others stay 0."""
+        index, rows = packed_rows(inputs, here)
+        class_token, stand_ins = self._read(name, *self.encoders[name].embed(**rows), None)
+        batch = here.shape[0]
+        tokens = class_token.new_zeros(batch, class_token.shape[1]).index_copy(0, index, class_token)
+        proxies = stand_ins.new_zeros(stand_ins.shape[0], batch, stand_ins.shape[2]).index_copy(1, index, stand_ins)
+        return tokens, proxies
+
+    def _encode_static(
+        self, name: str, inputs: Mapping[str, Any], here: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows run; absent ones start from zeros, since a NaN there would reach the gradients."""
+        clean = {
+            k: torch.where(here.view(-1, *[1] * (v.dim() - 1)), v, 0) if torch.is_tensor(v) else v
+            for k, v in inputs.items()
+        }
+        return self._read(name, *self.encoders[name].embed(**clean), here)
+
+    def _read(
+        self, name: str, tokens: torch.Tensor, padding_mask: torch.Tensor | None, here: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens `[B, S, D_m]` -> class tokens `[B, D]` and proxies `[M - 1, B, D]`."""
+        encoder, mask_tokens = self.encoders[name], self.mask_tokens[name]
+        hidden = encoder.finish(encoder.run(tokens, padding_mask, suffix=mask_tokens, present=here))
+        length = tokens.shape[1]
+        class_token = encoder.class_token(hidden[:, :length], padding_mask)
+        return self._project(name, class_token), self._project(name, hidden[:, length:].transpose(0, 1))
+
+    def _project(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of encoder `name` in the common width and the head's dtype."""
+        rows = rows.to(self.head.weight.dtype)
+        return self.projection[name](rows) if name in self.projection else rows
+
+    def _prior(self) -> torch.Tensor:
+        """Mean of all mask tokens in the common width, `[D]`."""
+        return torch.cat([self._project(name, tokens) for name, tokens in self.mask_tokens.items()]).mean(dim=0)

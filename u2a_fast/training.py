@@ -1,0 +1,218 @@
+"""The main job: data, encoders and a method in; a checkpoint, a report and a model card out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedConfig, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import data as data_module
+from .card import write_card
+from .data import MissingPattern, MultimodalCollator, with_missing
+from .evaluation import Row, evaluate, print_report, write_report
+from .lora import LoraConfig
+from .methods import METHODS, LateFusion
+from .methods.base import MultimodalModel
+
+RUN_FILE = "run.yaml"
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything `u2a-fast train` takes; a YAML file may set the same names."""
+
+    data: str = option("emoji", "emoji, stamps, or a folder or table with image, text, audio and label columns")
+    method: str = option("u2a", "one of " + ", ".join(METHODS))
+    output_dir: str = option("out", "where checkpoint, report and model card go")
+    encoders: dict[str, str] | None = option(None, "{modality: hub id or folder}; None: the small ones of [demo]")
+    missing_rate: float = option(0.7, "share of training samples that lose one modality")
+    missing_kind: str = option("both", "both, any, or the name of the modality that is lost")
+    lora_r: int = option(8, "rank of the adapters")
+    lora_alpha: float = option(16, "their scaling is alpha / r")
+    lora_dropout: float = option(0.0, "dropout inside the adapters")
+    quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
+    epochs: float = option(16, "passes over the training split")
+    max_steps: int = option(-1, "stop after so many steps, whatever epochs says")
+    batch_size: int = option(32, "samples a step")
+    learning_rate: float = option(1e-3, "peak of the cosine schedule")
+    weight_decay: float = option(0.01, "of AdamW")
+    seed: int = option(0, "of weights, order, missing table and split")
+    dtype: str = option("auto", "of the frozen encoders: float32, bfloat16, or auto: bfloat16 where it is fast")
+    baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")
+    resume: bool = option(False, "go on from the last checkpoint in output_dir")
+
+
+def train(options: TrainOptions) -> list[Row]:
+    """Train, evaluate every scenario, and write checkpoint, `report.csv`, `report.png` and `README.md`.
+
+    Raises:
+        ValueError: an unknown method, or an output directory that holds another run or model.
+    """
+    if options.method not in METHODS:
+        raise ValueError(f"unknown method {options.method!r}: use one of {', '.join(METHODS)}")
+    checkpoint = _claim_directory(options)
+    splits = load_splits(options.data, options.seed)
+    sources = options.encoders or default_encoders(options.data, splits["train"].column_names)
+    model = fit(METHODS[options.method], options, splits, sources, Path(options.output_dir), checkpoint)
+    rows = evaluate(model, splits["test"], seed=options.seed)
+    if options.baselines:
+        rows += baseline_rows(options, splits, sources)
+    write_report(rows, options.output_dir)
+    write_card(model, options.output_dir, rows, asdict(options), missing_pattern(options, "train"), len(splits["train"]))
+    print_report(rows, title=f"{options.method} on {options.data}, seed {options.seed}")
+    return rows
+
+
+def fit(
+    method: type[MultimodalModel],
+    options: TrainOptions,
+    splits: Mapping[str, Any],
+    sources: Mapping[str, str],
+    folder: Path,
+    checkpoint: str | None = None,
+) -> MultimodalModel:
+    """Train `method` on the train and validation splits with simulated missing modalities; the model, saved."""
+    set_seed(options.seed)
+    model = build_model(method, options, splits, sources)
+    train_split = merged_training_split(splits)
+    pattern, modalities = missing_pattern(options, "train"), list(sources)
+    if len(modalities) > 1:
+        print(pattern.summary(len(train_split), modalities))
+        train_split = with_missing(train_split, pattern, modalities)
+    model.print_trainable_parameters()
+    trainer = Trainer(
+        model,
+        training_arguments(options, folder),
+        train_dataset=train_split,
+        data_collator=MultimodalCollator(model.processors),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model.save_pretrained(folder)
+    return model
+
+
+def build_model(
+    method: type[MultimodalModel], options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]
+) -> MultimodalModel:
+    from .encoders import load
+
+    names = splits["train"].features["label"].names
+    dtype = fast_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = method(
+        {name: load(source, name, dtype=dtype) for name, source in sources.items()},
+        num_labels=len(names),
+        lora=LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout),
+        quantization=options.quantization,
+    )
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    return model
+
+
+def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        logging_steps=10,
+        save_strategy="epoch",
+        save_total_limit=1,
+        seed=options.seed,
+        report_to="none",
+        remove_unused_columns=False,  # or Trainer drops the image and text columns
+    )
+
+
+def merged_training_split(splits: Mapping[str, Any]) -> Any:
+    """Train and validation together: hyperparameters were chosen before, on validation, never on test."""
+    from datasets import concatenate_datasets
+
+    parts = [splits[name] for name in ("train", "validation") if name in splits]
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+def missing_pattern(options: TrainOptions, split: str) -> MissingPattern:
+    return MissingPattern(rate=options.missing_rate, kind=options.missing_kind, seed=options.seed, split=split)
+
+
+def load_splits(data: str, seed: int) -> Mapping[str, Any]:
+    """`{"train", "validation", "test"}` of the emoji, the stamps, or a user's own folder or table."""
+    if data == "emoji":
+        return data_module.load_emoji(seed=seed)
+    if data == "stamps":
+        return data_module.load_stamps(seed=seed)
+    return data_module.load_table(data, seed=seed)
+
+
+def default_encoders(data: str, columns: list[str]) -> dict[str, str]:
+    """The folder of a small pretrained encoder for each modality among the columns."""
+    size = 112 if data == "emoji" else 224  # emoji are 72 pixels wide
+    folders = {
+        "image": lambda: data_module.dinov2_folder(image_size=size),
+        "text": data_module.minilm_folder,
+        "audio": data_module.whisper_folder,
+    }
+    return {name: str(folder()) for name, folder in folders.items() if name in columns}
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 on a GPU and on CPUs that multiply it in hardware, float32 on others."""
+    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def baseline_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
+    """Late fusion with zeros for what is missing, and a unimodal model per modality.
+
+    A unimodal model trains on those samples that keep its modality under the same missing table: what remains.
+    """
+    folder = Path(options.output_dir) / "baselines"
+    model = fit(LateFusion, options, splits, sources, folder / "late_fusion")
+    rows = [_named(row, "late fusion") for row in evaluate(model, splits["test"], seed=options.seed)]
+    pool = merged_training_split(splits)
+    table = missing_pattern(options, "train").table(len(pool), list(sources))
+    for i, (name, source) in enumerate(sources.items()):
+        there = [row for row, value in enumerate(pool[name]) if value is not None and table[row, i]]
+        remains = {"train": pool.select(there), "test": splits["test"]}
+        model = fit(LateFusion, options, remains, {name: source}, folder / name)
+        rows += [_named({**row, "scenario": f"{name} only"}, "unimodal") for row in evaluate(model, splits["test"])]
+    return rows
+
+
+def _named(row: Row, baseline: str) -> Row:
+    return {**row, "scenario": f"{row['scenario']} [{baseline}]"}
+
+
+def _claim_directory(options: TrainOptions) -> str | None:
+    """Refuse a directory that holds something else; the checkpoint to resume from, if that was asked for."""
+    folder = Path(options.output_dir)
+    asked = {**asdict(options), "resume": False}
+    if (folder / RUN_FILE).exists():
+        found = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+        changed = sorted(name for name in asked if found.get(name) != asked[name] and name != "output_dir")
+        if changed:
+            raise ValueError(f"{folder} holds another run ({', '.join(changed)} differ): choose another output_dir")
+        if not options.resume:
+            raise ValueError(f"{folder} holds this run already: pass --resume to go on, or choose another output_dir")
+        return get_last_checkpoint(str(folder))
+    if (folder / "config.json").exists():
+        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "unknown")
+        raise ValueError(f"{folder} holds another model ({kind}): choose another output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).write_text(yaml.safe_dump(asked, sort_keys=False), encoding="utf-8")
+    return None
