@@ -1,0 +1,26 @@
+"""Tensor functions that know nothing of models: each in plain PyTorch, in ATen calls and in Triton."""
+
+from .assemble import assemble, assemble_norm_project
+from .attention import attention
+from .attention_project import attention_project
+from .backend import get_backend, set_backend
+from .linear_lowrank import linear_lowrank
+from .lora_linear import lora_linear
+from .norm import layer_norm
+from .quantize import dequantize_rows, quantize_rows
+from .substitute import substitute
+
+__all__ = [
+    "assemble",
+    "assemble_norm_project",
+    "attention",
+    "attention_project",
+    "dequantize_rows",
+    "get_backend",
+    "layer_norm",
+    "linear_lowrank",
+    "lora_linear",
+    "quantize_rows",
+    "set_backend",
+    "substitute",
+]

@@ -1,0 +1,404 @@
+"""Learned rows joined to token rows, with LayerNorm and the low-rank product x A^T in the same pass.
+
+    rows [B, T, D] = [prefix [P, D] | tokens [B, S, D], or mask_token [D] where the sample is absent | suffix [Q, D]]
+    h    [B, T, D] = LayerNorm(rows) * norm_weight + norm_bias
+    s    [B, T, R] = h A^T                                          A = lora_a [R, D],  T = P + S + Q
+
+`tokens` holds every sample, or only those present, one after the other (packed). Rows of an absent sample in an
+unpacked `tokens` are never used: whatever they hold, NaN included, reaches no output, and their gradient is exactly 0.
+
+Statistics and sums over rows are fp32 (fp64 for fp64). Backward keeps the rows, their mean and 1 / standard deviation,
+and recomputes h. The Triton kernels are in assemble_norm_project.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from .assemble_norm_project import backward_triton, forward_triton
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+def _reference(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
+    """(rows, h or rows, s or None) in plain PyTorch."""
+    rows = tokens
+    if present is not None:
+        if tokens.shape[0] != present.shape[0]:
+            rows = tokens.new_zeros(present.shape[0], *tokens.shape[1:])
+            rows[present] = tokens
+        fill = tokens.new_zeros(()) if mask_token is None else mask_token.to(tokens.dtype)
+        rows = torch.where(present[:, None, None], rows, fill)
+    learned = [None if t is None else t.to(tokens.dtype).expand(rows.shape[0], -1, -1) for t in (prefix, suffix)]
+    if prefix is not None or suffix is not None:
+        rows = torch.cat([t for t in (learned[0], rows, learned[1]) if t is not None], 1)
+    h = rows
+    if norm_weight is not None:
+        wide = backend.wide(tokens.dtype)
+        bias = None if norm_bias is None else norm_bias.to(wide)
+        h = F.layer_norm(rows.to(wide), rows.shape[-1:], norm_weight.to(wide), bias, eps)
+    h = h.to(dtype)
+    return rows, h, None if lora_a is None else F.linear(h, lora_a.to(dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------- ATen
+def _order(present: Tensor) -> Tensor:
+    """Sample numbers [B], those present first, each kind in its own order; no device synchronisation."""
+    return torch.argsort(present.to(torch.uint8), descending=True, stable=True)
+
+
+def _norm_dtypes(rows: Tensor, *parameters: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    """What ATen's LayerNorm takes rows and parameters in, so that statistics are fp32 and no parameter is rounded.
+
+    On a CPU the statistics carry the parameters' dtype; on a GPU they are fp32, but rows and parameters must agree.
+    """
+    wide = backend.wide(rows.dtype)
+    if not rows.is_cuda:
+        return rows.dtype, wide
+    same = all(p is None or p.dtype == rows.dtype for p in parameters)
+    return (rows.dtype, rows.dtype) if same else (wide, wide)
+
+
+def _norm(rows, norm_weight, norm_bias, eps):
+    """(h, mean, rstd)"""
+    dtype, own = _norm_dtypes(rows, norm_weight, norm_bias)
+    bias = None if norm_bias is None else norm_bias.to(own)
+    return torch.native_layer_norm(rows.to(dtype), rows.shape[-1:], norm_weight.to(own), bias, eps)
+
+
+def _norm_backward(dh, rows, mean, rstd, norm_weight, norm_bias, mask):
+    """Gradients of the rows, of norm_weight and of norm_bias, those that `mask` asks for."""
+    dtype, own = _norm_dtypes(rows, norm_weight, norm_bias)
+    if mask[1] or mask[2]:  # ATen adds up the parameters' gradients in the dtype of the rows
+        dtype = own = backend.wide(rows.dtype)
+    weight, stats = norm_weight.to(own), (*rows.shape[:-1], 1)
+    return torch.ops.aten.native_layer_norm_backward(
+        dh.to(dtype),
+        rows.to(dtype),
+        rows.shape[-1:],
+        mean.view(stats),
+        rstd.view(stats),
+        weight,
+        weight,  # stands for the bias, of which only the shape matters
+        mask,
+    )
+
+
+def _aten_assemble(tokens, prefix, suffix, present, mask_token) -> Tensor:
+    batch = tokens.shape[0] if present is None else present.shape[0]
+    first = 0 if prefix is None else prefix.shape[0]
+    last = first + tokens.shape[1]
+    rows = tokens.new_empty(batch, last + (0 if suffix is None else suffix.shape[0]), tokens.shape[2])
+    if prefix is not None:
+        rows[:, :first] = prefix
+    if suffix is not None:
+        rows[:, last:] = suffix
+    middle = rows[:, first:last]
+    if present is None:
+        middle.copy_(tokens)
+        return rows
+    fill = tokens.new_zeros(1) if mask_token is None else mask_token.to(tokens.dtype)
+    if tokens.shape[0] == batch:
+        torch.where(present[:, None, None], tokens, fill, out=middle)
+    else:
+        order, packed = _order(present), tokens.shape[0]
+        middle.index_copy_(0, order[:packed], tokens)
+        middle.index_copy_(0, order[packed:], fill.expand(batch - packed, *tokens.shape[1:]))
+    return rows
+
+
+def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
+    """(rows, h, s, mean, rstd), None for what is not asked for or would equal what is there already."""
+    rows = h = s = mean = rstd = None
+    if prefix is not None or suffix is not None or present is not None:
+        rows = _aten_assemble(tokens, prefix, suffix, present, mask_token)
+    source = tokens if rows is None else rows
+    if norm_weight is not None:
+        h, mean, rstd = _norm(source, norm_weight, norm_bias, eps)
+        h, mean, rstd = h.to(dtype), mean.flatten(), rstd.flatten()
+    elif dtype != tokens.dtype:
+        h = source.to(dtype)
+    if lora_a is not None:
+        s = F.linear(source if h is None else h, lora_a.to(dtype))
+    return rows, h, s, mean, rstd
+
+
+def backward_aten(
+    d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
+):
+    """Gradients of (tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a), None where not needed."""
+    d_weight = d_bias = d_a = None
+    if needs[6]:
+        h = rows if norm_weight is None else _norm(rows, norm_weight, norm_bias, eps)[0]
+        d_a = d_s.flatten(0, 1).t() @ h.to(d_s.dtype).flatten(0, 1)
+    if d_s is not None and any(needs[:6]):
+        s_a = d_s.flatten(0, 1), lora_a.to(d_s.dtype)
+        flat = torch.mm(*s_a) if d_h is None else torch.addmm(d_h.flatten(0, 1), *s_a)
+        d_h = flat.view(rows.shape)
+    if norm_weight is not None and d_h is not None:
+        mask = [any(needs[:4]), needs[4], needs[5]]
+        d_h, d_weight, d_bias = _norm_backward(d_h, rows, mean, rstd, norm_weight, norm_bias, mask)
+    if not any(needs[:4]):
+        return None, None, None, None, d_weight, d_bias, d_a
+    # by now d_h is no argument of this call: it came out of a product, a norm, or is cast here
+    total = d_rows.clone() if d_h is None else d_h.to(dtype)
+    if d_rows is not None and d_h is not None:
+        total.add_(d_rows)
+    return *_aten_split(total, present, packed, first, last, needs), d_weight, d_bias, d_a
+
+
+def _aten_split(d_rows, present, packed, first, last, needs):
+    """d_rows [B, T, D] -> gradients of tokens [packed, S, D], prefix, suffix and mask_token."""
+    wide = backend.wide(d_rows.dtype)
+    d_tokens = d_prefix = d_suffix = d_mask = None
+    middle = d_rows[:, first:last]
+    if needs[0]:
+        if present is None:
+            d_tokens = middle.contiguous()
+        elif packed == present.shape[0]:
+            d_tokens = torch.where(present[:, None, None], middle, 0)
+        else:
+            d_tokens = middle.index_select(0, _order(present)[:packed])
+    if needs[1]:
+        d_prefix = d_rows[:, :first].sum(0, dtype=wide)
+    if needs[2]:
+        d_suffix = d_rows[:, last:].sum(0, dtype=wide)
+    if needs[3]:
+        d_mask = torch.where(present[:, None], 0, middle.sum(1, dtype=wide)).sum(0)
+    return d_tokens, d_prefix, d_suffix, d_mask
+
+
+# ------------------------------------------------------------------------------------------------------------------ ops
+@torch.library.custom_op(
+    "u2a_fast::assemble_norm_project",
+    mutates_args=(),
+    schema="(Tensor tokens, Tensor? prefix, Tensor? suffix, Tensor? present, Tensor? mask_token, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor? lora_a, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
+    """rows [B, T, D], h [B, T, D] and s [B, T, R] in `dtype`, mean [B * T], rstd [B * T].
+
+    Empty where there is nothing to write: rows without learned rows, h where it equals the rows.
+    """
+    forward = forward_triton if backend.resolve(tokens) == "triton" else forward_aten
+    written = forward(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype)
+    return tuple(tokens.new_empty(0) if t is None else t for t in written)
+
+
+@_forward.register_fake
+def _(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
+    learned = prefix is not None or suffix is not None or present is not None
+    rank = None if lora_a is None else lora_a.shape[0]
+    batch = tokens.shape[0] if present is None else present.shape[0]
+    height = tokens.shape[1] + sum(t.shape[0] for t in (prefix, suffix) if t is not None)
+    norm, wide = norm_weight is not None, backend.wide(tokens.dtype)
+
+    def written(condition, shape, dtype):
+        return tokens.new_empty(shape if condition else 0, dtype=dtype)
+
+    return (
+        written(learned, (batch, height, tokens.shape[2]), tokens.dtype),
+        written(norm or dtype != tokens.dtype, (batch, height, tokens.shape[2]), dtype),
+        written(rank is not None, (batch, height, rank), dtype),
+        written(norm, batch * height, wide),
+        written(norm, batch * height, wide),
+    )
+
+
+@torch.library.custom_op(
+    "u2a_fast::assemble_norm_project_backward",
+    mutates_args=(),
+    schema="(Tensor? d_rows, Tensor? d_h, Tensor? d_s, Tensor? rows, Tensor? mean, Tensor? rstd, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor? lora_a, Tensor? present, SymInt packed, SymInt first, SymInt last, float eps, "
+    "ScalarType dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
+):
+    """Gradients of tokens [packed, S, D] in `dtype` and, in fp32, of prefix, suffix, mask_token, norm_weight, norm_bias
+    and lora_a; empty where `needs` is False. Token rows are first .. last of the T rows."""
+    given = next(t for t in (d_rows, d_h, d_s) if t is not None)
+    backward = backward_triton if backend.resolve(given) == "triton" else backward_aten
+    operands = d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present
+    grads = backward(*operands, packed, first, last, eps, dtype, needs)
+    dtypes = (dtype, *[backend.wide(dtype)] * 6)
+    return tuple(given.new_empty(0) if g is None else g.to(t) for g, t in zip(grads, dtypes, strict=True))
+
+
+@_backward.register_fake
+def _(
+    d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
+):
+    given = next(t for t in (d_rows, d_h, d_s) if t is not None)
+    height, width = given.shape[1], given.shape[2] if lora_a is None else lora_a.shape[1]
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    shapes = ((packed, last - first, width), (first, width), (height - last, width), width, width, width, (rank, width))
+    dtypes = (dtype, *[backend.wide(dtype)] * 6)
+    return tuple(
+        given.new_empty(shape if need else 0, dtype=t) for shape, t, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    tokens, prefix, suffix, present, _, norm_weight, norm_bias, lora_a, ctx.eps, dtype = inputs
+    rows, h, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in output if t.ndim == 1))  # statistics, and what was not written
+    trained = [i for i in range(8) if i != 3]  # every tensor but `present`
+    ctx.needs = [ctx.needs_input_grad[i] for i in trained]
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in trained]
+    ctx.packed, ctx.first = tokens.shape[0], 0 if prefix is None else prefix.shape[0]
+    ctx.last = ctx.first + tokens.shape[1]
+    norm, learned = norm_weight is not None, not (prefix is None and suffix is None and present is None)
+    kept = (rows if learned else tokens) if norm or ctx.needs[6] else None
+    if kept is not None and dtype.itemsize < kept.dtype.itemsize and any(ctx.needs):
+        kept = kept.to(dtype) if norm else h  # under autocast: kept as narrow as what is computed from it
+    stats = (mean, rstd) if norm else (None, None)
+    ctx.save_for_backward(kept, *stats, norm_weight, norm_bias, lora_a, present)
+
+
+def _gradients(ctx, d_rows, d_h, d_s, _mean, _rstd):
+    kept, mean, rstd, norm_weight, norm_bias, lora_a, present = ctx.saved_tensors
+    needs = list(ctx.needs)
+    needs[4] = needs[4] and not (d_h is None and d_s is None)
+    needs[5] = needs[5] and not (d_h is None and d_s is None)
+    needs[6] = needs[6] and d_s is not None
+    if not any(needs) or (d_rows is None and d_h is None and d_s is None):
+        return (None,) * 10
+    grads = _backward(
+        d_rows,
+        d_h,
+        d_s,
+        None if kept is None else kept.to(ctx.dtypes[0]),
+        mean,
+        rstd,
+        norm_weight,
+        norm_bias,
+        lora_a,
+        present,
+        ctx.packed,
+        ctx.first,
+        ctx.last,
+        ctx.eps,
+        ctx.dtypes[0],
+        needs,
+    )
+    grads = [g.to(t) if need else None for g, t, need in zip(grads, ctx.dtypes, needs, strict=True)]
+    return *grads[:3], None, *grads[3:], None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+# --------------------------------------------------------------------------------------------------------------- public
+def assemble(
+    tokens: Tensor,
+    prefix: Tensor | None = None,
+    suffix: Tensor | None = None,
+    present: Tensor | None = None,
+    mask_token: Tensor | None = None,
+) -> Tensor:
+    """Join learned rows to the token rows of every sample.
+
+    Args:
+        tokens: [B, S, D]; or, where `present` marks n of B samples, only theirs: [n, S, D].
+        prefix: [P, D] rows before every sample's tokens. They take the dtype of `tokens`, as all learned rows do.
+        suffix: [Q, D] rows after them.
+        present: [B] bool, False where the sample's tokens are absent: they may then hold anything.
+        mask_token: [D], takes the place of each of an absent sample's tokens (zeros without it).
+
+    Returns:
+        [B, P + S + Q, D]; `tokens` itself where there is nothing to join.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or counts that do not fit together.
+
+    >>> assemble(torch.ones(2, 1, 3), suffix=torch.zeros(1, 3), present=torch.tensor([True, False]))[:, :, 0]
+    tensor([[1., 0.],
+            [0., 0.]])
+    """
+    _check(tokens, prefix, suffix, present, mask_token, None, None, None)
+    if backend.resolve(tokens, prefix, suffix, present, mask_token) == "reference":
+        return _reference(tokens, prefix, suffix, present, mask_token, None, None, None, 0.0, tokens.dtype)[0]
+    if prefix is None and suffix is None and present is None:
+        return tokens
+    fill = None if present is None else mask_token
+    return _forward(tokens, prefix, suffix, present, fill, None, None, None, 0.0, tokens.dtype)[0]
+
+
+def assemble_norm_project(
+    *,
+    tokens: Tensor,
+    prefix: Tensor | None = None,
+    suffix: Tensor | None = None,
+    present: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    lora_a: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`assemble`, LayerNorm over D and the product with lora_a^T, in one pass over the rows.
+
+    Args:
+        tokens, prefix, suffix, present, mask_token: as in `assemble`.
+        norm_weight: [D]; without it the rows are not normalised.
+        norm_bias: [D], may be left out.
+        eps: added to the variance.
+        lora_a: [R, D], cast to the compute dtype; its gradient has its own.
+
+    Returns:
+        The normalised rows h [B, T, D], s = h lora_a^T [B, T, R] (None without `lora_a`), and the assembled rows
+        [B, T, D] for the residual. h and s are in the autocast dtype under autocast, the rows in that of `tokens`.
+        Where two would hold the same values they are one tensor: without a norm, h is the rows; without learned rows,
+        the rows are `tokens`.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or counts that do not fit together.
+    """
+    _check(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a)
+    dtype = backend.in_autocast_dtype(tokens.new_empty(0)).dtype
+    fill = None if present is None else mask_token
+    operands = tokens, prefix, suffix, present, fill, norm_weight, norm_bias, lora_a, eps, dtype
+    if backend.resolve(*operands[:8]) == "reference":
+        rows, h, s = _reference(*operands)
+        return h, s, rows
+    learned = prefix is not None or suffix is not None or present is not None
+    same = norm_weight is None and dtype == tokens.dtype
+    if same and not learned and lora_a is None:
+        return tokens, None, tokens
+    rows, h, s, _, _ = _forward(*operands)
+    rows = rows if learned else tokens
+    return rows if same else h, None if lora_a is None else s, rows
+
+
+def _check(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a):
+    if tokens.ndim != 3 or not tokens.is_floating_point():
+        raise ValueError(f"tokens must be floating point [B, S, D], not {tokens.dtype} {list(tokens.shape)}")
+    width = tokens.shape[2]
+    named = {"prefix": (prefix, 2), "suffix": (suffix, 2), "mask_token": (mask_token, 1)}
+    named |= {"norm_weight": (norm_weight, 1), "norm_bias": (norm_bias, 1), "lora_a": (lora_a, 2)}
+    for name, (t, ndim) in named.items():
+        if t is not None and (t.ndim != ndim or t.shape[-1] != width or not t.is_floating_point()):
+            expected = f"[rows, {width}]" if ndim == 2 else f"[{width}]"
+            raise ValueError(
+                f"{name} must be floating point {expected} to fit the tokens, not {t.dtype} {list(t.shape)}"
+            )
+    if lora_a is not None and lora_a.shape[0] == 0:
+        raise ValueError(f"lora_a must have at least one row, not {list(lora_a.shape)}: leave it out instead")
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError("norm_bias was given without norm_weight: give both, or neither to skip the norm")
+    if present is None:
+        return
+    if present.ndim != 1 or present.dtype != torch.bool:
+        raise TypeError(f"present must be a bool tensor [B], not {present.dtype} {list(present.shape)}")
+    batch, packed = present.shape[0], tokens.shape[0]
+    if batch != packed and not torch.compiler.is_compiling():  # counting waits for the device: only for packed tokens
+        count = int(present.sum())
+        if count != packed:
+            raise ValueError(
+                f"tokens hold {packed} samples, which is neither all {batch} of `present` nor the {count} it marks: "
+                "give every sample, or only those present"
+            )

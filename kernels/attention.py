@@ -1,0 +1,303 @@
+"""Attention over token rows of unequal lengths, learned rows that all see, and read-only rows that nobody sees.
+
+    out = softmax(q k^T / sqrt(Dh) + visibility) v          q [B, H, Sq, Dh], k and v [B, H, S, Dh]
+
+The S rows are [token rows | `suffix` rows | `read_only` rows]. Sample b's first lengths[b] token rows are keys, suffix
+rows always are, read-only rows never (not even for themselves). Read-only rows are queries of a second pass over the
+same keys, so the other rows are bitwise what they are without them. A row without any visible key gives 0.
+
+Which implementation runs is decided by device, dtype and shape:
+    up to 64 queries, not causal, on a GPU         attention_small_query.py
+    sequences of unequal lengths on a GPU          flash-attn's varlen function, where that package is installed
+    bf16 on a CPU, up to 512 keys                  matmul + softmax, faster than SDPA both ways
+    all else                                       PyTorch's scaled_dot_product_attention (SDPA)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from .attention_small_query import QUERIES, backward_triton, forward_triton, rows_first
+
+MATMUL_KEYS = 512
+CHUNK_BYTES = 2**20  # probabilities of as many (sample, head) pairs at a time as a second-level cache holds
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+def _visible(lengths: Tensor | None, keys: int, suffix: int, device: torch.device) -> Tensor:
+    """Which keys a row may see, [B or 1, 1, 1, keys]: the first lengths[b] token rows, and the suffix rows."""
+    position = torch.arange(keys, device=device)
+    if lengths is None:
+        return (position >= 0)[None, None, None]
+    return ((position < lengths[:, None]) & (position < keys - suffix) | (position >= keys - suffix))[:, None, None]
+
+
+def _reference(q, k, v, lengths, suffix, read_only, causal):
+    rows, keys = q.shape[2], k.shape[2] - read_only
+    visible = _visible(lengths, keys, suffix, q.device).expand(-1, 1, rows, -1)
+    if causal:
+        order = torch.arange(rows, device=q.device)
+        visible = visible & (order[:, None] >= order[None, :keys])
+    scores = (q @ k[:, :, :keys].transpose(2, 3)) * q.shape[3] ** -0.5
+    scores = scores.masked_fill(~visible, torch.finfo(q.dtype).min)
+    return (scores.softmax(-1) * visible) @ v[:, :, :keys]
+
+
+# ----------------------------------------------------------------------------------------------------------------- SDPA
+def _sdpa(q, k, v, lengths, suffix, causal):
+    if lengths is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    visible = _visible(lengths, k.shape[2], suffix, q.device)
+    if causal:  # every row sees itself, so that none is without a key
+        order = torch.arange(q.shape[2], device=q.device)
+        visible = (visible | (order[:, None] == order)) & (order[:, None] >= order)
+    elif suffix == 0:  # a row without a key is NaN on some devices: show it all, and overwrite the result
+        visible = visible | (lengths == 0)[:, None, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return out.masked_fill((lengths == 0)[:, None, None, None], 0) if suffix == 0 else out
+
+
+# ----------------------------------------------------------------------------------------------------------- flash-attn
+@functools.cache
+def _flash():
+    """flash-attn's function for sequences laid end to end; None where the package is not installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def _packed(function, q, k, v, lengths, suffix, causal):
+    """Attention of the visible rows alone, Sq = S; rows of padding give 0."""
+    b, h, rows, d = q.shape
+    visible = _visible(lengths, rows, suffix, q.device)[:, 0, 0]  # [B, S]
+    kept = visible.flatten().nonzero().flatten()
+    ends = F.pad(visible.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    packed = (t.transpose(1, 2).flatten(0, 1)[kept] for t in (q, k, v))  # [visible rows, H, Dh]
+    out = function(*packed, ends, ends, rows, rows, causal=causal)
+    return q.new_zeros(b * rows, h, d).index_copy(0, kept, out).view(b, rows, h, d).transpose(1, 2)
+
+
+# -------------------------------------------------------------------------------------------- matmul + softmax on a CPU
+def _pairs(t: Tensor) -> Tensor:
+    """[B, H, S, Dh] -> [B * H, S, Dh], contiguous."""
+    return t.flatten(0, 1).contiguous()
+
+
+def _chunks(q: Tensor, k: Tensor):
+    """Slices of the B * H pairs."""
+    pairs, size = q.shape[0], max(1, CHUNK_BYTES // max(1, q.shape[1] * k.shape[1] * q.element_size()))
+    return [slice(i, i + size) for i in range(0, pairs, size)]
+
+
+def _hidden(q, k, lengths, suffix, causal):
+    """bool masks that broadcast to [B * H, Sq, Sk], True where a score does not count."""
+    masks = []
+    if lengths is not None:
+        hidden = ~_visible(lengths, k.shape[2], suffix, q.device).expand(-1, q.shape[1], -1, -1)
+        masks.append(hidden.flatten(0, 1))
+    if causal:
+        order = torch.arange(q.shape[2], device=q.device)
+        masks.append((order[:, None] < order).expand(q.shape[0] * q.shape[1], -1, -1))
+    return masks
+
+
+def _probabilities(q, k, hidden):
+    """softmax(q k^T / sqrt(Dh)): q [n, Sq, Dh], k [n, Sk, Dh] -> [n, Sq, Sk]."""
+    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
+    for mask in hidden:
+        scores.masked_fill_(mask, torch.finfo(q.dtype).min)
+    return torch.softmax(scores, -1)
+
+
+def _empty_to_zero(t: Tensor, lengths: Tensor | None, suffix: int) -> Tensor:
+    """Zero the rows [B, ...] of the samples that have no key at all."""
+    if lengths is None or suffix > 0:
+        return t
+    return t.masked_fill((lengths == 0)[:, None, None, None], 0)
+
+
+def _rows_first(pairs: Tensor, shape) -> Tensor:
+    """[B * H, S, Dh] -> [B, H, S, Dh] laid out as [B, S, H, Dh], as the next linear layer reads it."""
+    return pairs.view(shape).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def forward_aten(q, k, v, lengths, suffix, causal):
+    hidden, shape = _hidden(q, k, lengths, suffix, causal), q.shape
+    q, k, v = _pairs(q), _pairs(k), _pairs(v)
+    out = torch.empty_like(q)
+    for s in _chunks(q, k):
+        torch.bmm(_probabilities(q[s], k[s], [m[s] for m in hidden]), v[s], out=out[s])
+    return _empty_to_zero(_rows_first(out, shape), lengths, suffix)
+
+
+def backward_aten(d_out, q, k, v, lengths, suffix, causal, wants_out=False):
+    """dq, dk, dv, and the forward's result if wanted; the probabilities are computed again."""
+    hidden, shapes, scale = _hidden(q, k, lengths, suffix, causal), (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
+    d_out = _empty_to_zero(d_out, lengths, suffix)
+    q, k, v, d_out = _pairs(q), _pairs(k), _pairs(v), _pairs(d_out)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    out = torch.empty_like(q) if wants_out else None
+    none = q.new_empty(())
+    for s in _chunks(q, k):
+        p = _probabilities(q[s], k[s], [m[s] for m in hidden])
+        if wants_out:
+            torch.bmm(p, v[s], out=out[s])
+        torch.bmm(p.transpose(1, 2), d_out[s], out=dv[s])
+        dp = torch.bmm(d_out[s], v[s].transpose(1, 2))
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        torch.baddbmm(none, ds, k[s], beta=0, alpha=scale, out=dq[s])
+        torch.baddbmm(none, ds.transpose(1, 2), q[s], beta=0, alpha=scale, out=dk[s])
+    grads = tuple(_rows_first(t, shape) for t, shape in zip((dq, dk, dv), shapes, strict=True))
+    return (*grads, _empty_to_zero(_rows_first(out, shapes[0]), lengths, suffix)) if wants_out else grads
+
+
+# ------------------------------------------------------------------------------------------------------------------ ops
+def uses_matmul(q: Tensor, k: Tensor) -> bool:
+    """Whether attention runs as matmul + softmax, whose backward computes the probabilities again."""
+    small = q.dtype == torch.bfloat16 and k.shape[2] <= MATMUL_KEYS
+    return small and q.device.type == "cpu" and backend.resolve(q) == "torch"
+
+
+def _few_queries(q: Tensor, causal: bool) -> bool:
+    return backend.resolve(q) == "triton" and q.shape[2] <= QUERIES and not causal
+
+
+@torch.library.custom_op(
+    "u2a_fast::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? lengths, SymInt suffix, bool causal) -> (Tensor, Tensor)",
+)
+def _forward(q, k, v, lengths, suffix, causal):
+    """out [B, H, Sq, Dh], laid out as [B, Sq, H, Dh], and the row log-sum-exp [B * H, Sq] (empty where not kept)."""
+    if _few_queries(q, causal):
+        return forward_triton(q, k, v, lengths, suffix)
+    return forward_aten(q, k, v, lengths, suffix, causal), q.new_empty(0)
+
+
+@_forward.register_fake
+def _(q, k, v, lengths, suffix, causal):
+    if _few_queries(q, causal):
+        return rows_first(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=backend.wide(q.dtype))
+    return rows_first(q), q.new_empty(0)
+
+
+@torch.library.custom_op(
+    "u2a_fast::attention_backward",
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? out, Tensor? lse, SymInt suffix, "
+    "bool causal) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(d_out, q, k, v, lengths, out, lse, suffix, causal):
+    """dq, dk and dv, each [B, H, S, Dh] laid out as [B, S, H, Dh]. `out` and `lse` are given to the Triton kernel."""
+    if lse is not None:
+        return backward_triton(d_out, q, k, v, lengths, out, lse, suffix)
+    return backward_aten(d_out, q, k, v, lengths, suffix, causal)
+
+
+@_backward.register_fake
+def _(d_out, q, k, v, lengths, out, lse, suffix, causal):
+    return rows_first(q), rows_first(k), rows_first(v)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.suffix, ctx.causal = inputs
+    out, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, *((out, lse) if lse.ndim == 2 else (None, None)))
+
+
+def _gradients(ctx, d_out, _):
+    if d_out is None:
+        return (None,) * 6
+    grads = _backward(d_out, *ctx.saved_tensors, ctx.suffix, ctx.causal)
+    needs = ctx.needs_input_grad
+    return *(g if need else None for g, need in zip(grads, needs[:3], strict=True)), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+# --------------------------------------------------------------------------------------------------------------- public
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    suffix: int = 0,
+    read_only: int = 0,
+    causal: bool = False,
+) -> Tensor:
+    """Softmax attention, scaled by Dh^-0.5.
+
+    Args:
+        q: [B, H, Sq, Dh]. Sq may differ from S (queries only), with neither `read_only` nor `causal`.
+        k, v: [B, H, S, Dh]; any strides, as views of one q,k,v buffer have.
+        lengths: [B] integers: how many of the token rows, from the first on, are keys. All of them without it.
+        suffix: how many rows after the token rows are keys whatever the lengths.
+        read_only: how many rows at the very end see the other rows and are seen by none.
+        causal: row i sees rows up to i only.
+
+    Returns:
+        [B, H, Sq, Dh] in the dtype of q (the autocast dtype under autocast). Rows of padding are finite and undefined;
+        where a sample has no key at all the result is 0.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or counts that do not fit together.
+
+    >>> v = torch.tensor([1.0, 3.0, 50.0]).view(1, 1, 3, 1)
+    >>> attention(torch.zeros_like(v), v, v, lengths=torch.tensor([2]))[0, 0, 0]
+    tensor([2.])
+    """
+    _check(q, k, v, lengths, suffix, read_only, causal)
+    q, k, v = (backend.in_autocast_dtype(t) for t in (q, k, v))
+    if backend.resolve(q, k, v, lengths) == "reference":
+        return _reference(q, k, v, lengths, suffix, read_only, causal)
+    if read_only == 0:
+        return _run(q, k, v, lengths, suffix, causal)
+    rows = q.shape[2] - read_only
+    k, v = k[:, :, :rows], v[:, :, :rows]
+    ordinary = _run(q[:, :, :rows], k, v, lengths, suffix, causal)
+    readers = _run(q[:, :, rows:], k, v, lengths, suffix, False)
+    return torch.cat((ordinary.transpose(1, 2), readers.transpose(1, 2)), 1).transpose(1, 2)
+
+
+def _run(q, k, v, lengths, suffix, causal):
+    """Attention without read-only rows, by the implementation that suits device, dtype and shape."""
+    if uses_matmul(q, k) or _few_queries(q, causal):
+        return _forward(q, k, v, lengths, suffix, causal)[0]
+    if lengths is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape == k.shape:
+        function = None if torch.compiler.is_compiling() else _flash()  # it packs by counts that a graph does not have
+        if function is not None:
+            return _packed(function, q, k, v, lengths, suffix, causal)
+    return _sdpa(q, k, v, lengths, suffix, causal)
+
+
+def _check(q, k, v, lengths, suffix, read_only, causal):
+    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3:] != q.shape[3:]:
+        raise ValueError(
+            f"q must be [B, H, Sq, Dh] and k, v [B, H, S, Dh], not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(f"q, k and v must have one floating point dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if lengths is not None and (lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"lengths must be {list(q.shape[:1])} integers, not {lengths.dtype} {list(lengths.shape)}; a padding mask "
+            "with holes or on the left has to be packed first"
+        )
+    if min(suffix, read_only) < 0 or suffix + read_only > k.shape[2]:
+        raise ValueError(
+            f"suffix {suffix} and read_only {read_only} must be counts of the {k.shape[2]} rows of k and v"
+        )
+    if q.shape[2] != k.shape[2] and (read_only or causal):
+        raise ValueError(
+            f"read_only and causal need as many rows in q as in k and v, not {q.shape[2]} and {k.shape[2]}: "
+            "leave them out"
+        )

@@ -1,0 +1,204 @@
+"""The Triton kernels of `attention` for up to 64 query rows: one program holds all queries of a (sample, head) pair.
+
+Keys pass by in blocks of 64 with a running softmax; hidden keys and values are not read. The backward computes the
+probabilities again from the row log-sum-exp, and as no other program has the pair's keys, dK and dV are written once.
+
+q [B, H, Sq, Dh], k and v [B, H, S, Dh] with any strides but the last, which is 1; lse [B * H, Sq].
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import backend
+from .backend import jit, tl
+from .tiling import accumulator, dot_precision
+
+QUERIES = 64
+FORWARD_TILE = {"BN": 64, "num_warps": 4, "num_stages": 2}
+BACKWARD_TILE = {"BN": 64, "num_warps": 4, "num_stages": 2}
+
+
+@jit
+def rows_at(X, b, h, rows, columns, stride_b, stride_h, stride_s):
+    """Addresses [rows, columns] within a pair (b, h) of X [B, H, S, Dh]."""
+    return X + b.to(tl.int64) * stride_b + h * stride_h + rows[:, None].to(tl.int64) * stride_s + columns[None, :]
+
+
+@jit
+def key_is_visible(rn, length, TOKENS, S):
+    """The first `length` of TOKENS token rows, and the suffix rows after all of them."""
+    return (rn < length) | ((rn >= TOKENS) & (rn < S))
+
+
+@jit
+def attention_small_query_forward(
+    Q,
+    K,
+    V,
+    LENGTHS,  # [B] or None
+    OUT,  # [B, H, Sq, Dh]
+    LSE,  # [B * H, Sq] fp32
+    scale,
+    H,
+    SQ,
+    S,
+    TOKENS,  # S without the suffix rows
+    DH,
+    Q_B, Q_H, Q_S,
+    K_B, K_H, K_S,
+    V_B, V_H, V_S,
+    OUT_B, OUT_H, OUT_S,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """A row without a visible key gives 0, and its log-sum-exp is stored as 0."""
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    rq, rd = tl.arange(0, BQ), tl.arange(0, BD)
+    qok, dok = rq < SQ, rd < DH
+    length = TOKENS
+    if LENGTHS is not None:
+        length = tl.minimum(tl.load(LENGTHS + b), TOKENS).to(tl.int32)
+    q_mask = qok[:, None] & dok[None, :]
+    q = tl.load(rows_at(Q, b, h, rq, rd, Q_B, Q_H, Q_S), mask=q_mask, other=0.0)
+    top = tl.full((BQ,), -1e30, ACC)
+    total = tl.zeros((BQ,), ACC)
+    acc = tl.zeros((BQ, BD), ACC)
+    for n in range(0, S, BN):
+        rn = n + tl.arange(0, BN)
+        visible = key_is_visible(rn, length, TOKENS, S)
+        mask = visible[:, None] & dok[None, :]
+        k = tl.load(rows_at(K, b, h, rn, rd, K_B, K_H, K_S), mask=mask, other=0.0)
+        v = tl.load(rows_at(V, b, h, rn, rd, V_B, V_H, V_S), mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * scale
+        scores = tl.where(visible[None, :], scores, -1e30)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.where(visible[None, :], tl.exp(scores - new_top[:, None]), 0.0)
+        keep = tl.exp(top - new_top)
+        total = total * keep + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], out_dtype=ACC, input_precision=PRECISION)
+        top = new_top
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    out = (acc / total[:, None]).to(OUT.dtype.element_ty)
+    tl.store(rows_at(OUT, b, h, rq, rd, OUT_B, OUT_H, OUT_S), out, mask=q_mask)
+    lse = tl.where(seen, top + tl.log(total), 0.0)
+    tl.store(LSE + tl.program_id(0).to(tl.int64) * SQ + rq, lse, mask=qok)
+
+
+@jit
+def attention_small_query_backward(
+    D_OUT,
+    Q,
+    K,
+    V,
+    LENGTHS,  # [B] or None
+    OUT,  # [B, H, Sq, Dh]
+    LSE,  # [B * H, Sq] fp32
+    D_Q,
+    D_K,
+    D_V,
+    scale,
+    H,
+    SQ,
+    S,
+    TOKENS,  # S without the suffix rows
+    DH,
+    DO_B, DO_H, DO_S,
+    Q_B, Q_H, Q_S,
+    K_B, K_H, K_S,
+    V_B, V_H, V_S,
+    OUT_B, OUT_H, OUT_S,  # of OUT and D_Q
+    DK_B, DK_H, DK_S,  # of D_K and D_V
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """dS = P (dP - rowsum(dO O)) scale;  dQ = dS K,  dK = dS^T Q,  dV = P^T dO."""
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    rq, rd = tl.arange(0, BQ), tl.arange(0, BD)
+    qok, dok = rq < SQ, rd < DH
+    length = TOKENS
+    if LENGTHS is not None:
+        length = tl.minimum(tl.load(LENGTHS + b), TOKENS).to(tl.int32)
+    q_mask = qok[:, None] & dok[None, :]
+    q = tl.load(rows_at(Q, b, h, rq, rd, Q_B, Q_H, Q_S), mask=q_mask, other=0.0)
+    d_out = tl.load(rows_at(D_OUT, b, h, rq, rd, DO_B, DO_H, DO_S), mask=q_mask, other=0.0)
+    out = tl.load(rows_at(OUT, b, h, rq, rd, OUT_B, OUT_H, OUT_S), mask=q_mask, other=0.0)
+    delta = tl.sum(d_out.to(ACC) * out.to(ACC), 1)
+    lse = tl.load(LSE + tl.program_id(0).to(tl.int64) * SQ + rq, mask=qok, other=0.0)
+    dq = tl.zeros((BQ, BD), ACC)
+    for n in range(0, S, BN):
+        rn = n + tl.arange(0, BN)
+        visible = key_is_visible(rn, length, TOKENS, S)
+        mask = visible[:, None] & dok[None, :]
+        k = tl.load(rows_at(K, b, h, rn, rd, K_B, K_H, K_S), mask=mask, other=0.0)
+        v = tl.load(rows_at(V, b, h, rn, rd, V_B, V_H, V_S), mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * scale
+        scores = tl.where(visible[None, :] & qok[:, None], scores, -1e30)
+        p = tl.exp(scores - lse[:, None])
+        dv = tl.dot(tl.trans(p.to(v.dtype)), d_out, out_dtype=ACC, input_precision=PRECISION)
+        dp = tl.dot(d_out, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
+        ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
+        dk = tl.dot(tl.trans(ds), q, out_dtype=ACC, input_precision=PRECISION)
+        dq = tl.dot(ds, k, dq, out_dtype=ACC, input_precision=PRECISION)
+        mask = (rn < S)[:, None] & dok[None, :]
+        tl.store(rows_at(D_K, b, h, rn, rd, DK_B, DK_H, DK_S), dk.to(D_K.dtype.element_ty), mask=mask)
+        tl.store(rows_at(D_V, b, h, rn, rd, DK_B, DK_H, DK_S), dv.to(D_V.dtype.element_ty), mask=mask)
+    tl.store(rows_at(D_Q, b, h, rq, rd, OUT_B, OUT_H, OUT_S), dq.to(D_Q.dtype.element_ty), mask=q_mask)
+
+
+def rows_first(t: Tensor) -> Tensor:
+    """New memory for [B, H, S, Dh], laid out as [B, S, H, Dh]."""
+    b, h, s, d = t.shape
+    return t.new_empty(b, s, h, d).transpose(1, 2)
+
+
+def _unit_stride(*tensors: Tensor) -> list[Tensor]:
+    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+
+
+def _tile(width: int, least: int = 16) -> int:
+    """The power of two that holds `width`, at least what a matrix unit takes."""
+    return max(least, 1 << (width - 1).bit_length())
+
+
+def _launch(kernel, tensors, strided, shape, keys, suffix, tile):
+    (b, h, rows, d), dtype = shape, strided[0].dtype
+    backend.launch(
+        kernel,
+        (b * h,),
+        *tensors,
+        *(d**-0.5, h, rows, keys, keys - suffix, d),
+        *(stride for t in strided for stride in t.stride()[:3]),
+        ACC=accumulator(dtype),
+        PRECISION=dot_precision(),
+        BQ=_tile(rows),
+        BD=_tile(d),
+        **tile,
+    )
+
+
+def forward_triton(q, k, v, lengths, suffix):
+    """out, laid out as [B, Sq, H, Dh], and the row log-sum-exp."""
+    q, k, v = _unit_stride(q, k, v)
+    out, lse = rows_first(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=backend.wide(q.dtype))
+    tensors = q, k, v, lengths, out, lse
+    _launch(attention_small_query_forward, tensors, (q, k, v, out), q.shape, k.shape[2], suffix, FORWARD_TILE)
+    return out, lse
+
+
+def backward_triton(d_out, q, k, v, lengths, out, lse, suffix):
+    """dq, dk, dv, laid out as [B, S, H, Dh]."""
+    d_out, q, k, v = _unit_stride(d_out, q, k, v)
+    dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
+    out = out if out.stride() == dq.stride() else rows_first(out).copy_(out)
+    tensors = d_out, q, k, v, lengths, out, lse, dq, dk, dv
+    strided = d_out, q, k, v, dq, dk
+    _launch(attention_small_query_backward, tensors, strided, q.shape, k.shape[2], suffix, BACKWARD_TILE)
+    return dq, dk, dv

@@ -1,0 +1,348 @@
+"""What our Triton kernels become on GPUs that need not be there: registers, spills, loads, occupancy, roofline.
+
+    python -m u2a_fast.kernels.compile_report             a table
+    python -m u2a_fast.kernels.compile_report --json      the rows, for programs
+    python -m u2a_fast.kernels.compile_report --check     also the budgets; exit status 1 if one is broken
+
+Triton compiles without a driver. What its assemblers make tells whether loads are 16 bytes wide, whether the matrix
+units are used, whether registers spill, and how many blocks fit on one multiprocessor. `computed_us` is
+max(bytes / bandwidth, operations / peak) from the data sheet of the target's device, every operand moved once: a bound
+that was computed, never a time that was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from . import backend
+from .backend import triton
+from .compile_cases import CASES, FLOPS, GEMMS, MATRIX_UNITS, MINIMUM_RATIO, RATIOS, SHAPES, VIT_B, YARDSTICK
+
+
+@dataclass(frozen=True)
+class Device:
+    """A data sheet: bytes/s, dense bf16 and int8 operations/s, shared memory of a multiprocessor and of one block."""
+
+    name: str
+    bandwidth: float
+    bf16: float
+    int8: float
+    shared: int
+    shared_block: int
+    registers: int = 65536
+    warps: int = 64
+    blocks: int = 32
+
+
+DEVICES = {
+    "sm_80": Device("A100 80GB", 2.04e12, 312e12, 624e12, 164 * 1024, 163 * 1024),
+    "sm_90": Device("H100 SXM", 3.35e12, 989e12, 1979e12, 228 * 1024, 227 * 1024),
+    "sm_100": Device("B200", 8.0e12, 2250e12, 4500e12, 228 * 1024, 227 * 1024),
+    "gfx942": Device("MI300X", 5.3e12, 1307e12, 2614e12, 64 * 1024, 64 * 1024),
+}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int32: "*i32"}
+POINTERS |= {torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8"}
+LAUNCH_OPTIONS = ("num_warps", "num_stages")
+
+
+# -------------------------------------------------------------------------------------------------- what is launched
+@dataclass(frozen=True)
+class Launch:
+    """One launch seen from outside: what is compiled, what it moves and what it computes."""
+
+    kernel: Callable
+    signature: tuple[tuple[str, str], ...]  # argument, Triton type
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[str, ...]  # arguments known to be multiples of 16
+    options: tuple[tuple[str, int], ...]
+    bytes: int
+    flops: int
+    int8: bool
+
+    @property
+    def binary(self) -> tuple:
+        return self.kernel.__name__, self.signature, self.constants, self.divisible, self.options
+
+
+def record(run: Callable[[], object]) -> list[Launch]:
+    """The launches that `run` makes on meta tensors; nothing runs."""
+    launches: list[Launch] = []
+    real, backend.launch = (
+        backend.launch,
+        lambda kernel, grid, *args, **options: launches.append(
+            _describe(kernel, dict(zip(kernel.arg_names, args, strict=False)), options)
+        ),
+    )
+    try:
+        run()
+    finally:
+        backend.launch = real
+    return launches
+
+
+def _describe(kernel: Callable, arguments: dict, options: dict) -> Launch:
+    constants = {k: v for k, v in options.items() if k not in LAUNCH_OPTIONS}
+    constants |= {k: None for k, v in arguments.items() if v is None}
+    types = {k: _type(v) for k, v in arguments.items()} | dict.fromkeys(constants, "constexpr")
+    tensors = [v for v in arguments.values() if torch.is_tensor(v)]
+    sizes = {k: v for k, v in arguments.items() if isinstance(v, int)}
+    return Launch(
+        kernel=kernel,
+        signature=tuple((k, types[k]) for k in kernel.arg_names),
+        constants=tuple(sorted(constants.items())),
+        divisible=tuple(k for k, v in arguments.items() if torch.is_tensor(v) or (k in sizes and v % 16 == 0)),
+        options=tuple((k, options[k]) for k in LAUNCH_OPTIONS if k in options),
+        bytes=sum(t.numel() * t.element_size() for t in tensors),
+        flops=FLOPS[kernel.__name__](sizes | constants),
+        int8=torch.is_tensor(tensors[0]) and tensors[0].dtype == torch.int8,
+    )
+
+
+def _type(value) -> str:
+    if torch.is_tensor(value):
+        return POINTERS[value.dtype]
+    if isinstance(value, int):
+        return "i32" if value < 2**31 else "i64"
+    return "fp32" if isinstance(value, float) else "constexpr"
+
+
+# --------------------------------------------------------------------------------------------------- what it becomes
+def compile_launch(launch: Launch, target: str) -> dict:
+    """Compile for `target` and read the listing: regs, spills, shared_bytes, mma, loads, occupancy."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
+    names = launch.kernel.arg_names
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.divisible}
+    options = dict(launch.options) | {"enable_fp_fusion": True}
+    if amd and "num_stages" in options:
+        options["num_stages"] = min(options["num_stages"], backend.MOST_AMD_STAGES)
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
+    compiled = triton.compile(source, target=gpu, options=options)
+    found = _read_amd(compiled.asm["amdgcn"]) if amd else _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
+    found["shared_bytes"] = compiled.metadata.shared
+    found["occupancy"] = occupancy(target, found, compiled.metadata.num_warps)
+    return found
+
+
+def _read_nvidia(ptx: str, cubin: bytes) -> dict:
+    """Registers and stack of the binary; the rest from the PTX, whose loads and matrix instructions map one to one."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    count = lambda pattern: len(re.findall(pattern, ptx))  # noqa: E731
+    tensor_copies = count(r"cp\.async\.bulk")
+    return {
+        "regs": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "mma": count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"),
+        "loop_loads": count(r"cp\.async\.c[ag]") + tensor_copies,
+        "loop_loads16": count(r"cp\.async\.cg[^;]*\], 0x10") + tensor_copies,
+        "vec16_loads": count(r"cp\.async\.cg[^;]*\], 0x10|ld\.global[\w.:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)")
+        + tensor_copies,
+    }
+
+
+def _read_amd(listing: str) -> dict:
+    loads = re.findall(r"^\s+(?:global|buffer)_load_(\w+)", listing, re.M)
+    wide = sum(load.startswith("dwordx4") for load in loads)
+    return {
+        "regs": int(re.search(r"\.vgpr_count:\s+(\d+)", listing)[1]),
+        "spills": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", listing)[1]),
+        "mma": len(re.findall(r"^\s+v_mfma", listing, re.M)),
+        "loop_loads": len(loads),
+        "loop_loads16": wide,
+        "vec16_loads": wide,
+        "waves": int(re.search(r"; Occupancy: (\d+)", listing)[1]),
+    }
+
+
+def occupancy(target: str, found: dict, warps: int) -> int:
+    """Blocks that fit on one multiprocessor."""
+    device, shared = DEVICES[target], found["shared_bytes"]
+    if shared > device.shared_block:
+        return 0
+    if target.startswith("gfx"):
+        by_shared = device.shared // shared if shared else device.blocks
+        return min(found.pop("waves") * 4 // warps, by_shared)  # four SIMD units
+    per_warp = -(-found["regs"] * 32 // 256) * 256  # registers are handed out 256 at a time, to four schedulers
+    by_registers = device.registers // per_warp // 4 * 4 // warps
+    by_shared = device.shared // (-(-(shared + 1024) // 128) * 128)  # 1 KiB of each block is the system's
+    return min(by_registers, by_shared, device.warps // warps, device.blocks)
+
+
+def computed_us(launch: Launch, target: str) -> float:
+    device = DEVICES[target]
+    peak = device.int8 if launch.int8 else device.bf16
+    return 1e6 * max(launch.bytes / device.bandwidth, launch.flops / peak)
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+def report(cases=CASES, targets=tuple(DEVICES), processes: int = 2) -> list[dict]:
+    """One row per launch and target; launches that give the same binary are compiled once."""
+    launches = [
+        (case, shape, rank, launch)
+        for case in cases
+        for shape in SHAPES
+        for rank in case.ranks
+        for launch in record(lambda case=case, shape=shape, rank=rank: case.run(shape, rank))
+    ]
+    jobs = {(launch.binary, target): (launch, target) for *_, launch in launches for target in targets}
+    found = dict(zip(jobs, _compile_all(list(jobs.values()), processes), strict=True))
+    return [_row(*entry, target, found[entry[-1].binary, target]) for entry in launches for target in targets]
+
+
+def _compile_all(jobs: list[tuple[Launch, str]], processes: int) -> list[dict]:
+    global _jobs  # inherited by the forked processes: kernels cannot be pickled
+    _jobs = jobs
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_compile_job, range(len(jobs))))
+
+
+def _compile_job(index: int) -> dict:
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a fifth of the time; the code is the same
+    return compile_launch(*_jobs[index])
+
+
+def _row(case, shape, rank: int, launch: Launch, target: str, found: dict) -> dict:
+    name = launch.kernel.__name__
+    return {
+        "kernel": name if name.startswith(case.function) else f"{case.function}.{name}",
+        "function": case.function,
+        "phase": case.phase,
+        "variant": case.variant,
+        "shape": shape.model,
+        "rank": rank,
+        "target": target,
+        **found,
+        "bytes": launch.bytes,
+        "flops": launch.flops,
+        "computed_us": round(computed_us(launch, target), 2),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the budgets
+def broken_budgets(rows: list[dict]) -> list[str]:
+    """What is over budget, one sentence each."""
+    binaries = {tuple(row[k] for k in ("kernel", "variant", "rank", "target")): row for row in rows}
+    broken = [f"{_label(row)}: {fault}" for row in binaries.values() for fault in _faults(row)]
+    return broken + _ratios_over(rows) + _bytes_over(rows)
+
+
+def _label(row: dict) -> str:
+    return f"{row['kernel']} ({row['variant']}, r = {row['rank']}, {row['target']})"
+
+
+def _faults(row: dict) -> list[str]:
+    kernel = row["kernel"].split(".")[-1]
+    pipelined_bf16 = kernel in GEMMS and row["variant"] in ("bf16", "frozen")
+    checks = {
+        f"{row['spills']} bytes of registers spill": row["spills"] > 0,
+        f"{row['shared_bytes']} bytes of shared memory fit on no multiprocessor": row["occupancy"] == 0,
+        "no matrix instruction": kernel in MATRIX_UNITS and row["mma"] == 0,
+        "no 16-byte load": kernel in MATRIX_UNITS and row["vec16_loads"] == 0,
+        "no 16-byte load in the K loop": kernel in GEMMS and row["loop_loads16"] == 0,
+        f"{row['occupancy']} block per multiprocessor": pipelined_bf16
+        and row["target"] == "sm_90"
+        and row["occupancy"] < 2,
+    }
+    return [fault for fault, is_broken in checks.items() if is_broken]
+
+
+def computed_total(rows: list[dict], function: str, phase: str, variant: str, **where) -> float:
+    """Computed microseconds of a case on an H100; by default ViT-B at rank 8."""
+    where = {"shape": VIT_B.model, "rank": 8, "target": "sm_90"} | where
+    where |= {"function": function, "phase": phase, "variant": variant}
+    chosen = [row["computed_us"] for row in rows if all(row[k] == v for k, v in where.items())]
+    if not chosen:
+        raise ValueError(f"no row of the report has {where}")
+    return sum(chosen)
+
+
+def computed_ratios(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """{what: (computed time over that of the frozen product alone, limit)}"""
+    alone = computed_total(rows, *YARDSTICK)
+    return {
+        what: (sum(times * computed_total(rows, *case) for case, times in parts.items()) / alone, limit)
+        for what, limit, parts in RATIOS
+    }
+
+
+def _ratios_over(rows: list[dict]) -> list[str]:
+    ratios = computed_ratios(rows)
+    return [
+        f"{what}: computed {r:.2f} of the frozen product alone, over {limit}"
+        for what, (r, limit) in ratios.items()
+        if r > limit
+    ]
+
+
+def _bytes_over(rows: list[dict]) -> list[str]:
+    broken = []
+    for case in CASES:
+        for shape in SHAPES if case.minimum_bytes else ():
+            for rank in case.ranks:
+                moved = sum(launch.bytes for launch in record(lambda c=case, s=shape, r=rank: c.run(s, r)))
+                least = case.minimum_bytes(shape, rank)
+                if moved > MINIMUM_RATIO * least:
+                    what = f"{case.function} {case.phase} ({case.variant}, {shape.model}, r = {rank})"
+                    broken.append(f"{what}: moves {moved / least:.3f} times the {least} bytes it must")
+    return broken
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+COLUMNS = ("kernel", "variant", "shape", "rank", "target", "regs", "spills", "shared_bytes", "mma", "vec16_loads")
+COLUMNS += ("occupancy", "bytes", "flops", "computed_us")
+
+
+def print_table(rows: list[dict]) -> None:
+    cells = [COLUMNS, *([str(row[c]) for c in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    devices = ", ".join(f"{target} {device.name}" for target, device in DEVICES.items())
+    print(f"\ncomputed_us: from counted bytes and operations and data sheets ({devices}); computed, never measured")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m u2a_fast.kernels.compile_report", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a budget is broken")
+    options = parser.parse_args(arguments)
+    if triton is None or backend.interpreting():
+        print("the report needs the package triton, and TRITON_INTERPRET unset", file=sys.stderr)
+        return 2
+    rows = report()
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print_table(rows)
+    if not options.check:
+        return 0
+    broken = broken_budgets(rows)
+    for what, (ratio, limit) in computed_ratios(rows).items():
+        print(f"{what}: computed {ratio:.2f} of the frozen product alone, at most {limit}", file=sys.stderr)
+    print("\n".join(broken) or "every budget is kept", file=sys.stderr)
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The backward of linear_lowrank and lora_linear in three passes: G and dB, dX, dA.
+
+    G = s dY B            dX = dY W + mask (G A)            dA = G^T (mask x)            dB = s dY^T S
+
+dY [M, N], W [N, K] (floating, or int8 with scales [N]), A [groups * r, K], B [N, r], x [M, K], S and G [M, groups * r];
+G is the gradient of S. One pass over dY makes G and dB together. The scales of an int8 W lie along the summed dimension
+of dX, so the tile of W is scaled. A GEMM starts from the low-rank product, which alone is masked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .backend import jit, tl
+from .dropout import kept, kept_tile, threshold
+from .quantize import dequantize_rows_reference
+from .reduce import launch_reduce_rows, launch_sum_parts, splits
+from .tiling import accumulator, dot_precision, gemm_tile, rank_tile, tile_index
+
+LOW_RANK_TILE = {"BM": 64, "num_warps": 8, "num_stages": 3}
+
+
+# -------------------------------------------------------------------------------------------------------------- Triton
+@jit
+def lora_linear_backward_low_rank(
+    DY,  # [M, GROUPS * WIDTH]
+    S,  # [M, GROUPS * R] or None: no dB then
+    B,  # [GROUPS * WIDTH, R]
+    G_PARTS,  # [column tiles of a group, M, GROUPS * R] fp32
+    DB_PARTS,  # [SPLIT, GROUPS * WIDTH, R] fp32, or None
+    M,
+    WIDTH,
+    SPLIT,
+    R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Parts of dY B and of dY^T S from one reading of dY: a program owns BN columns, BR ranks and a range of rows."""
+    tiles = tl.cdiv(WIDTH, BN)
+    group, part, split = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    column = part * BN + tl.arange(0, BN)
+    nok = column < WIDTH
+    rn = group * WIDTH + column
+    rr = tl.program_id(2) * BR + tl.arange(0, BR)
+    rok = rr < R
+    rm = tl.arange(0, BM)
+    b = tl.load(B + rn[:, None] * R + rr[None, :], mask=nok[:, None] & rok[None, :], other=0.0)
+    b = b.to(DY.dtype.element_ty)
+    db = tl.zeros((BN, BR), ACC)
+    rows = tl.cdiv(tl.cdiv(M, BM), SPLIT) * BM
+    for m in range(split * rows, min((split + 1) * rows, M), BM):
+        row = (m + rm).to(tl.int64)
+        mok = m + rm < M
+        dy_at = DY + row[:, None] * (GROUPS * WIDTH) + rn[None, :]
+        dy = tl.load(dy_at, mask=mok[:, None] & nok[None, :], other=0.0)
+        low = row[:, None] * (GROUPS * R) + group * R + rr[None, :]
+        mask = mok[:, None] & rok[None, :]
+        g = tl.dot(dy, b, out_dtype=ACC, input_precision=PRECISION)
+        tl.store(G_PARTS + part.to(tl.int64) * M * (GROUPS * R) + low, g, mask=mask)
+        if S is not None:
+            s = tl.load(S + low, mask=mask, other=0.0)
+            db = tl.dot(tl.trans(dy), s, db, out_dtype=ACC, input_precision=PRECISION)
+    if S is not None:
+        db_at = DB_PARTS + split.to(tl.int64) * (GROUPS * WIDTH * R) + rn[:, None] * R + rr[None, :]
+        tl.store(db_at, db, mask=nok[:, None] & rok[None, :])
+
+
+@jit
+def lora_linear_backward_input(
+    DY,  # [M, N]
+    W,  # [N, K], int8 if WS is given
+    WS,  # [N] fp32 or None
+    G,  # [M, R] or None; here R counts the ranks of all groups
+    A,  # [R, K]
+    SEED,  # [] int64 or None
+    DX,  # [M, K]
+    dropped_below,
+    scale,  # 1 / (1 - p)
+    M,
+    N,
+    K,
+    R: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """dX = dY W + mask (G A)"""
+    pm, pk = tile_index(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BN))
+    rm = pm * BM + tl.arange(0, BM)
+    row = rm[:, None].to(tl.int64)
+    rk = pk * BN + tl.arange(0, BN)  # columns of dX
+    rn = tl.arange(0, BK)  # the summed dimension
+    mok = rm < M
+    kok = rk < K
+    acc = tl.zeros((BM, BN), ACC)
+    if G is not None:
+        for r in tl.range(0, R, BR, num_stages=1):
+            rr = r + tl.arange(0, BR)
+            g = tl.load(G + row * R + rr[None, :], mask=mok[:, None] & (rr < R)[None, :], other=0.0)
+            a = tl.load(A + rr[:, None] * K + rk[None, :], mask=(rr < R)[:, None] & kok[None, :], other=0.0)
+            acc = tl.dot(g, a.to(g.dtype), acc, out_dtype=ACC, input_precision=PRECISION)
+        if SEED is not None:
+            acc = tl.where(kept_tile(SEED, rm, rk, dropped_below), acc * scale, 0.0)
+    dy_at = DY + row * N + rn[None, :]
+    w_at = W + rn[:, None] * K + rk[None, :]
+    for n in range(0, N, BK):
+        nok = rn < N - n
+        dy = tl.load(dy_at, mask=mok[:, None] & nok[None, :], other=0.0)
+        w = tl.load(w_at, mask=nok[:, None] & kok[None, :], other=0)
+        if WS is not None:
+            w = w.to(ACC) * tl.load(WS + n + rn, mask=nok, other=0.0)[:, None]
+        acc = tl.dot(dy, w.to(dy.dtype), acc, out_dtype=ACC, input_precision=PRECISION)
+        dy_at += BK
+        w_at += BK * K
+    tl.store(DX + row * K + rk[None, :], acc.to(DX.dtype.element_ty), mask=mok[:, None] & kok[None, :])
+
+
+def launch_low_rank(dy, s, lora_b, scaling, groups):
+    """(G [M, groups * r], dB [N, r] or None): dy [M, N], s [M, groups * r] or None, lora_b [N, r]."""
+    (m, n), r = dy.shape, lora_b.shape[1]
+    block, split = rank_tile(r), splits(m, 2 * r)
+    columns = 256 if block == 16 else 128
+    tiles = -(-n // groups // columns)
+    g_parts = dy.new_empty(tiles, m, groups * r, dtype=backend.wide(dy.dtype))
+    db_parts = None if s is None else g_parts.new_empty(split, n, r)
+    backend.launch(
+        lora_linear_backward_low_rank,
+        (groups * tiles, split, -(-r // block)),
+        *(dy, s, lora_b, g_parts, db_parts, m, n // groups, split),
+        R=r,
+        GROUPS=groups,
+        ACC=accumulator(dy.dtype),
+        PRECISION=dot_precision(),
+        BN=columns,
+        BR=block,
+        **LOW_RANK_TILE,
+    )
+    db = None if s is None else launch_sum_parts(db_parts, scaling, lora_b.dtype)
+    return launch_sum_parts(g_parts, scaling, dy.dtype), db
+
+
+def launch_input(dy, weight, weight_scale, g, lora_a, dropout, seed):
+    """dX [M, K]: dy [M, N], weight [N, K]; g [M, groups * r] and lora_a [groups * r, K], or neither."""
+    (m, n), k, tile = dy.shape, weight.shape[1], gemm_tile(dy.dtype)
+    r = 0 if lora_a is None else lora_a.shape[0]
+    dx, mask = dy.new_empty(m, k), (threshold(dropout), 1 / (1 - dropout))
+    backend.launch(
+        lora_linear_backward_input,
+        (-(-m // tile["BM"]) * -(-k // tile["BN"]),),
+        *(dy, weight, weight_scale, g if r else None, lora_a, seed, dx, *mask, m, n, k),
+        R=r,
+        ACC=accumulator(dy.dtype),
+        PRECISION=dot_precision(),
+        BR=min(32, rank_tile(r)),
+        **tile,
+    )
+    return dx
+
+
+def linear_backward_triton(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
+    """As `linear_backward_aten`."""
+    x, weight, s, lora_a, lora_b = (None if t is None else t.contiguous() for t in (x, weight, s, lora_a, lora_b))
+    dx = g = da = db = None
+    if lora_b is not None:
+        g, db = launch_low_rank(dy, s, lora_b, scaling, groups)
+    if weight is not None:
+        dx = launch_input(dy, weight, weight_scale, None if lora_a is None else g, lora_a, dropout, seed)
+    if x is not None:
+        da = launch_reduce_rows(g, x, lora_a.dtype, dropout, seed)
+    return dx, g if wants_ds else None, da, db
+
+
+# ---------------------------------------------------------------------------------------------------------------- ATen
+def blocks(n: int, r: int, groups: int) -> list[tuple[slice, slice]]:
+    """(rows of B, columns of S) of each diagonal block."""
+    width = n // groups
+    return [(slice(g * width, (g + 1) * width), slice(g * r, (g + 1) * r)) for g in range(groups)]
+
+
+def as_float(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if weight_scale is None else dequantize_rows_reference(weight, weight_scale, dtype)
+
+
+def linear_backward_aten(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
+    """(dX, dS = G, dA, dB), None for those whose operand (weight, wants_ds, x, s) is not given. dy [M, N]."""
+    dx = g = da = db = mask = None
+    if wants_ds or lora_a is not None:
+        g, b = dy.new_empty(dy.shape[0], groups * lora_b.shape[1]), lora_b.to(dy.dtype)
+        for rows, columns in blocks(*b.shape, groups):
+            torch.addmm(g[:, columns], dy[:, rows], b[rows], beta=0, alpha=scaling, out=g[:, columns])
+    if lora_a is not None and seed is not None:
+        mask = kept(dy.shape[0], lora_a.shape[1], dropout, seed)
+    if weight is not None and lora_a is None:
+        dx = dy @ as_float(weight, weight_scale, dy.dtype)
+    elif weight is not None:
+        a = lora_a.to(dy.dtype)
+        dx = torch.addmm(a.new_empty(a.shape[1]), g, a, beta=0, alpha=1 / (1 - dropout))
+        dx = dx if mask is None else dx.mul_(mask)
+        dx.addmm_(dy, as_float(weight, weight_scale, dy.dtype))
+    if x is not None:
+        da = (g.t() @ (x if mask is None else torch.where(mask, x, 0))).to(lora_a.dtype).mul_(1 / (1 - dropout))
+    if s is not None:
+        db = dy.new_empty(lora_b.shape)
+        for rows, columns in blocks(*lora_b.shape, groups):
+            torch.mm(dy[:, rows].t(), s[:, columns], out=db[rows])
+        db = db.to(lora_b.dtype).mul_(scaling)
+    return dx, g if wants_ds else None, da, db
+
+
+# ----------------------------------------------------------------------------------------------------------------- ops
+def flat(t: Tensor | None) -> Tensor | None:
+    """[..., C] -> [M, C]"""
+    return None if t is None else t.reshape(-1, t.shape[-1])
+
+
+@torch.library.custom_op(
+    "u2a_fast::linear_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? x, Tensor? weight, Tensor? weight_scale, Tensor? s, Tensor? lora_a, Tensor? lora_b, "
+    "float scaling, int groups, float dropout, Tensor? seed, bool wants_ds) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_backward(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
+    """dX, dS, dA, dB; empty where the operand that stands for it (weight, wants_ds, x, s) is not given."""
+    backward = linear_backward_triton if backend.resolve(dy) == "triton" else linear_backward_aten
+    operands = (flat(dy).contiguous(), flat(x), weight, weight_scale, flat(s), lora_a, lora_b)
+    dx, ds, da, db = backward(*operands, scaling, groups, dropout, seed, wants_ds)
+    dx, ds = (None if t is None else t.view(*dy.shape[:-1], t.shape[1]) for t in (dx, ds))
+    return tuple(dy.new_empty(0) if t is None else t for t in (dx, ds, da, db))
+
+
+@linear_backward.register_fake
+def _(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
+    lead = dy.shape[:-1]
+    return (
+        dy.new_empty(0) if weight is None else dy.new_empty(*lead, weight.shape[1]),
+        dy.new_empty(*lead, groups * lora_b.shape[1]) if wants_ds else dy.new_empty(0),
+        dy.new_empty(0) if x is None else lora_a.new_empty(lora_a.shape),
+        dy.new_empty(0) if s is None else lora_b.new_empty(lora_b.shape),
+    )
+
+
+def save(ctx, x, weight, bias, weight_scale, s, lora_a, lora_b, seed):
+    """Keep the operands of the gradients that will be asked for and no others: x for dA and dW alone, S for dB."""
+    need_x, need_w, need_bias, need_low, need_b = ctx.needs_input_grad[:5]  # "low": A, or S where S is an input
+    ctx.s_is_input = lora_a is None and lora_b is not None
+    ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if need_bias else None
+    need_g = lora_b is not None and (need_low or (need_x and lora_a is not None))
+    ctx.save_for_backward(
+        x if need_w or (need_low and lora_a is not None) else None,
+        weight if need_x else None,
+        weight_scale if need_x else None,
+        s if need_b else None,
+        lora_a if need_g else None,
+        lora_b if need_g or need_b else None,
+        seed,
+    )
+
+
+def gradients(ctx, dy):
+    """(dX, dW, db, dA or dS, dB), None for those nobody asked for."""
+    if dy is None:
+        return (None,) * 5
+    x, weight, weight_scale, s, lora_a, lora_b, seed = ctx.saved_tensors
+    need_x, need_w, need_bias, need_low, need_b = ctx.needs_input_grad[:5]
+    dx = dweight = dbias = dlow = db = None
+    if need_x or need_low or need_b:
+        x_for_da = x if need_low and lora_a is not None else None
+        operands = (dy, x_for_da, weight, weight_scale, s, lora_a, lora_b)
+        wants_ds = need_low and ctx.s_is_input
+        dx, ds, da, db = linear_backward(*operands, ctx.scaling, ctx.groups, ctx.dropout, seed, wants_ds)
+        dlow = ds if ctx.s_is_input else da
+    if need_w:
+        dweight = (flat(dy).t() @ flat(x)).to(ctx.weight_dtype)
+    if need_bias:
+        dbias = flat(dy).sum(0, dtype=ctx.bias_dtype)
+    return dx if need_x else None, dweight, dbias, dlow if need_low else None, db if need_b else None

@@ -1,0 +1,247 @@
+"""A frozen linear layer plus a low-rank product whose left factor is given.
+
+    y = h W^T + b + s S B^T
+
+h [M, K], W [N, K] (floating, or int8 with scales [N]), b [N], S [M, groups * r], B [N, r], s a number; M counts all
+leading dimensions of h. With `groups` projections side by side (q, k, v), block g of the N / groups outputs uses block
+g of S: B is block-diagonal and only its diagonal is stored. The backward is in linear_backward.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from .backend import jit, tl
+from .linear_backward import as_float, blocks, flat, gradients, save
+from .quantize import TINY, dequantize_rows_reference, launch_quantize_rows, quantize_rows_reference
+from .tiling import accumulator, dot_precision, gemm_tile, rank_tile, tile_index
+
+
+# ----------------------------------------------------------------------------------------------------------- reference
+def frozen_linear_reference(h, weight, bias, weight_scale, quantize_input):
+    """h W^T + b. A quantised input is differentiated straight through: dH = dY W with the dequantised weight."""
+    if weight_scale is None:
+        return F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+    wide = backend.wide(h.dtype)
+    rows = h.to(wide)
+    if quantize_input:
+        scale = rows.detach().abs().amax(-1, keepdim=True) / 127
+        rounded = (rows.detach() / scale.clamp_min(TINY)).round() * scale
+        rows = rows + (rounded - rows).detach()
+    y = F.linear(rows, dequantize_rows_reference(weight, weight_scale.detach(), wide))
+    return (y if bias is None else y + bias.to(wide)).to(h.dtype)
+
+
+def linear_lowrank_reference(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
+    """h [..., K], s [..., groups * r] -> [..., N]"""
+    y = frozen_linear_reference(h, weight, bias, weight_scale, quantize_input)
+    s = s.unflatten(-1, (groups, lora_b.shape[1]))
+    b = lora_b.to(h.dtype).unflatten(0, (groups, -1))
+    return y + scaling * torch.einsum("...gr,gnr->...gn", s, b).flatten(-2)
+
+
+# -------------------------------------------------------------------------------------------------------------- Triton
+@jit
+def linear_lowrank_forward(
+    H,  # [M, K], int8 if HS is given
+    HS,  # [M] fp32 scales of H's rows, or None
+    W,  # [N, K], int8 if WS is given
+    WS,  # [N] fp32 scales of W's rows, or None
+    BIAS,  # [N] or None
+    S,  # [M, GROUPS * R] or None
+    B,  # [N, R]
+    Y,  # [M, N]
+    scaling,
+    M,
+    WIDTH,  # N / GROUPS
+    K,
+    R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ACC: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """The low-rank product and the bias are the last steps of the GEMM. A tile of columns lies within one group."""
+    tiles = tl.cdiv(WIDTH, BN)
+    pm, pn = tile_index(tl.program_id(0), tl.cdiv(M, BM), GROUPS * tiles)
+    group = pn // tiles
+    rm = pm * BM + tl.arange(0, BM)
+    column = (pn % tiles) * BN + tl.arange(0, BN)
+    rn = group * WIDTH + column
+    rk = tl.arange(0, BK)
+    mok = rm < M
+    nok = column < WIDTH
+    hp = H + rm[:, None].to(tl.int64) * K + rk[None, :]
+    wp = W + rn[None, :] * K + rk[:, None]
+    acc = tl.zeros((BM, BN), ACC)
+    for k in range(0, K, BK):
+        kok = rk < K - k
+        h = tl.load(hp, mask=mok[:, None] & kok[None, :], other=0)
+        w = tl.load(wp, mask=nok[None, :] & kok[:, None], other=0)
+        acc = tl.dot(h, w.to(h.dtype), acc, out_dtype=ACC, input_precision=PRECISION)  # int8 -> bf16 is exact
+        hp += BK
+        wp += BK
+    y = acc.to(WIDE)
+    if HS is not None:
+        y *= tl.load(HS + rm, mask=mok, other=0.0)[:, None]
+    if WS is not None:
+        y *= tl.load(WS + rn, mask=nok, other=0.0)[None, :]
+    if S is not None:
+        for r in tl.range(0, R, BR, num_stages=1):
+            rr = r + tl.arange(0, BR)
+            s_at = S + rm[:, None].to(tl.int64) * (GROUPS * R) + group * R + rr[None, :]
+            s = tl.load(s_at, mask=mok[:, None] & (rr < R)[None, :], other=0.0)
+            b = tl.load(B + rn[None, :] * R + rr[:, None], mask=nok[None, :] & (rr < R)[:, None], other=0.0)
+            y = tl.dot(s, (b * scaling).to(s.dtype), y, out_dtype=WIDE, input_precision=PRECISION)
+    if BIAS is not None:
+        y += tl.load(BIAS + rn, mask=nok, other=0.0).to(WIDE)[None, :]
+    y_at = Y + rm[:, None].to(tl.int64) * (GROUPS * WIDTH) + rn[None, :]
+    tl.store(y_at, y.to(Y.dtype.element_ty), mask=mok[:, None] & nok[None, :])
+
+
+def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
+    """h [M, K], s [M, groups * r] or None -> [M, N]"""
+    (m, k), n, dtype, h_scale = h.shape, weight.shape[0], h.dtype, None
+    h, weight, s, lora_b = (None if t is None else t.contiguous() for t in (h, weight, s, lora_b))
+    r = 0 if lora_b is None else lora_b.shape[1]
+    y = h.new_empty(m, n)
+    if quantize_input:
+        h, h_scale = launch_quantize_rows(h)
+    tile = gemm_tile(h.dtype)
+    backend.launch(
+        linear_lowrank_forward,
+        (-(-m // tile["BM"]) * groups * -(-n // groups // tile["BN"]),),
+        *(h, h_scale, weight, weight_scale, bias, s if r else None, lora_b, y, scaling, m, n // groups, k),
+        R=r,
+        GROUPS=groups,
+        ACC=accumulator(h.dtype),
+        WIDE=accumulator(dtype),
+        PRECISION=dot_precision(),
+        BR=rank_tile(r),
+        **tile,
+    )
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------------- ATen
+def int8_product(h: Tensor, weight: Tensor) -> Tensor:
+    """h [M, K] int8, weight [N, K] int8 -> [M, N] int32. On a GPU ATen wants more than 16 rows and multiples of 8."""
+    if h.device.type == "cpu":
+        return torch._int_mm(h, weight.t())
+    (m, k), n = h.shape, weight.shape[0]
+    h = F.pad(h, (0, -k % 8, 0, max(0, 17 - m)))
+    return torch._int_mm(h, F.pad(weight, (0, -k % 8, 0, -n % 8)).t())[:m, :n]
+
+
+def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
+    """h [M, K], s [M, groups * r] or None -> [M, N]; the low-rank product is added in place, block by block."""
+    if quantize_input:
+        q, h_scale = quantize_rows_reference(h)
+        y = int8_product(q, weight).to(backend.wide(h.dtype)).mul_(h_scale[:, None]).mul_(weight_scale)
+        y = (y if bias is None else y.add_(bias)).to(h.dtype)
+    else:
+        w = as_float(weight, weight_scale, h.dtype).t()
+        y = h @ w if bias is None else torch.addmm(bias.to(h.dtype), h, w)
+    if lora_b is not None:
+        b = lora_b.to(h.dtype)
+        for rows, columns in blocks(*b.shape, groups):
+            y[:, rows].addmm_(s[:, columns], b[rows].t(), alpha=scaling)
+    return y
+
+
+# ------------------------------------------------------------------------------------------------------------------ op
+@torch.library.custom_op(
+    "u2a_fast::linear_lowrank",
+    mutates_args=(),
+    schema="(Tensor h, Tensor weight, Tensor? bias, Tensor s, Tensor lora_b, float scaling, "
+    "Tensor? weight_scale, int groups, bool quantize_input) -> Tensor",
+)
+def _linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
+    forward = linear_lowrank_triton if backend.resolve(h) == "triton" else linear_lowrank_aten
+    y = forward(flat(h), weight, bias, flat(s), lora_b, scaling, weight_scale, groups, quantize_input)
+    return y.view(*h.shape[:-1], y.shape[1])
+
+
+@_linear_lowrank.register_fake
+def _(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
+    return h.new_empty(*h.shape[:-1], weight.shape[0])
+
+
+def _save(ctx, inputs, output):
+    h, weight, bias, s, lora_b, ctx.scaling, weight_scale, ctx.groups, _ = inputs
+    ctx.dropout = 0.0
+    save(ctx, h, weight, bias, weight_scale, s, None, lora_b, None)
+
+
+_linear_lowrank.register_autograd(lambda ctx, dy: (*gradients(ctx, dy), *[None] * 4), setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------------- public
+def check(x, weight, bias, lora_b, weight_scale, groups, quantize_input):
+    """Refuse what `linear_lowrank` and `lora_linear` cannot compute."""
+    if not x.is_floating_point():
+        raise TypeError(f"the input must be floating, not {x.dtype}: convert it first")
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight must be [N, {x.shape[-1]}] for an input of {x.shape[-1]} columns, not {tuple(weight.shape)}"
+        )
+    n = weight.shape[0]
+    if weight.numel() >= 2**31:
+        raise ValueError(f"weight {tuple(weight.shape)} has 2**31 elements or more: split it by rows")
+    if (weight.dtype == torch.int8) != (weight_scale is not None):
+        raise ValueError(
+            f"weight_scale goes with an int8 weight and only with it: weight is {weight.dtype}, "
+            f"weight_scale {'missing' if weight_scale is None else 'given'}"
+        )
+    if quantize_input and weight.dtype != torch.int8:
+        raise ValueError(f"quantize_input needs an int8 weight, not {weight.dtype}: see quantize_rows")
+    for name, vector in (("bias", bias), ("weight_scale", weight_scale)):
+        if vector is not None and vector.shape != (n,):
+            raise ValueError(f"{name} must be [{n}] like the weight's rows, not {tuple(vector.shape)}")
+    if lora_b is not None and (lora_b.dim() != 2 or lora_b.shape[0] != n):
+        raise ValueError(f"lora_b must be [{n}, r] like the weight's rows, not {tuple(lora_b.shape)}")
+    if groups < 1 or n % groups:
+        raise ValueError(f"groups must divide the weight's {n} rows, and {groups} does not")
+
+
+def linear_lowrank(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    weight_scale: Tensor | None = None,
+    groups: int = 1,
+    quantize_input: bool = False,
+) -> Tensor:
+    """`lora_linear` with S given: `h W^T + b + scaling S B^T`, [..., N] in the dtype of h or of autocast.
+
+    Args:
+        h: [..., K]; not kept for backward unless the weight is trained.
+        s: [..., groups * r], h A^T without the scaling.
+        weight, bias, lora_b, scaling, weight_scale, groups, quantize_input: as in `lora_linear`.
+
+    Gradients reach h, bias, s, lora_b and a floating weight.
+
+    >>> linear_lowrank(torch.ones(1, 2), torch.eye(2), None, torch.full((1, 1), 2.0), torch.ones(2, 1), scaling=0.5)
+    tensor([[2., 2.]])
+    """
+    check(h, weight, bias, lora_b, weight_scale, groups, quantize_input)
+    if s.shape != (*h.shape[:-1], groups * lora_b.shape[1]):
+        raise ValueError(
+            f"s must be {[*h.shape[:-1], groups * lora_b.shape[1]]} (the rows of h, groups * r), not {tuple(s.shape)}"
+        )
+    h = backend.in_autocast_dtype(h)
+    s = s.to(h.dtype)
+    operands = (h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
+    if backend.resolve(h, weight, bias, s, lora_b, weight_scale) == "reference":
+        return linear_lowrank_reference(*operands)
+    return _linear_lowrank(*operands)

@@ -1,0 +1,122 @@
+"""Row-wise absmax int8: w ~= q * scale, scale = absmax(row) / 127 (bitsandbytes' SCB / 127), q [N, K] int8, scale [N].
+
+Both ops are for frozen weights: nothing they return carries a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .backend import jit, tl
+
+TINY = 1e-30  # divides an all-zero row without a NaN
+QUANTIZE_TILE = {"BN": 8, "BK": 512, "num_warps": 4}
+
+
+def quantize_rows_reference(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w [N, K] -> q [N, K] int8, scale [N] fp32."""
+    scale = w.float().abs().amax(1) / 127
+    return (w.float() / scale.clamp_min(TINY)[:, None]).round().to(torch.int8), scale
+
+
+def dequantize_rows_reference(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q [N, K] int8, scale [N] -> [N, K] in `dtype`, rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (q.to(wide) * scale.to(wide)[:, None]).to(dtype)
+
+
+@jit
+def quantize_rows_kernel(
+    W,  # [N, K]
+    Q,  # [N, K] int8
+    SCALE,  # [N] fp32
+    N,
+    K,
+    TINY: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A sweep for the largest magnitude of BN rows, and a second one, from cache, that rounds half to even."""
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    nok = rn < N
+    at = rn[:, None].to(tl.int64) * K + rk[None, :]
+    largest = tl.zeros((BN,), tl.float32)
+    for k in range(0, K, BK):
+        w = tl.load(W + at + k, mask=nok[:, None] & (rk < K - k)[None, :], other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(w), 1))
+    scale = largest / 127
+    tl.store(SCALE + rn, scale, mask=nok)
+    for k in range(0, K, BK):
+        mask = nok[:, None] & (rk < K - k)[None, :]
+        w = tl.load(W + at + k, mask=mask, other=0.0).to(tl.float32) / tl.maximum(scale, TINY)[:, None]
+        w = (w + 12582912.0) - 12582912.0  # 1.5 * 2**23: what is left has no fraction
+        tl.store(Q + at + k, w.to(tl.int8), mask=mask)
+
+
+def launch_quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w [N, K] -> q [N, K] int8, scale [N] fp32"""
+    (n, k), tile = w.shape, QUANTIZE_TILE
+    q, scale = torch.empty((n, k), dtype=torch.int8, device=w.device), w.new_empty(n, dtype=torch.float32)
+    grid = (-(-n // tile["BN"]),)
+    backend.launch(quantize_rows_kernel, grid, w.contiguous(), q, scale, n, k, TINY=TINY, **tile)
+    return q, scale
+
+
+@torch.library.custom_op("u2a_fast::quantize_rows", mutates_args=(), schema="(Tensor w) -> (Tensor, Tensor)")
+def _quantize_rows(w):
+    return launch_quantize_rows(w) if backend.resolve(w) == "triton" else quantize_rows_reference(w)
+
+
+@_quantize_rows.register_fake
+def _(w):
+    return torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format), w.new_empty(
+        w.shape[0], dtype=torch.float32
+    )
+
+
+@torch.library.custom_op(
+    "u2a_fast::dequantize_rows", mutates_args=(), schema="(Tensor q, Tensor scale, ScalarType dtype) -> Tensor"
+)
+def _dequantize_rows(q, scale, dtype):
+    return dequantize_rows_reference(q, scale, dtype)
+
+
+@_dequantize_rows.register_fake
+def _(q, scale, dtype):
+    return torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a weight row by row to int8.
+
+    Args:
+        w: [N, K], any floating dtype.
+
+    Returns:
+        q [N, K] int8 and scale [N] fp32 with `q * scale ~= w`; a row of zeros has scale 0.
+
+    >>> quantize_rows(torch.tensor([[1.0, -127.0], [0.0, 0.0]]))
+    (tensor([[   1, -127],
+            [   0,    0]], dtype=torch.int8), tensor([1., 0.]))
+    """
+    if w.dim() != 2 or not w.is_floating_point():
+        raise ValueError(f"quantize_rows takes a floating [N, K] matrix, not {w.dtype} {tuple(w.shape)}")
+    implementation = quantize_rows_reference if backend.resolve(w) == "reference" else _quantize_rows
+    return implementation(w.detach())
+
+
+def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix that `quantize_rows` stored: `q * scale`, [N, K] in `dtype`.
+
+    >>> dequantize_rows(torch.tensor([[2, 4]], dtype=torch.int8), torch.tensor([0.5]), torch.float32)
+    tensor([[1., 2.]])
+    """
+    if q.dtype != torch.int8 or q.dim() != 2 or scale.shape != q.shape[:1]:
+        raise ValueError(
+            f"dequantize_rows takes int8 [N, K] and scale [N], not {q.dtype} {tuple(q.shape)} and {tuple(scale.shape)}"
+        )
+    implementation = dequantize_rows_reference if backend.resolve(q, scale) == "reference" else _dequantize_rows
+    return implementation(q, scale.detach(), dtype)

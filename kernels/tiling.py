@@ -1,0 +1,40 @@
+"""How the Triton kernels are cut into programs, and in what precision they add up."""
+
+from __future__ import annotations
+
+import torch
+
+from .backend import jit, tl
+
+MOST_RANKS = 64  # wider low-rank factors are taken in steps
+
+
+@jit
+def tile_index(pid, NM, NN):
+    """(row tile, column tile) of a program: columns within groups of 8 row tiles, so that neighbours share L2."""
+    first = pid // (8 * NN) * 8
+    rows = min(NM - first, 8)
+    return first + (pid % (8 * NN)) % rows, (pid % (8 * NN)) // rows
+
+
+def gemm_tile(dtype: torch.dtype) -> dict[str, int]:
+    """Tile and pipeline of a GEMM over operands of `dtype`: 128 bytes of each row per step, at most 96 KB of them."""
+    return {"BM": 128, "BN": 128, "BK": 128 // dtype.itemsize, "num_warps": 8, "num_stages": 3}
+
+
+def rank_tile(r: int) -> int:
+    """The power of two that holds r ranks, from the 16 that a matrix unit takes to MOST_RANKS."""
+    return min(MOST_RANKS, max(16, 1 << (r - 1).bit_length()))
+
+
+def accumulator(dtype: torch.dtype):
+    """What products of `dtype` are added up in: fp32, for float64 float64, for int8 int32."""
+    if dtype == torch.int8:
+        return tl.int32
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_precision() -> str:
+    """How a GPU multiplies fp32: TF32 where the user has allowed it, else exactly."""
+    allowed = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
+    return "tf32" if allowed else "ieee"
