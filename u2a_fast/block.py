@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import kernels
 from .lora import LoraLinear
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x)"""
+    return F.silu(1.702 * x) / 1.702
+
+
+# Hugging Face's spellings that keep several tensors for backward, as the same function of one kept tensor.
+LEAN_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "quick_gelu": quick_gelu,
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), partial(F.gelu, approximate="tanh")
+    ),
+    "gelu_python": F.gelu,
+}
 
 
 class Block(GradientCheckpointingLayer):
@@ -20,7 +38,7 @@ class Block(GradientCheckpointingLayer):
         pre-norm:   x = x + scale1 * o(attend(qkv(norm1(x))))     x = x + scale2 * fc2(act(fc1(norm2(x))))
         post-norm:  x = norm1(x + o(attend(qkv(x))))              x = norm2(x + fc2(act(fc1(x))))
 
-    Its parts are public because PMF and read-only prompts compose them differently: `project` (norm and q, k, v),
+    Its parts are public because PMF composes them differently: `project` (norm and q, k, v), `heads`,
     `kernels.attention`, `complete` (everything after attention).
     """
 
@@ -46,7 +64,7 @@ class Block(GradientCheckpointingLayer):
         self.scale2 = None if scale2 is None else nn.Parameter(scale2.detach(), requires_grad=False)
         self.num_heads, self.pre_norm, self.causal = num_heads, pre_norm, causal
         self.activation = activation
-        self.act = ACT2FN[activation]
+        self.act = LEAN_ACTIVATIONS.get(activation) or ACT2FN[activation]
 
     @property
     def linears(self) -> tuple[LoraLinear, LoraLinear, LoraLinear, LoraLinear]:
@@ -60,19 +78,31 @@ class Block(GradientCheckpointingLayer):
         suffix_rows: int = 0,
         present: torch.Tensor | None = None,
         mask_token: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """tokens `[B, S, D]` -> `[B, S + Q, D]`.
+        readers: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """tokens `[B, S, D]` -> `[B, S + Q, D]`; with `readers`, their rows `[B, K, D]` besides.
 
         Args:
             lengths: `[B]`, keys that are real among the token rows; None: all.
             suffix: `[Q, D]`, learned rows to append in this block.
             suffix_rows: how many of the rows in `tokens` are learned rows appended by a block before.
             present: bool `[B]`; the token rows of absent samples are never read, `mask_token` `[D]` stands in.
+            readers: `[B, K, D]`, or `[1, K, D]` where all samples have the same: read-only rows, which see every row
+                above and are seen by none, themselves included. Computed apart, so that the other rows are bitwise
+                what they are without.
         """
-        residual, q, k, v = self.project(tokens, suffix, present, mask_token)
+        residual, qkv = self.project(tokens, suffix, present, mask_token)
         if suffix is not None:
             suffix_rows = suffix_rows + suffix.shape[0]
-        return self.complete(residual, kernels.attention(q, k, v, lengths, suffix=suffix_rows, causal=self.causal))
+        q, k, v = self.heads(qkv)
+        lora_a = self.o.lora_before_dropout
+        attended, s = kernels.attention_project(q, k, v, lora_a, lengths, suffix=suffix_rows, causal=self.causal)
+        tokens = self.complete(residual, attended, s)
+        if readers is None:
+            return tokens
+        residual, qkv = self.project(readers)
+        q = self.heads(qkv)[0].expand(k.shape[0], -1, -1, -1)
+        return tokens, self.complete(residual, kernels.attention(q, k, v, lengths, suffix=suffix_rows))
 
     def project(
         self,
@@ -80,8 +110,8 @@ class Block(GradientCheckpointingLayer):
         suffix: torch.Tensor | None = None,
         present: torch.Tensor | None = None,
         mask_token: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """tokens `[B, S, D]` -> the assembled rows `[B, T, D]`, and their q, k, v `[B, H, T, D / H]`."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens `[B, S, D]` -> the assembled rows `[B, T, D]`, and their q, k, v side by side `[B, T, 3 D]`."""
         norm = self.norm1 if self.pre_norm else None
         rows, s, residual = kernels.assemble_norm_project(
             tokens=tokens,
@@ -94,16 +124,24 @@ class Block(GradientCheckpointingLayer):
             eps=self.norm1.eps,
             lora_a=self.qkv.lora_before_dropout,
         )
-        qkv = self.qkv.forward_projected(rows, s)  # [B, T, 3 D]
-        batch, length, width = qkv.shape
-        heads = qkv.view(batch, length, 3, self.num_heads, width // (3 * self.num_heads))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D / H] each
-        return residual, q, k, v
+        return residual, self.qkv.forward_projected(rows, s)
 
-    def complete(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """residual `[B, T, D]` and attention's output `[B, H, T, D / H]` -> the block's output `[B, T, D]`."""
+    def heads(self, parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Several of q, k, v side by side, `[B, T, P * D]` -> `[B, H, T, D / H]` of each."""
+        batch, length, width = parts.shape
+        head_dim = self.norm1.normalized_shape[0] // self.num_heads
+        heads = parts.view(batch, length, width // (self.num_heads * head_dim), self.num_heads, head_dim)
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def complete(
+        self, residual: torch.Tensor, attended: torch.Tensor, s: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """residual `[B or 1, T, D]` and attention's output `[B, H, T, D / H]` -> the block's output `[B, T, D]`.
+
+        `s` `[B, T, r]` is the low-rank product of `attended`, where it was computed together with it.
+        """
         batch, heads, length, head_dim = attended.shape
-        attended = self.o(attended.transpose(1, 2).reshape(batch, length, heads * head_dim))
+        attended = self.o.forward_projected(attended.transpose(1, 2).reshape(batch, length, heads * head_dim), s)
         if not self.pre_norm:
             x = self._norm(self.norm1, residual + attended)
             return self._norm(self.norm2, x + self._mlp(x, None))
@@ -127,4 +165,4 @@ class Block(GradientCheckpointingLayer):
 
     @staticmethod
     def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)

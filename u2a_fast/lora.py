@@ -15,12 +15,12 @@ ROLES = ("q", "k", "v", "o", "fc1", "fc2")
 
 # What the projections are called in the encoders we know: PEFT's target names, read as roles.
 ROLE_OF_NAME = {
-    **{name: "q" for name in ("q", "q_proj", "query", "q_lin")},
-    **{name: "k" for name in ("k", "k_proj", "key", "k_lin")},
-    **{name: "v" for name in ("v", "v_proj", "value", "v_lin")},
-    **{name: "o" for name in ("o", "o_proj", "out_proj", "out_lin", "attention.output.dense")},
-    **{name: "fc1" for name in ("fc1", "intermediate.dense", "intermediate_dense", "lin1")},
-    **{name: "fc2" for name in ("fc2", "output_dense", "lin2")},
+    **dict.fromkeys(("q", "q_proj", "query", "q_lin"), "q"),
+    **dict.fromkeys(("k", "k_proj", "key", "k_lin"), "k"),
+    **dict.fromkeys(("v", "v_proj", "value", "v_lin"), "v"),
+    **dict.fromkeys(("o", "o_proj", "out_proj", "out_lin", "attention.output.dense"), "o"),
+    **dict.fromkeys(("fc1", "intermediate.dense", "intermediate_dense", "lin1"), "fc1"),
+    **dict.fromkeys(("fc2", "output_dense", "lin2"), "fc2"),
 }
 
 
@@ -87,7 +87,9 @@ class LoraConfig:
         refused = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
         asked = [name for name in refused if getattr(config, name, None)]
         if asked or getattr(config, "bias", "none") != "none":
-            raise ValueError(f"PEFT's LoraConfig asks for {', '.join(asked) or 'bias'}, which u2a_fast does not compute")
+            raise ValueError(
+                f"PEFT's LoraConfig asks for {', '.join(asked) or 'bias'}, which u2a_fast does not compute"
+            )
         names = config.target_modules or ("q", "k", "v", "o")
         names = ROLES if names == "all-linear" else sorted([names] if isinstance(names, str) else names)
         unknown = [name for name in names if name not in ROLE_OF_NAME]

@@ -6,12 +6,12 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    CLIPModel,
     CLIPConfig,
-    DistilBertConfig,
-    DistilBertModel,
+    CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    DistilBertConfig,
+    DistilBertModel,
 )
 
 from u2a_fast.encoders import Encoder, from_pretrained_model
@@ -125,7 +125,10 @@ def pruned():
     "build, message",
     [
         (lambda: BertForSequenceClassification(BertConfig(vocab_size=9, **SMALL)), "task head"),
-        (lambda: DistilBertModel(DistilBertConfig(vocab_size=9, dim=16, n_layers=1, n_heads=2)), "BERT.*Whisper encoder"),
+        (
+            lambda: DistilBertModel(DistilBertConfig(vocab_size=9, dim=16, n_layers=1, n_heads=2)),
+            "BERT.*Whisper encoder",
+        ),
         (lambda: CLIPModel(CLIPConfig(text_config=SMALL | {"vocab_size": 9}, vision_config=SMALL)), "two towers"),
         (lambda: Dinov2Model(Dinov2Config(use_swiglu_ffn=True, **SMALL)), "gated MLP"),
         (pruned, "pruned"),

@@ -58,7 +58,9 @@ def assert_same_gradients(fast, reference, names: list[str], limit: float) -> No
             assert_close(parameter.grad[rows], factor.grad, limit, f"LoRA factor {which} of {key}")
     own = dict(fast.named_parameters())
     for name in names:
-        assert_close(own[name].grad.view_as(reference.get_parameter(name)), reference.get_parameter(name).grad, limit, name)
+        assert_close(
+            own[name].grad.view_as(reference.get_parameter(name)), reference.get_parameter(name).grad, limit, name
+        )
 
 
 def assert_close(got, expected, limit: float, what: str) -> None:

@@ -20,7 +20,7 @@ class Family:
     Args:
         name: for messages.
         classes: names of the Hugging Face classes it reads.
-        stem: name -> path of the submodules that `embed` and `finish` use; `final_norm` is the norm after the last layer.
+        stem: name -> path of the submodules that `embed` and `finish` use; `final_norm` follows the last layer.
         layers: path of the layer list.
         roles: path inside a layer of the linears q, k, v, o, fc1, fc2.
         norms: paths of the LayerNorm beside attention and of the one beside the MLP.
@@ -172,6 +172,16 @@ def key_order(padding_mask: torch.Tensor | None) -> tuple[torch.Tensor | None, t
         if bool((padding_mask[:, :-1] >= padding_mask[:, 1:]).all()):
             return None, lengths
     return (~padding_mask).to(torch.uint8).argsort(dim=1, stable=True), lengths
+
+
+def real_rows_first(
+    tokens: torch.Tensor, padding_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens `[B, S, D]` and their mask with the padding of every sample at its end; what is real keeps its order."""
+    order, _ = key_order(padding_mask)
+    if order is None:
+        return tokens, padding_mask
+    return take_rows(tokens, order), padding_mask.gather(1, order)
 
 
 def take_rows(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,10 @@ from ..lora import LoraLinear
 from .base import Encoder, Family
 from .families import FAMILIES, WAV2VEC2, WAV2VEC2_STABLE
 
-SUPPORTED = "BERT, RoBERTa, ELECTRA, ViT, DeiT, DINOv2, CLIP text, CLIP vision, SigLIP vision, AST, Wav2Vec2, HuBERT, Whisper encoder"
+SUPPORTED = (
+    "BERT, RoBERTa, ELECTRA, ViT, DeiT, DINOv2, CLIP text, CLIP vision, SigLIP vision, AST, Wav2Vec2, HuBERT, "
+    "Whisper encoder"
+)
 TOWERS = {
     ("clip", "text"): "CLIPTextModel",
     ("clip", "image"): "CLIPVisionModel",
@@ -34,8 +37,8 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
         ValueError: an unsupported family, a task head on top, two towers at once, or a pruned model.
 
     >>> from transformers import BertConfig, BertModel
-    >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    >>> encoder = from_pretrained_model(BertModel(config))
+    >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    >>> encoder = from_pretrained_model(BertModel(BertConfig(vocab_size=9, **sizes)))
     >>> encoder(input_ids=torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 8])
     """

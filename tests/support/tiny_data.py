@@ -1,0 +1,69 @@
+"""Processors, encoder folders and a table of samples, all tiny and made on the spot."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import tiny_encoders
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "red", "green", "blue", "square", "thing"]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230)}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", model_max_length=16
+    )
+
+
+def image_processor() -> ViTImageProcessor:
+    return ViTImageProcessor(size={"height": 24, "width": 24})
+
+
+def processors() -> dict:
+    """Not in alphabetic order: `config.json` sorts keys, and the order must survive."""
+    return {"text": tokenizer(), "image": image_processor()}
+
+
+def encoder_folders(root: Path) -> dict[str, str]:
+    """`{modality: folder}` of a tiny BERT and a tiny ViT, each with its processor."""
+    folders = {}
+    for name, family in {"text": "bert", "image": "vit"}.items():
+        folder = root / "encoders" / name
+        tiny_encoders.build(family).save_pretrained(folder)
+        processors()[name].save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+def samples(count: int, seed: int = 0) -> list[dict]:
+    """Coloured squares and what they are called; the label is the colour."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        label = i % len(COLOURS)
+        word, colour = list(COLOURS.items())[label]
+        pixels = np.clip(np.array(colour) + generator.normal(0, 20, (24, 24, 3)), 0, 255).astype(np.uint8)
+        rows.append({"image": Image.fromarray(pixels), "text": f"{word} square", "label": label})
+    return rows
+
+
+def write_table(folder: Path, count: int) -> Path:
+    """The samples as `table.csv` beside their pictures; every fifth has no text, every seventh no picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["image", "text", "label"])
+        writer.writeheader()
+        for i, sample in enumerate(samples(count)):
+            name = f"{i}.png"
+            sample["image"].save(folder / name)
+            colour = list(COLOURS)[sample["label"]]
+            text = "" if i % 5 == 4 else sample["text"]
+            image = "" if i % 7 == 6 and text else name
+            writer.writerow({"image": image, "text": text, "label": colour})
+    return folder / "table.csv"
