@@ -1,9 +1,11 @@
 """One cell of a table as what a processor takes: a square RGB picture, or a mono clip at a given rate."""
 
+import importlib
 import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,8 +85,7 @@ def to_audio(value: Any, rate: int) -> np.ndarray:
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
         raise DecodeError(f"a clip of shape {samples.shape} is empty, not finite, or has too many axes")
     if source_rate != rate:
-        from scipy.signal import resample_poly
-
+        resample_poly = _import_for_audio("scipy.signal").resample_poly
         divisor = math.gcd(source_rate, rate)
         samples = resample_poly(samples, rate // divisor, source_rate // divisor)
     peak = np.abs(samples).max()
@@ -98,12 +99,19 @@ def _samples(value: Any, rate: int) -> tuple[np.ndarray, int]:
         value = value["array"]
     if isinstance(value, np.ndarray | list | tuple) or type(value).__name__ == "Tensor":
         return _as_float(np.asarray(value)), rate
-    import soundfile
-
+    soundfile = _import_for_audio("soundfile")
     try:
         return soundfile.read(_source(value, "audio"), dtype="float32")
     except (OSError, RuntimeError) as error:
         raise DecodeError(str(error)) from error
+
+
+def _import_for_audio(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        message = "Recordings are read with soundfile and SciPy; get them with `pip install 'u2a-fast[demo]'`."
+        raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def _as_float(samples: np.ndarray) -> np.ndarray:
@@ -113,7 +121,7 @@ def _as_float(samples: np.ndarray) -> np.ndarray:
 def _source(value: Any, kind: str) -> str | Path | io.BytesIO:
     """What a decoder can open: the bytes where there are any, the path otherwise."""
     if isinstance(value, Mapping):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes | bytearray):
         return io.BytesIO(value)
     if isinstance(value, str | Path):

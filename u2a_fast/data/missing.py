@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-UPSTREAM_LOST = {0: None, 1: "text", 2: "image"}
+UPSTREAM_LOST = {"text": 1, "image": 2}  # and 0 for a complete sample
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ class MissingPattern:
         (63, [31, 32])
         """
         modalities = tuple(modalities)
-        incomplete = _share(self.rate, _checked_size(n))
-        losses = self._losses(incomplete, modalities)
+        if n < 0:
+            raise ValueError(f"A table cannot have {n} samples.")
+        incomplete = math.floor(_exact(self.rate) * n)
         present = torch.ones(n, len(modalities), dtype=torch.bool)
-        for row, lost in zip(self._order(n, epoch)[:incomplete].tolist(), losses, strict=True):
-            present[row, list(lost)] = False
+        present[self._order(n, epoch)[:incomplete]] = torch.from_numpy(~self._losses(incomplete, modalities))
         return present
 
     def _order(self, n: int, epoch: int | None) -> np.ndarray:
@@ -79,34 +80,37 @@ class MissingPattern:
         # Ranks of raw bits instead of `Generator.permutation`: NumPy promises that the former never change.
         return np.argsort(np.random.PCG64(entropy).random_raw(n), kind="stable")
 
-    def _losses(self, incomplete: int, modalities: tuple[str, ...]) -> list[tuple[int, ...]]:
-        """What the first, second, .. incomplete sample loses, as columns.
+    def _losses(self, incomplete: int, modalities: tuple[str, ...]) -> np.ndarray:
+        """What the first, second, .. incomplete sample loses, bool [incomplete, M], True = lost.
 
         The loss depends on the position alone, never on how many follow: this is what makes the rates nested. Counts
         that do not divide go to the later modalities.
         """
-        size = len(modalities)
         self._check_kind(modalities)
-        if self.kind == "any":
-            sets = [lost for count in range(1, size) for lost in itertools.combinations(range(size), count)]
-            return [sets[-1 - position % len(sets)] for position in range(incomplete)]
-        if self.kind != "both":
-            return [(modalities.index(self.kind),)] * incomplete
-        if size > 2:
-            return [(size - 1 - position % size,) for position in range(incomplete)]
-        lost_first = [_share(self.both_ratio, count) for count in range(incomplete + 1)]
-        return [(0,) if after > before else (1,) for before, after in itertools.pairwise(lost_first)]
+        size = len(modalities)
+        one = np.eye(size, dtype=bool)
+        if self.kind in modalities:
+            return one[np.full(incomplete, modalities.index(self.kind))]
+        if self.kind == "both" and size == 2:
+            ratio = _exact(self.both_ratio)
+            lost_first = [count * ratio.numerator // ratio.denominator for count in range(incomplete + 1)]
+            return one[1 - np.diff(lost_first)]
+        counts = range(1, size) if self.kind == "any" else (1,)
+        sets = np.array([one[list(lost)].any(0) for k in counts for lost in itertools.combinations(range(size), k)])
+        return sets[-1 - np.arange(incomplete) % len(sets)]
 
     def _check_kind(self, modalities: tuple[str, ...]) -> None:
         if len(modalities) < 2 or len(set(modalities)) < len(modalities):
             raise ValueError(f"A missing table needs two or more different modalities, not {modalities}.")
+        if {"both", "any"} & set(modalities):
+            raise ValueError(f"A modality must not be called 'both' or 'any', which are kinds; got {modalities}.")
         if self.kind not in ("both", "any", *modalities):
             raise ValueError(f"kind must be 'both', 'any' or one of {modalities}, not {self.kind!r}.")
         if self.kind == "both" and len(modalities) > 2 and self.both_ratio != 0.5:
             raise ValueError(f"both_ratio = {self.both_ratio} divides two modalities; there are {len(modalities)}.")
 
     def hash(self, n: int, modalities: Sequence[str]) -> str:
-        """Return the SHA-256 of everything that decides the table: n, modalities, rate, kind, both_ratio, seed, split."""
+        """Return the SHA-256 of all that decides the table: n, modalities, rate, kind, both_ratio, seed and split."""
         exact = {"rate": str(_exact(self.rate)), "both_ratio": str(_exact(self.both_ratio))}
         content = {"n": n, "modalities": list(modalities), **asdict(self), **exact}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -171,29 +175,24 @@ def import_upstream_table(path: str | Path, modalities: Sequence[str] = ("image"
     """
     if not {"image", "text"} <= set(modalities):
         raise ValueError(f"An upstream table is about image and text; modalities are {tuple(modalities)}.")
-    table = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a table: it is damaged, or holds more than a tensor.") from error
     if not isinstance(table, Tensor) or table.ndim != 1:
         raise ValueError(f"{path} does not hold a table: a tensor with one number per sample was expected.")
-    unknown = sorted(set(table.tolist()) - set(UPSTREAM_LOST))
+    unknown = sorted(set(table.tolist()) - {0, *UPSTREAM_LOST.values()})
     if unknown:
         raise ValueError(f"{path} holds {unknown[0]}; an upstream table holds 0, 1 (text lost) and 2 (image lost).")
-    lost = {name: code for code, name in UPSTREAM_LOST.items()}
-    return torch.stack([table != lost.get(modality, math.nan) for modality in modalities], dim=1)
+    present = torch.ones(len(table), len(modalities), dtype=torch.bool)
+    for modality, code in UPSTREAM_LOST.items():
+        present[:, list(modalities).index(modality)] = table != code
+    return present
 
 
 def _exact(number: float) -> Fraction:
     """The number as it is written: 0.7 is 7/10, not its binary neighbour."""
     return Fraction(str(number))
-
-
-def _share(rate: float, n: int) -> int:
-    return math.floor(_exact(rate) * n)
-
-
-def _checked_size(n: int) -> int:
-    if n < 0:
-        raise ValueError(f"A table cannot have {n} samples.")
-    return n
 
 
 def _table_hash(table: Tensor) -> str:

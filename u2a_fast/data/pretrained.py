@@ -73,7 +73,8 @@ def minilm_folder() -> Path:
 
     It was trained with a masked mean of the tokens; nobody trained its [CLS] row to stand for the sentence.
     """
-    return [MINILM.path(relative) for relative in MINILM.contents][0].parent
+    files = [MINILM.path(relative) for relative in MINILM.contents]  # all of them, to check each
+    return files[0].parent
 
 
 # Image

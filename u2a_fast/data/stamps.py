@@ -92,14 +92,9 @@ def stamp_rows(folder: Path, language: str) -> list[Row]:
         raise ValueError(f"There are no Tux Paint stamps under {folder}; {_by_hand()}")
     rows = []
     for picture in sorted(root.rglob("*.png"), key=lambda path: (path.parent.parts, path.stem)):
-        relative = picture.relative_to(root)
+        folders = picture.relative_to(root).parent.parts
         caption_file = picture.with_suffix(".txt")
-        if (
-            len(relative.parts) == 1
-            or "alphabets" in relative.parts
-            or VARIANT.search(picture.stem)
-            or not caption_file.exists()
-        ):
+        if not folders or "alphabets" in folders or VARIANT.search(picture.stem) or not caption_file.exists():
             continue
         caption = caption_file.read_text(encoding="utf-8").splitlines()[0].strip()
         recording = picture.with_name(f"{picture.stem}_desc_{language}.ogg")
@@ -108,7 +103,7 @@ def stamp_rows(folder: Path, language: str) -> list[Row]:
                 "image": file_cell(picture),
                 "text": caption,
                 "audio": file_cell(recording if recording.exists() else None),
-                "label": relative.parts[0],
+                "label": folders[0],
                 "group": caption.lower(),
             }
         )

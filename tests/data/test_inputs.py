@@ -1,0 +1,181 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from u2a_fast.data.inputs import DecodeError, is_absent, to_audio, to_image
+
+PNG = io.BytesIO()
+Image.new("RGB", (4, 4), "red").save(PNG, "png")
+PNG = PNG.getvalue()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, float("nan"), np.float32("nan"), "", "  \n", {"path": None, "bytes": None}, {"bytes": None}, {}],
+    ids=repr,
+)
+def test_nothing_is_absent(value):
+    assert is_absent(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a", "nan", 0, 0.0, b"", {"path": "x", "bytes": None}, {"array": np.zeros(0)}, np.zeros(2), torch.tensor(1.0)],
+    ids=repr,
+)
+def test_something_is_present(value):
+    assert not is_absent(value)
+
+
+def test_pandas_own_missing_values_are_absent():
+    pandas = pytest.importorskip("pandas")
+    assert is_absent(pandas.NA)
+    assert is_absent(pandas.NaT)
+
+
+@pytest.mark.parametrize("form", ["path", "Path", "bytes", "record of bytes", "record of a path", "PIL", "array"])
+def test_an_image_may_come_in_any_form(tmp_path, form):
+    path = tmp_path / "a.png"
+    path.write_bytes(PNG)
+    value = {
+        "path": str(path),
+        "Path": path,
+        "bytes": PNG,
+        "record of bytes": {"path": "elsewhere.png", "bytes": PNG},
+        "record of a path": {"path": str(path), "bytes": None},
+        "PIL": Image.open(path),
+        "array": np.full((4, 4, 3), (255, 0, 0), np.uint8),
+    }[form]
+    image = to_image(value)
+    assert (image.mode, image.size, image.getpixel((1, 1))) == ("RGB", (4, 4), (255, 0, 0))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV",
+                                  "I;16", "I", "F"])  # fmt: skip
+def test_an_image_may_have_any_mode(mode):
+    image = to_image(Image.new(mode, (5, 3)))
+    assert (image.mode, image.size) == ("RGB", (5, 5))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparent_pixels_become_white_and_half_transparent_ones_light(mode):
+    image = Image.new("RGBA", (3, 3), (0, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, 128))
+    image.putpixel((2, 2), (0, 0, 0, 255))
+    flat = to_image(image.convert(mode))
+    assert [flat.getpixel((index, index))[0] for index in range(3)] == pytest.approx([255, 127, 0], abs=1)
+
+
+def test_the_transparent_colour_of_a_palette_becomes_white():
+    image = Image.new("P", (2, 2), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((0, 0), 1)
+    image.info["transparency"] = 0
+    assert to_image(image).getpixel((1, 1)) == (255, 255, 255)
+    assert to_image(image).getpixel((0, 0)) == (40, 50, 60)
+
+
+def test_padding_is_white_and_on_both_sides():
+    square = np.asarray(to_image(Image.new("RGB", (2, 6))))
+    assert square[:, :, 0].tolist() == [[255, 255, 0, 0, 255, 255]] * 6
+
+
+def test_sixteen_bit_images_keep_their_shades():
+    shades = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
+    assert np.asarray(to_image(Image.fromarray(shades)))[:, :, 0].tolist() == [[0, 100], [200, 255]]
+
+
+def test_a_camera_that_was_turned_is_turned_back():
+    image = Image.new("RGB", (2, 2), "black")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    file = io.BytesIO()
+    image.save(file, "png", exif=exif)
+    assert to_image(file.getvalue()).getpixel((1, 1)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", PNG[:40], PNG[:-20]], ids=["empty", "nonsense", "head", "cut"])
+def test_broken_pictures_are_a_decode_error(content):
+    with pytest.raises(DecodeError):
+        to_image(content)
+
+
+def test_files_that_do_not_exist_are_a_decode_error(tmp_path):
+    pytest.importorskip("soundfile")
+    with pytest.raises(DecodeError):
+        to_image(str(tmp_path / "none.png"))
+    with pytest.raises(DecodeError):
+        to_audio(str(tmp_path / "none.ogg"), 16000)
+
+
+@pytest.mark.parametrize("value", [3, [1, 2], np.zeros((4, 4, 3), np.float32), {"array": np.zeros(3)}], ids=repr)
+def test_what_is_no_picture_at_all_is_a_mistake_of_the_caller(value):
+    with pytest.raises(TypeError, match=r"image"):
+        to_image(value)
+
+
+def write_clip(path, samples, rate):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(path, samples, rate, subtype="FLOAT" if path.suffix == ".wav" else None)
+    return path
+
+
+@pytest.mark.parametrize("form", ["path", "bytes", "record", "array", "tensor", "array record", "list"])
+def test_a_clip_may_come_in_any_form(tmp_path, clip, form):
+    path = write_clip(tmp_path / "a.wav", clip, 16000) if form in ("path", "bytes", "record") else None
+    value = {
+        "path": lambda: str(path),
+        "bytes": lambda: path.read_bytes(),
+        "record": lambda: {"path": str(path), "bytes": None},
+        "array": lambda: clip,
+        "tensor": lambda: torch.from_numpy(clip),
+        "array record": lambda: {"array": clip, "sampling_rate": 16000, "path": None},
+        "list": lambda: clip.tolist(),
+    }[form]()
+    samples = to_audio(value, 16000)
+    assert samples.dtype == np.float32
+    np.testing.assert_allclose(samples, clip / np.abs(clip).max(), atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [5000, 8000, 11025, 22050, 44100, 48000])
+def test_clips_are_resampled_to_the_same_tone(rate):
+    pytest.importorskip("scipy")
+    tone = np.sin(np.arange(rate) * 2 * np.pi * 440 / rate)
+    samples = to_audio({"array": tone, "sampling_rate": rate}, 16000)
+    assert len(samples) == 16000
+    assert np.abs(np.fft.rfft(samples)).argmax() == 440
+
+
+@pytest.mark.parametrize("layout", ["samples first", "channels first"])
+def test_channels_are_averaged(clip, layout):
+    stereo = np.stack([clip, np.zeros_like(clip)], axis=1 if layout == "samples first" else 0)
+    np.testing.assert_allclose(to_audio(stereo, 16000), clip / np.abs(clip).max(), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30000])
+def test_the_peak_is_one(clip, scale):
+    assert np.abs(to_audio(clip * scale, 16000)).max() == pytest.approx(1)
+    assert np.abs(to_audio((clip * 30000).astype(np.int16), 16000)).max() == pytest.approx(1)
+
+
+def test_silence_stays_silence():
+    assert to_audio(np.zeros(100), 16000).tolist() == [0] * 100
+
+
+@pytest.mark.parametrize(
+    "value", [np.zeros(0), np.array([0, np.nan]), np.zeros((2, 2, 2)), np.array([np.inf]), b"nonsense"], ids=repr
+)
+def test_clips_of_nothing_are_a_decode_error(value):
+    pytest.importorskip("soundfile")
+    with pytest.raises(DecodeError):
+        to_audio(value, 16000)
+
+
+def test_without_soundfile_there_is_a_sentence_and_no_absent_clip(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'u2a-fast\[demo\]'"):
+        to_audio("a.ogg", 16000)

@@ -1,0 +1,171 @@
+import json
+import logging
+
+import pytest
+
+from u2a_fast.data import load_table
+
+
+def write(folder, name="table.csv", text="text,label\na,x\nb,y\n"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def rows(splits):
+    return [row for part in splits.values() for row in part]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").touch()
+    return tmp_path
+
+
+def test_paths_are_relative_to_the_table_and_empty_cells_are_absent(pictures):
+    table = write(pictures, text="image,text,label\n0.png,a dog,animal\n,a car,thing\n2.png,,animal\n")
+    by_label = sorted(rows(load_table(table)), key=lambda row: (row["text"] or "", row["label"]))
+    assert [row["text"] for row in by_label] == [None, "a car", "a dog"]
+    assert [row["image"] and row["image"]["path"] for row in by_label] == [
+        str(pictures / "2.png"), None, str(pictures / "0.png")
+    ]  # fmt: skip
+    assert [row["label"] for row in by_label] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("text", ["NA", "null", "None", "nan", "007"])
+def test_texts_that_look_like_something_else_stay_texts(tmp_path, text):
+    loaded = rows(load_table(write(tmp_path, text=f"text,label\n{text},x\n{text},y\n")))
+    assert [row["text"] for row in loaded] == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [(["b", "a", "b"], ["a", "b"]), (["10", "2", "10"], ["2", "10"]), (["-1", "0", "1"], ["-1", "0", "1"]),
+     (["a", "1", "2"], ["1", "2", "a"])],
+)  # fmt: skip
+def test_strings_and_whole_numbers_become_classes(tmp_path, labels, names):
+    write(tmp_path, "train.csv", "text,label\n" + "".join(f"t,{label}\n" for label in labels))
+    train = load_table(tmp_path)["train"]
+    assert train.features["label"].names == names
+    assert [names[label] for label in train["label"]] == labels
+
+
+def test_other_numbers_and_lists_stay_numbers(tmp_path):
+    write(tmp_path, "train.csv", "text,label\na,0.5\nb,2\n")
+    assert load_table(tmp_path)["train"]["label"][:] == [0.5, 2.0]
+    (tmp_path / "train.csv").unlink()
+    write(tmp_path, "train.jsonl", '{"text": "a", "label": [0, 1]}\n{"text": "b", "label": [1, 1]}\n')
+    assert load_table(tmp_path)["train"]["label"][:] == [[0, 1], [1, 1]]
+
+
+def test_true_and_false_become_classes(tmp_path):
+    write(tmp_path, "train.jsonl", '{"text": "a", "label": true}\n{"text": "b", "label": false}\n')
+    train = load_table(tmp_path)["train"]
+    assert train.features["label"].names == ["False", "True"]
+    assert train["label"][:] == [1, 0]
+
+
+def test_named_tables_are_taken_as_they_are_with_the_classes_of_all(tmp_path):
+    write(tmp_path, "train.csv", "text,label\na,x\n")
+    write(tmp_path, "test.csv", "text,label\nb,a\nc,x\n")
+    splits = load_table(tmp_path)
+    assert {name: len(part) for name, part in splits.items()} == {"train": 1, "test": 2}
+    assert splits["train"].features["label"].names == ["a", "x"]
+    assert splits["test"]["label"][:] == [0, 1]
+
+
+def test_a_table_without_labels_loads_for_prediction(tmp_path):
+    write(tmp_path, "train.csv", "text,label\na,x\n")
+    write(tmp_path, "test.csv", "text\nb\n")
+    assert load_table(tmp_path)["test"][0] == {"text": "b"}
+
+
+def test_one_table_is_split_by_seed_with_groups_together(tmp_path):
+    lines = "".join(f"text {number},{number % 4},{number // 3}\n" for number in range(300))
+    table = write(tmp_path, text="text,label,group\n" + lines)
+    splits = load_table(table)
+    groups = [set(part["group"]) for part in splits.values()]
+    assert sum(map(len, groups)) == 100
+    assert [len(part) for part in splits.values()] == [pytest.approx(share, abs=3) for share in (195, 30, 75)]
+    assert load_table(tmp_path)["test"]["text"][:] == splits["test"]["text"][:]
+    assert load_table(table, seed=1)["test"]["text"][:] != splits["test"]["text"][:]
+
+
+def test_all_formats_give_the_same(pictures):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    records = [
+        {"image": "0.png", "text": "a", "label": 1, "group": "g", "other": "ignored"},
+        {"image": None, "text": 'b, quoted "c"\nsecond line', "label": 0, "group": "h", "other": None},
+    ]
+    for name in ("csv", "jsonl", "parquet"):
+        (pictures / name).mkdir()
+        (pictures / name / "0.png").touch()
+    import csv
+
+    with open(pictures / "csv" / "train.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+    write(pictures / "jsonl", "train.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    parquet.write_table(pa.Table.from_pylist(records), pictures / "parquet" / "train.parquet")
+
+    loaded = [load_table(pictures / name)["train"] for name in ("csv", "jsonl", "parquet")]
+    for name, dataset in zip(("csv", "jsonl", "parquet"), loaded, strict=True):
+        assert dataset.features == loaded[0].features
+        assert dataset[0]["image"]["path"] == str(pictures / name / "0.png")
+        assert [row | {"image": None} for row in dataset] == [row | {"image": None} for row in loaded[0]]
+
+
+def test_parquet_may_hold_the_files_themselves(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    records = [{"image": {"bytes": b"content", "path": None}, "label": "a"}, {"image": None, "label": "b"}]
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "train.parquet")
+    train = load_table(tmp_path)["train"]
+    assert train["image"][:] == [{"bytes": b"content", "path": None}, None]
+
+
+def test_some_missing_files_are_absent_with_one_warning(pictures, caplog):
+    table = write(pictures, "train.csv", "image,label\n0.png,x\n8.png,y\n9.png,x\n")
+    with caplog.at_level(logging.WARNING):
+        train = load_table(table.parent)["train"]
+    assert [cell is None for cell in train["image"]] == [False, True, True]
+    assert len(caplog.messages) == 1
+    assert "2 of 3 image files do not exist" in caplog.text
+    assert "8.png" in caplog.text
+
+
+def test_all_files_missing_is_a_mistake(tmp_path):
+    table = write(tmp_path, text="image,text,label\n8.png,a,x\n9.png,b,y\n")
+    with pytest.raises(FileNotFoundError, match=r"None of the 2 files of the column image .*relative to the table"):
+        load_table(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("picture,label\na.png,x\n", "needs at least one of image, text, audio"),
+        ("text,label\na,x\nb,\n", "row 2 has no label"),
+        ("text,label\na,x\nb,c,d\n", "row 2 has more cells than the header"),
+        ("text,label\n" + "a" * 200_000 + ",x\n", "safer as .jsonl"),
+    ],
+)
+def test_tables_that_cannot_be_used_say_why(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_table(write(tmp_path, text=text))
+
+
+def test_paths_that_hold_no_table_say_what_is_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
+        load_table(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="holds 0 tables"):
+        load_table(tmp_path)
+    with pytest.raises(ValueError, match=r"must end in \.csv"):
+        load_table(write(tmp_path, "table.xlsx"))
+    write(tmp_path, "train.csv")
+    write(tmp_path, "train.jsonl", "{}")
+    with pytest.raises(ValueError, match="2 tables for train"):
+        load_table(tmp_path)
