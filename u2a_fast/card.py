@@ -46,9 +46,8 @@ Versions: {versions}.
 
 def write_card(
     model: MultimodalModel,
-    output_dir: str | Path,
-    rows: Sequence[Row],
     options: Mapping[str, Any],
+    rows: Sequence[Row],
     pattern: MissingPattern,
     count: int,
 ) -> None:
@@ -56,7 +55,8 @@ def write_card(
     import yaml
     from huggingface_hub import EvalResult, ModelCardData
 
-    config, name = model.config, Path(output_dir).resolve().name
+    config, folder = model.config, Path(options["output_dir"])
+    name = folder.resolve().name
     results = [
         EvalResult(
             task_type="multimodal-classification",
@@ -89,4 +89,4 @@ def write_card(
         options=yaml.safe_dump(dict(options), sort_keys=False),
         versions=", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES),
     )
-    (Path(output_dir) / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`u2a-fast train | evaluate | predict | doctor`."""
+"""`u2a-fast train | evaluate | predict | compare | doctor`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import transformers
 from jsonargparse import ArgumentParser, Namespace
 
-from .training import TrainOptions, option
+from .comparison import CompareOptions, compare
+from .evaluation import evaluate, print_report
+from .methods import load_model
+from .training import TrainOptions, load_splits, option, train
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,10 @@ class DoctorOptions:
 
 
 def run_train(options: TrainOptions) -> None:
-    from .training import train
-
     train(options)
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
-    from .evaluation import evaluate, print_report
-    from .methods import load_model
-    from .training import load_splits
-
     splits = load_splits(options.data, options.seed)
     model = load_model(options.model)
     rows = evaluate(model, splits["test"], None, options.output_dir, options.batch_size, options.seed)
@@ -54,8 +52,6 @@ def run_evaluate(options: EvaluateOptions) -> None:
 
 
 def run_predict(options: PredictOptions) -> None:
-    from .methods import load_model
-
     lines = sys.stdin if options.input == "-" else Path(options.input).read_text(encoding="utf-8").splitlines()
     samples = [json.loads(line) for line in lines if line.strip()]
     model = load_model(options.model)
@@ -68,6 +64,10 @@ def run_predict(options: PredictOptions) -> None:
     sys.stdout.write(text) if options.output == "-" else Path(options.output).write_text(text, encoding="utf-8")
 
 
+def run_compare(options: CompareOptions) -> None:
+    compare(options)
+
+
 def run_doctor(options: DoctorOptions) -> None:
     from .doctor import print_findings
 
@@ -78,6 +78,7 @@ COMMANDS: dict[str, tuple[type, Any, str]] = {
     "train": (TrainOptions, run_train, "train on data with missing modalities and report every scenario"),
     "evaluate": (EvaluateOptions, run_evaluate, "report every scenario of a trained model"),
     "predict": (PredictOptions, run_predict, "label samples; any modality may be missing"),
+    "compare": (CompareOptions, run_compare, "train all methods and the baselines over seeds, one table"),
     "doctor": (DoctorOptions, run_doctor, "what this machine has and what is missing"),
 }
 
@@ -105,6 +106,8 @@ def _options_parser(options: type) -> ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and run; a mistake of the user is one sentence and exit code 1, not a traceback."""
+    transformers.logging.set_verbosity_error()  # no report of the poolers that we drop on purpose
+    transformers.logging.disable_progress_bar()
     parsed = build_parser().parse_args(arguments)
     options, run, _ = COMMANDS[parsed.command]
     values: Namespace = parsed[parsed.command]
@@ -114,5 +117,3 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, json.JSONDecodeError):
             error = f"the input is not JSON lines: {error}"
         sys.exit(f"u2a-fast {parsed.command}: {error}")
-
-

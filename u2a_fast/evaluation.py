@@ -181,7 +181,9 @@ def plot_report(reports: Mapping[str, Sequence[Row]]) -> Any:
         fixed = [row for row in rows if not row["scenario"].startswith("rate ")]
         rates = [row for row in rows if row["scenario"].startswith("rate ") and "[" not in row["scenario"]]
         places = [place + i * height for place in range(len(fixed))]
-        bars.bar(places, [row["accuracy"] for row in fixed], height, label=title)
+        bars.bar(
+            places, [row["accuracy"] for row in fixed], height, yerr=[row.get("std", 0) for row in fixed], label=title
+        )
         bars.set_xticks(range(len(fixed)), [row["scenario"] for row in fixed], rotation=30, ha="right")
         full = [(0.0, row["accuracy"]) for row in rows if row["scenario"] == "full"]
         points = full + [(float(row["scenario"].split()[1]), row["accuracy"]) for row in rates]

@@ -60,15 +60,20 @@ def train(options: TrainOptions) -> list[Row]:
     """
     if options.method not in METHODS:
         raise ValueError(f"unknown method {options.method!r}: use one of {', '.join(METHODS)}")
-    checkpoint = _claim_directory(options)
-    splits = load_splits(options.data, options.seed)
-    sources = options.encoders or default_encoders(options.data, splits["train"].column_names)
+    _check_directory(options)
+    return run_once(options, *load_sources(options))
+
+
+def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
+    """`train` on splits and encoders that are loaded already."""
+    checkpoint = _check_directory(options)
+    _claim_directory(options)
     model = fit(METHODS[options.method], options, splits, sources, Path(options.output_dir), checkpoint)
     rows = evaluate(model, splits["test"], seed=options.seed)
     if options.baselines:
         rows += baseline_rows(options, splits, sources)
     write_report(rows, options.output_dir)
-    write_card(model, options.output_dir, rows, asdict(options), missing_pattern(options, "train"), len(splits["train"]))
+    write_card(model, asdict(options), rows, missing_pattern(options, "train"), len(merged_training_split(splits)))
     print_report(rows, title=f"{options.method} on {options.data}, seed {options.seed}")
     return rows
 
@@ -134,6 +139,7 @@ def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments
         save_total_limit=1,
         seed=options.seed,
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # or Trainer drops the image and text columns
     )
 
@@ -148,6 +154,13 @@ def merged_training_split(splits: Mapping[str, Any]) -> Any:
 
 def missing_pattern(options: TrainOptions, split: str) -> MissingPattern:
     return MissingPattern(rate=options.missing_rate, kind=options.missing_kind, seed=options.seed, split=split)
+
+
+def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """The splits, and the folder or id of each modality's encoder."""
+    splits = load_splits(options.data, options.seed)
+    sources = options.encoders or default_encoders(options.data, splits["train"].column_names)
+    return splits, dict(sources)
 
 
 def load_splits(data: str, seed: int) -> Mapping[str, Any]:
@@ -198,13 +211,12 @@ def _named(row: Row, baseline: str) -> Row:
     return {**row, "scenario": f"{row['scenario']} [{baseline}]"}
 
 
-def _claim_directory(options: TrainOptions) -> str | None:
+def _check_directory(options: TrainOptions) -> str | None:
     """Refuse a directory that holds something else; the checkpoint to resume from, if that was asked for."""
     folder = Path(options.output_dir)
-    asked = {**asdict(options), "resume": False}
     if (folder / RUN_FILE).exists():
-        found = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
-        changed = sorted(name for name in asked if found.get(name) != asked[name] and name != "output_dir")
+        found, asked = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")), _run(options)
+        changed = sorted(name for name in asked if found.get(name) != asked[name])
         if changed:
             raise ValueError(f"{folder} holds another run ({', '.join(changed)} differ): choose another output_dir")
         if not options.resume:
@@ -213,6 +225,15 @@ def _claim_directory(options: TrainOptions) -> str | None:
     if (folder / "config.json").exists():
         kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "unknown")
         raise ValueError(f"{folder} holds another model ({kind}): choose another output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(yaml.safe_dump(asked, sort_keys=False), encoding="utf-8")
     return None
+
+
+def _claim_directory(options: TrainOptions) -> None:
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).write_text(yaml.safe_dump(_run(options), sort_keys=False), encoding="utf-8")
+
+
+def _run(options: TrainOptions) -> dict[str, Any]:
+    """What makes two runs the same run: every option but where it is written and whether it goes on."""
+    return {name: value for name, value in asdict(options).items() if name not in ("output_dir", "resume")}

@@ -20,7 +20,9 @@ COUNT = 6
 def models(families, unequal=False, targets=("q", "k", "v", "o"), **options):
     built = {}
     for i, (name, family) in enumerate(families.items()):
-        built[name] = tiny_encoders.build(family, seed=i, **({"hidden_size": 48} if unequal and i == 0 else {})).double()
+        built[name] = tiny_encoders.build(
+            family, seed=i, **({"hidden_size": 48} if unequal and i == 0 else {})
+        ).double()
     torch.manual_seed(0)
     reference = ReferenceU2A(built, num_labels=5, r=3, lora_alpha=6, target_modules=targets, **options).double()
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=targets)
@@ -73,7 +75,7 @@ def test_what_stands_in_absent_rows_never_matters(absent):
     for fill in (0.0, float("nan"), float("inf")):
         inputs = parity.batch(families, COUNT)
         for i, values in enumerate(inputs.values()):
-            for name, tensor in values.items():
+            for tensor in values.values():
                 junk = fill if tensor.is_floating_point() else (0 if fill == 0 else 10**6)
                 tensor[~present[:, i]] = torch.tensor(junk).to(tensor.dtype)
         fast.zero_grad()

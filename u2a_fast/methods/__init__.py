@@ -6,12 +6,14 @@ import os
 from typing import Any
 
 from .base import MultimodalModel
+from .joint_embedding import JointEmbedding
 from .late_fusion import LateFusion
+from .pmf import PMF
 from .u2a import U2A
 
-METHODS: dict[str, type[MultimodalModel]] = {"u2a": U2A}
+METHODS: dict[str, type[MultimodalModel]] = {"u2a": U2A, "pmf": PMF, "joint_embedding": JointEmbedding}
 
-__all__ = ["METHODS", "LateFusion", "MultimodalModel", "U2A", "load_model"]
+__all__ = ["METHODS", "PMF", "U2A", "JointEmbedding", "LateFusion", "MultimodalModel", "load_model"]
 
 
 def load_model(name_or_path: str | os.PathLike, **options: Any) -> MultimodalModel:

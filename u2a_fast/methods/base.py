@@ -247,8 +247,8 @@ class MultimodalModel(PreTrainedModel):
         try:
             logits = []
             for start in range(0, len(samples), batch_size):
-                batch = collate([dict(sample) for sample in samples[start : start + batch_size]])
-                batch.pop("labels", None)
+                chosen = samples[start : start + batch_size]
+                batch = collate([{name: sample.get(name) for name in self.config.modalities} for sample in chosen])
                 logits.append(self(**to_device(batch, self.device)).logits)
         finally:
             self.train(was_training)

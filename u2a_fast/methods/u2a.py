@@ -164,7 +164,7 @@ class U2A(MultimodalModel):
 
     def _project(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows of encoder `name` in the common width and the head's dtype."""
-        rows = rows.to(self.head.weight.dtype)
+        rows = rows.to(self.head.weight.dtype).contiguous()  # a view would keep the whole hidden state for backward
         return self.projection[name](rows) if name in self.projection else rows
 
     def _prior(self) -> torch.Tensor:

@@ -1,0 +1,346 @@
+"""Learned rows, LayerNorm and the low-rank product in one pass: every backend against plain PyTorch."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from triton_interpreter import interpreted
+from u2a_fast.kernels import assemble, assemble_norm_project, backend, set_backend
+
+module = importlib.import_module("u2a_fast.kernels.assemble")  # the package's attribute of that name is the function
+SANITIZERS = ("bounds", "races", "order")
+LEARNED = ("prefix", "suffix", "mask_token", "norm_weight", "norm_bias", "lora_a")
+
+# batch, tokens, width, prefix, suffix, rank (None: not given), norm, present (None, "full" or "packed")
+SHAPES = {
+    "everything": (4, 5, 40, 2, 3, 6, "bias", "full"),
+    "packed": (4, 5, 40, 2, 3, 6, "bias", "packed"),
+    "no learned rows": (3, 7, 24, None, None, 1, "bias", None),
+    "no norm": (3, 7, 136, 1, None, 24, None, "full"),
+    "no rank": (3, 4, 130, None, 2, None, "no bias", None),
+    "wide rank": (2, 6, 72, 3, None, 70, "bias", None),
+    "rows only": (3, 5, 20, 1, 2, None, None, "packed"),
+    "prompts only": (2, 0, 16, 4, None, 3, "bias", None),
+    "no rows": (0, 5, 16, 2, None, 3, "bias", None),
+    "nobody present": (2, 3, 16, 1, None, 3, "bias", "packed"),
+}
+
+
+def operands(name, dtype, seed=0, absent=float("nan")):
+    """Non-zero mean throughout; parameters in fp32 (fp64 for fp64), one sample in three absent."""
+    batch, tokens, width, prefix, suffix, rank, norm, presence = SHAPES[name]
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, mean=0.5):
+        leaf = (torch.randn(*shape, generator=g, dtype=torch.float64) + mean).to(backend.wide(dtype))
+        return leaf.requires_grad_()
+
+    present = None if presence is None else torch.arange(batch) % 3 != 1
+    if name == "nobody present":
+        present[:] = False
+    rows = (torch.randn(batch, tokens, width, generator=g, dtype=torch.float64) + 1.5).to(dtype)
+    if presence == "packed":
+        rows = rows[present]
+    elif presence == "full":
+        rows[~present] = absent
+    return {
+        "tokens": rows.requires_grad_(),
+        "prefix": None if prefix is None else draw(prefix, width),
+        "suffix": None if suffix is None else draw(suffix, width),
+        "present": present,
+        "mask_token": None if present is None else draw(width),
+        "norm_weight": draw(width, mean=1.0) if norm else None,
+        "norm_bias": draw(width) if norm == "bias" else None,
+        "lora_a": None if rank is None else draw(rank, width, mean=0.1),
+    }
+
+
+def clone(given, dtype=None):
+    """The same leaves, cast to `dtype`."""
+    cast = {n: t if t is None or n == "present" else t.detach().to(dtype or t.dtype) for n, t in given.items()}
+    return {n: t if t is None or n == "present" else t.clone().requires_grad_() for n, t in cast.items()}
+
+
+def outputs_and_gradients(given, weights=None):
+    """{name: tensor} of (h, s, rows) and of every gradient of a random combination of them."""
+    outputs = dict(zip(("h", "s", "rows"), assemble_norm_project(**given, eps=1e-5), strict=True))
+    outputs = {n: t for n, t in outputs.items() if t is not None}
+    loss = sum((t.double() * weight_of(n, t)).sum() for n, t in outputs.items())
+    leaves = {n: t for n, t in given.items() if t is not None and t.requires_grad}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {n: t.detach() for n, t in outputs.items()} | {f"d {n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+def weight_of(name, t):
+    g = torch.Generator().manual_seed(len(name))
+    return torch.randn(t.shape, generator=g, dtype=torch.float64) + 0.3
+
+
+def plain(given, dtype):
+    """The reference computed in `dtype` throughout."""
+    set_backend("reference")
+    return outputs_and_gradients(clone(given, dtype))
+
+
+def computed(given, implementation):
+    """outputs_and_gradients by "torch", or by "triton" under every sanitizer."""
+    given = clone(given)
+    if implementation == "torch":
+        set_backend("torch")
+        return outputs_and_gradients(given)
+    with interpreted(SANITIZERS) as launched:
+        result = outputs_and_gradients(given)
+    assert ("assemble_norm_project_forward" in launched) == (result["rows"].numel() > 0)
+    return result
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    yield
+    set_backend("auto")
+
+
+def assert_within(got, low, exact, factor, what):
+    """No further from the exact result than `factor` times what plain low precision is."""
+    if exact.numel() == 0:
+        return
+    error, allowed = ((t.double() - exact.double()).abs().max().item() for t in (got, low))
+    assert error <= factor * allowed, f"{what}: {error:.3g} is {error / max(allowed, 1e-300):.2f} times plain's"
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_float64_equals_plain_pytorch(name, implementation):
+    given = operands(name, torch.float64, absent=7.0)
+    expected, got = plain(given, torch.float64), computed(given, implementation)
+    assert got.keys() == expected.keys()
+    for what, exact in expected.items():
+        if exact is None:
+            assert got[what] is None, what
+            continue
+        torch.testing.assert_close(got[what], exact, rtol=1e-9, atol=1e-10, msg=lambda m, w=what: f"{w}: {m}")
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["everything", "packed", "no learned rows", "no norm", "wide rank"])
+def test_low_precision_is_as_exact_as_plain_low_precision(name, dtype, implementation):
+    given = operands(name, dtype, absent=7.0)
+    low, exact, got = plain(given, dtype), plain(given, torch.float32), computed(given, implementation)
+    for what in exact:
+        factor = 3 if what.startswith("d ") else 2
+        assert got[what].dtype == (dtype if what in ("h", "s", "rows", "d tokens") else torch.float32), what
+        assert_within(got[what], low[what], exact[what], factor, what)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_statistics_are_fp32_where_rows_are_bf16(implementation):
+    """Rows whose mean is a hundred times their spread: bf16 statistics would be wrong in the first digit."""
+    rows = (100 + torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0))).bfloat16()
+    given = {"tokens": rows, "norm_weight": torch.ones(256), "norm_bias": torch.zeros(256)}
+    exact = torch.nn.functional.layer_norm(rows.double(), (256,))
+    if implementation == "torch":
+        set_backend("torch")
+        h = assemble_norm_project(**given)[0]
+    else:
+        with interpreted():
+            h = assemble_norm_project(**given)[0]
+    assert_within(h, exact.bfloat16(), exact, 1.5, "h")
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["everything", "no norm"])
+def test_absent_tokens_are_never_used(name, implementation):
+    nan, zero = (computed(operands(name, torch.bfloat16, absent=a), implementation) for a in (float("nan"), 0.0))
+    for what, t in zero.items():
+        assert torch.equal(nan[what], t), what
+    absent = ~operands(name, torch.bfloat16)["present"]
+    assert torch.equal(nan["d tokens"][absent], torch.zeros_like(nan["d tokens"][absent]))
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_packed_tokens_give_the_same_as_unpacked(implementation):
+    full = operands("everything", torch.float32, absent=9.0)
+    packed = full | {"tokens": full["tokens"].detach()[full["present"]].requires_grad_()}
+    a, b = computed(full, implementation), computed(packed, implementation)
+    assert torch.equal(a.pop("d tokens")[full["present"]], b.pop("d tokens"))
+    for what, t in a.items():
+        torch.testing.assert_close(b[what], t)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+def test_non_contiguous_input_gives_the_same(implementation):
+    given = operands("everything", torch.float32, absent=9.0)
+    strided = {
+        n: t if t is None else t.detach().mT.contiguous().mT if t.ndim > 1 else t.detach() for n, t in given.items()
+    }
+    strided = {n: t if t is None or n == "present" else t.requires_grad_() for n, t in strided.items()}
+    assert not strided["tokens"].is_contiguous()
+    set_backend("reference" if implementation == "reference" else "torch")
+    if implementation == "triton":
+        with interpreted(SANITIZERS):
+            got = outputs_and_gradients(strided)
+    else:
+        got = outputs_and_gradients(strided)
+    for what, exact in plain(given, torch.float64).items():
+        torch.testing.assert_close(got[what].double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_assemble_joins_rows_in_order():
+    tokens, prefix, suffix = torch.ones(2, 2, 1), torch.zeros(1, 1), torch.full((1, 1), 3.0)
+    present, mask_token = torch.tensor([True, False]), torch.tensor([2.0])
+    expected = torch.tensor([[0.0, 1, 1, 3], [0, 2, 2, 3]])
+    for name in ("reference", "torch"):
+        set_backend(name)
+        assert torch.equal(assemble(tokens, prefix, suffix, present, mask_token)[..., 0], expected)
+        assert torch.equal(assemble(tokens[:1], prefix, suffix, present, mask_token)[..., 0], expected)
+        assert assemble(tokens, present=present)[1].abs().max() == 0  # without a mask token: zeros
+    with interpreted():
+        assert torch.equal(assemble(tokens[:1], prefix, suffix, present, mask_token)[..., 0], expected)
+
+
+# ------------------------------------------------------------------------------------------------- what is not written
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_equal_results_are_one_tensor(implementation):
+    set_backend(implementation)
+    tokens, weight = torch.randn(2, 3, 8), torch.ones(8)
+    assert assemble(tokens) is tokens
+    h, s, rows = assemble_norm_project(tokens=tokens, lora_a=torch.ones(2, 8))
+    assert h is tokens and rows is tokens and s.shape == (2, 3, 2)
+    h, s, rows = assemble_norm_project(tokens=tokens, norm_weight=weight)
+    assert rows is tokens and s is None and h is not tokens
+    h, _, rows = assemble_norm_project(tokens=tokens, prefix=torch.ones(1, 8))
+    assert h is rows and rows.shape == (2, 4, 8)
+
+
+def test_backward_keeps_no_normalised_rows():
+    """Bytes kept: the assembled rows, eight per row of statistics, and the parameters."""
+    given = operands("everything", torch.bfloat16, absent=0.0)
+    set_backend("torch")
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        _, s, rows = assemble_norm_project(**given)
+    parameters = sum(t.nbytes for n, t in given.items() if n in ("norm_weight", "norm_bias", "lora_a", "present"))
+    assert sum(t.nbytes for t in kept.values()) == rows.nbytes + 8 * s.shape[0] * s.shape[1] + parameters
+
+
+def test_frozen_inputs_get_no_gradient():
+    """Every subset of what may train, in fp64."""
+    full = operands("everything", torch.float64, absent=0.0)
+    names = ["tokens", *LEARNED]
+    expected = plain(full, torch.float64)
+    set_backend("torch")
+    for subset in itertools.chain(*(itertools.combinations(names, n) for n in (1, 2, len(names) - 1))):
+        given = {
+            n: t.detach().requires_grad_(n in subset) if t is not None and n != "present" else t
+            for n, t in full.items()
+        }
+        got = outputs_and_gradients(given)
+        assert {n[2:] for n in got if n.startswith("d ")} == set(subset)
+        for n in subset:
+            torch.testing.assert_close(got[f"d {n}"], expected[f"d {n}"])
+
+
+# ---------------------------------------------------------------------------------------------------------- torch rules
+def arguments(name, dtype, out_dtype=None):
+    """Of the op, from the public function's."""
+    t = operands(name, dtype, absent=0.0)
+    order = ("tokens", "prefix", "suffix", "present", "mask_token", "norm_weight", "norm_bias", "lora_a")
+    return *(t[n] for n in order), 1e-5, out_dtype or dtype
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_opcheck(name):
+    set_backend("torch")
+    torch.library.opcheck(module._forward, arguments(name, torch.float32))
+
+
+def test_opcheck_of_mixed_dtypes_and_of_backward():
+    set_backend("torch")
+    torch.library.opcheck(module._forward, arguments("everything", torch.float32, torch.bfloat16))
+    g, stats = torch.randn(4, 10, 40), torch.rand(40)
+    given = arguments("everything", torch.float32)
+    tail = *(t.detach() for t in given[5:8]), given[3], 4, 2, 7, 1e-5, torch.float32
+    low = torch.randn(4, 10, 6)
+    torch.library.opcheck(module._backward, (g, g.clone(), low, g.clone(), stats, stats + 1, *tail, [True] * 7))
+    torch.library.opcheck(module._backward, (g, *[None] * 9, 4, 0, 10, 1e-5, torch.float32, [True] + [False] * 6))
+
+
+@pytest.mark.parametrize("name", ["everything", "packed", "no norm", "no rank"])
+def test_gradcheck(name):
+    set_backend("torch")
+    given = operands(name, torch.float64, absent=0.0)
+    leaves = {n: t for n, t in given.items() if t is not None and t.requires_grad}
+
+    def outputs(*values):
+        return tuple(
+            t for t in assemble_norm_project(**given | dict(zip(leaves, values, strict=True))) if t is not None
+        )
+
+    assert torch.autograd.gradcheck(outputs, tuple(leaves.values()), fast_mode=True)
+
+
+def test_compile_and_export_see_one_op():
+    set_backend("torch")
+    given = operands("everything", torch.float32, absent=0.0)
+    expected = outputs_and_gradients(given)
+
+    class Module(torch.nn.Module):
+        def forward(self, tokens):
+            return assemble_norm_project(**given | {"tokens": tokens})
+
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")(given["tokens"])
+    for t, what in zip(compiled, ("h", "s", "rows"), strict=True):
+        torch.testing.assert_close(t, expected[what])
+    (grad,) = torch.autograd.grad(
+        sum((t.double() * weight_of(n, t)).sum() for n, t in zip(("h", "s", "rows"), compiled, strict=True)),
+        given["tokens"],
+    )
+    torch.testing.assert_close(grad, expected["d tokens"])
+    nodes = [str(n.target) for n in torch.export.export(Module(), (given["tokens"],)).graph.nodes]
+    assert nodes.count("u2a_fast.assemble_norm_project.default") == 1
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_residual_alone(dtype, implementation):
+    set_backend(implementation)
+    given = operands("everything", torch.float32, absent=0.0)
+    with torch.autocast("cpu", dtype=dtype):
+        h, s, rows = assemble_norm_project(**given)
+        plain_h, plain_s, plain_rows = assemble_norm_project(tokens=given["tokens"], lora_a=given["lora_a"])
+    assert (h.dtype, s.dtype, rows.dtype) == (dtype, dtype, torch.float32)
+    assert (plain_h.dtype, plain_s.dtype) == (dtype, dtype) and plain_rows is given["tokens"]
+    grads = torch.autograd.grad(h.sum() + s.sum() + rows.sum(), [given["tokens"], given["lora_a"]])
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"tokens": torch.ones(2, 3)}, ValueError, r"\[B, S, D\]"),
+        ({"prefix": torch.ones(2, 7)}, ValueError, "prefix must be"),
+        ({"mask_token": torch.ones(1, 8)}, ValueError, "mask_token must be"),
+        ({"present": torch.ones(3)}, TypeError, "bool"),
+        ({"present": torch.tensor([True, True, True])}, ValueError, "2 samples, which is neither all 3"),
+        ({"norm_bias": torch.ones(8)}, ValueError, "without norm_weight"),
+        ({"lora_a": torch.ones(0, 8)}, ValueError, "lora_a must have"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        assemble_norm_project(**{"tokens": torch.ones(2, 3, 8)} | change)
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+def test_gradients_do_not_depend_on_program_order():
+    given = operands("everything", torch.bfloat16)
+    results = []
+    for seed in (0, 1, 2, 2):
+        with interpreted(("order",), seed=seed) as launched:
+            results.append(outputs_and_gradients(clone(given)))
+    assert launched.count("assemble_norm_project_backward") == 1
+    for other in results[1:]:
+        assert all(torch.equal(other[what], t) for what, t in results[0].items())

@@ -1,0 +1,154 @@
+"""What was trained is saved, alone; a reloaded model is the same model; a resumed run is the same run."""
+
+import pytest
+import tiny_data
+import tiny_encoders
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from u2a_fast import U2A, LateFusion, LoraConfig, MultimodalCollator, load_model
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return tiny_data.encoder_folders(tmp_path)
+
+
+def make_model(folders, method=U2A, seed=0):
+    torch.manual_seed(seed)
+    model = method(folders, num_labels=3, lora=LoraConfig(r=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def batch(count=4):
+    return MultimodalCollator(tiny_data.processors())(tiny_data.samples(count))
+
+
+@pytest.mark.parametrize("method", [U2A, LateFusion])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reloaded_logits_are_bitwise_equal(folders, tmp_path, method, dtype):
+    loaded = {name: tiny_encoders.build(f).to(dtype) for name, f in (("text", "bert"), ("image", "vit"))}
+    for name, encoder in loaded.items():
+        encoder.name_or_path = folders[name]
+    model = make_model(loaded, method).eval()
+    model.save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert list(again.encoders) == ["text", "image"]
+    assert torch.equal(model(**batch()).logits, again(**batch()).logits)
+
+
+def test_the_file_holds_what_was_trained_and_nothing_else(folders, tmp_path):
+    model = make_model(folders)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(tmp_path / "a")
+    assert set(load_file(tmp_path / "a" / "model.safetensors")) == trained
+    model.encoders["text"].blocks[0].norm1.weight.requires_grad_(True)
+    model.save_pretrained(tmp_path / "b")
+    extra = set(load_file(tmp_path / "b" / "model.safetensors")) - trained
+    assert extra == {"encoders.text.blocks.0.norm1.weight"}
+    assert not [path for path in (tmp_path / "b").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_predict_takes_samples_with_anything_missing(folders, tmp_path):
+    model = make_model(folders)
+    model.processors = tiny_data.processors()
+    rows = [{"text": "red thing"}, *tiny_data.samples(2), {"image": None, "text": "blue"}]
+    logits = model.predict(rows)
+    model.save_pretrained(tmp_path / "saved")
+    again = U2A.from_pretrained(tmp_path / "saved")
+    assert logits.shape == (4, 3) and torch.equal(again.predict(rows, batch_size=4), logits)
+    assert model.training and not again.training
+    with pytest.raises(ValueError, match="every modality absent"):
+        model.predict([{"text": None}])
+
+
+def test_an_encoder_without_a_name_is_asked_for(tmp_path):
+    encoders = {"text": tiny_encoders.build("bert"), "image": tiny_encoders.build("vit")}
+    model = make_model(encoders).eval()
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"encoders=\{'text': ...\}"):
+        U2A.from_pretrained(tmp_path / "saved")
+    again = U2A.from_pretrained(tmp_path / "saved", encoders=encoders)
+    assert torch.equal(model(**batch()).logits, again(**batch()).logits)
+
+
+def test_a_folder_that_does_not_fit_is_refused(folders, tmp_path):
+    make_model(folders).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds a u2a model, not late_fusion"):
+        LateFusion.from_pretrained(tmp_path / "saved")
+    wider = {"text": tiny_encoders.build("bert", hidden_size=48), "image": tiny_encoders.build("vit")}
+    with pytest.raises(ValueError, match="does not fit these encoders"):
+        U2A.from_pretrained(tmp_path / "saved", encoders=wider)
+    with pytest.raises(ValueError, match="'bert' model"):
+        load_model(folders["text"])
+
+
+def make_trainer(model, folder, **options):
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        max_steps=6,
+        save_steps=3,
+        logging_steps=1,
+        learning_rate=1e-2,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    rows = tiny_data.samples(12)
+    without_images = [{**row, "image": None} for row in rows]
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        eval_dataset={"full": rows, "no_image": without_images},
+        data_collator=MultimodalCollator(tiny_data.processors()),
+    )
+
+
+def losses(trainer):
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_one(folders, tmp_path, caplog):
+    whole = make_trainer(make_model(folders), tmp_path / "whole")
+    whole.train()
+    resumed = make_trainer(make_model(folders, seed=1), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    later = {step: loss for step, loss in losses(resumed).items() if step > 3}
+    assert sorted(later) == [4, 5, 6]
+    assert later == {step: losses(whole)[step] for step in later}
+    trained = {name: p for name, p in whole.model.named_parameters() if p.requires_grad}
+    for name, parameter in resumed.model.named_parameters():
+        if name in trained:
+            assert torch.equal(parameter, trained[name]), name
+    assert "missing keys" not in caplog.text
+
+
+def test_trainer_loads_the_best_checkpoint_of_a_scenario(folders, tmp_path):
+    options = dict(eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    trainer = make_trainer(make_model(folders), tmp_path / "run", metric_for_best_model="eval_no_image_loss", **options)
+    trainer.train()
+    best = load_file(trainer.state.best_model_checkpoint + "/model.safetensors")
+    assert all(torch.equal(trainer.model.get_parameter(name), tensor) for name, tensor in best.items())
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_full_loss", "eval_no_image_loss"} <= logged
+
+
+def test_trainer_predictions_are_logits_only(folders, tmp_path):
+    trainer = make_trainer(make_model(folders), tmp_path)
+    assert trainer.predict(tiny_data.samples(5)).predictions.shape == (5, 3)
+
+
+def test_dropped_columns_are_explained(folders, tmp_path):
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        MultimodalCollator(tiny_data.processors())([{"label": 0}])
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        make_model(folders)(labels=torch.tensor([0]))

@@ -1,0 +1,101 @@
+"""Bad input gets one sentence that names the cause and the cure, before anything is computed."""
+
+import parity
+import pytest
+import tiny_encoders
+import torch
+
+from u2a_fast import U2A, LoraConfig
+
+FAMILIES = {"image": "vit", "text": "bert"}
+ALL = torch.ones(3, 2, dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return U2A({name: tiny_encoders.build(family) for name, family in FAMILIES.items()}, num_labels=4)
+
+
+@pytest.fixture
+def inputs():
+    return parity.batch(FAMILIES, 3, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"video": {"pixel_values": torch.zeros(3, 1)}}, ValueError, "unknown modality 'video'.*image, text"),
+        ({"modality_mask": ALL[:, :1]}, ValueError, r"modality_mask must be \[3, 2\]"),
+        ({"modality_mask": ALL[:2]}, ValueError, r"modality_mask must be \[3, 2\]"),
+        ({"modality_mask": ALL.long()}, TypeError, "must be bool"),
+        ({"modality_mask": ALL & torch.tensor([[1], [0], [1]]).bool()}, ValueError, r"samples \[1\].*all_absent"),
+        ({"labels": torch.tensor([0, 4, 1])}, ValueError, "label 4 is out of range: num_labels=4"),
+        ({"labels": torch.tensor([0, -1, 1])}, ValueError, "label -1 is out of range"),
+        ({"labels": torch.tensor([0, 1])}, ValueError, "2 labels were given for 3 samples"),
+        ({"labels": torch.rand(3, 3)}, ValueError, r"labels must be \[3, 4\]"),
+        ({"text": {"input_ids": torch.ones(2, 4).long()}}, ValueError, "3 samples but 2 rows of text"),
+        ({"text": torch.ones(3, 4)}, TypeError, "dictionary of tensors"),
+    ],
+)
+def test_a_bad_batch_is_refused(model, inputs, change, error, message):
+    with pytest.raises(error, match=message):
+        model(**{**inputs, **change})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"absent": "skip"}, 'absent must be one of .*"pack"'),
+        ({"all_absent": "zero"}, 'all_absent must be one of .*"prior"'),
+        ({"problem_type": "ranking"}, "problem_type must be one of"),
+        ({"modality_dropout": 1.5}, "modality_dropout must be in"),
+    ],
+)
+def test_a_bad_option_is_refused(options, message):
+    encoders = {name: tiny_encoders.build(family) for name, family in FAMILIES.items()}
+    with pytest.raises(ValueError, match=message):
+        U2A(encoders, num_labels=4, **options)
+
+
+def test_one_encoder_is_not_enough():
+    with pytest.raises(ValueError, match="needs 2 encoders"):
+        U2A({"text": tiny_encoders.build("bert")}, num_labels=2)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ("query",)}, {"r": 0}, {"lora_dropout": 1.0}])
+def test_a_bad_lora_config_is_refused(options):
+    with pytest.raises(ValueError):
+        LoraConfig(**options)
+
+
+def test_pefts_lora_config_is_read():
+    peft = pytest.importorskip("peft")
+    config = LoraConfig.read(peft.LoraConfig(r=6, lora_alpha=12, target_modules=["query", "value"], use_rslora=True))
+    assert config == LoraConfig(r=6, lora_alpha=12, target_modules=("q", "v"), use_rslora=True)
+    with pytest.raises(ValueError, match="use_dora"):
+        LoraConfig.read(peft.LoraConfig(target_modules=["query"], use_dora=True))
+
+
+@pytest.mark.parametrize(
+    "labels, kind",
+    [
+        (torch.tensor([0, 1, 2]), "single_label_classification"),
+        (torch.tensor([[0.0, 1, 0, 1]] * 3), "multi_label_classification"),
+    ],
+)
+def test_the_problem_type_follows_the_labels(model, inputs, labels, kind):
+    assert model.problem_type(labels) == kind
+    assert torch.isfinite(model(**inputs, labels=labels).loss)
+
+
+def test_regression_with_one_label(inputs):
+    encoders = {name: tiny_encoders.build(family) for name, family in FAMILIES.items()}
+    model = U2A(encoders, num_labels=1).eval()
+    out = model(**inputs, labels=torch.tensor([0.5, 1.0, -1.0]))
+    expected = (out.logits.squeeze(1) - torch.tensor([0.5, 1.0, -1.0])).square().mean()
+    torch.testing.assert_close(out.task_loss, expected)
+
+
+def test_tuple_output(model, inputs):
+    out = model(**inputs, return_dict=False)
+    assert isinstance(out, tuple) and out[0].shape == (3, 4)

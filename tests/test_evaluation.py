@@ -1,0 +1,105 @@
+"""The scenario table equals separate passes with each mask, and its scores equal scikit-learn's."""
+
+import csv
+
+import pytest
+import tiny_data
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+
+from u2a_fast import U2A, LateFusion, MissingPattern, MultimodalCollator, evaluate
+from u2a_fast.evaluation import default_scenarios, scenario_mask
+
+NAMES = ("text", "image")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tiny_data.encoder_folders(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="module", params=[U2A, LateFusion])
+def model(request, folders):
+    torch.manual_seed(0)
+    model = request.param(folders, num_labels=4, processors=tiny_data.processors())  # class 3 never occurs
+    with torch.no_grad():
+        model.head.weight.normal_(std=2.0)
+    return model
+
+
+def rows_with_holes(count=30):
+    rows = tiny_data.samples(count)
+    for i, row in enumerate(rows):
+        row.update({"text": None} if i % 6 == 1 else {"image": None} if i % 6 == 4 else {})
+    return rows
+
+
+def test_every_scenario_equals_a_pass_of_its_own(model):
+    rows = rows_with_holes()
+    report = {row["scenario"]: row for row in evaluate(model, rows, batch_size=8)}
+    assert list(report) == default_scenarios(NAMES)
+    natural = torch.tensor([[row[name] is not None for name in NAMES] for row in rows])
+    labels = torch.tensor([row["label"] for row in rows])
+    batch = MultimodalCollator(tiny_data.processors())(rows)
+    batch.pop("labels"), batch.pop("modality_mask")
+    model.eval()
+    for scenario, row in report.items():
+        mask = scenario_mask(scenario, natural, NAMES)
+        counted = mask.any(dim=1)
+        kept = {name: {k: v[counted] for k, v in values.items()} for name, values in batch.items()}
+        predicted = model(**kept, modality_mask=mask[counted]).logits.argmax(dim=1)
+        assert row["n"] == int(counted.sum())
+        assert row["accuracy"] == pytest.approx(accuracy_score(labels[counted], predicted))
+        assert row["macro_f1"] == pytest.approx(f1_score(labels[counted], predicted, average="macro"))
+
+
+def test_report_files(model, tmp_path):
+    report = evaluate(model, tiny_data.samples(6), output_dir=tmp_path)
+    with open(tmp_path / "report.csv", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert list(written[0]) == ["scenario", "accuracy", "macro_f1", "n"]
+    assert [row["scenario"] for row in written] == [row["scenario"] for row in report]
+    assert [float(row["accuracy"]) for row in written] == pytest.approx([r["accuracy"] for r in report], abs=1e-4)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_encoder_runs_once_a_sample(model, monkeypatch):
+    seen = dict.fromkeys(NAMES, 0)
+    for name, encoder in model.encoders.items():
+        embed = encoder.embed
+
+        def counting(name=name, embed=embed, **inputs):
+            seen[name] += next(iter(inputs.values())).shape[0]
+            return embed(**inputs)
+
+        monkeypatch.setattr(encoder, "embed", counting)
+    evaluate(model, rows_with_holes(), batch_size=7)
+    assert seen == {"text": 25, "image": 25}
+
+
+def test_masks_never_add_what_is_not_there():
+    natural = torch.tensor([[True, True], [True, False], [False, True]] * 20)
+    for scenario in default_scenarios(NAMES):
+        mask = scenario_mask(scenario, natural, NAMES)
+        assert not (mask & ~natural).any()
+        if scenario.startswith("rate"):
+            drawn = MissingPattern(float(scenario[5:]), "both", split="test").table(60, NAMES)
+            assert mask.any(dim=1).all() and torch.equal(mask[::3], drawn[::3])
+
+
+def test_what_cannot_be_scored_is_refused(model, folders):
+    with pytest.raises(ValueError, match="unknown scenario 'no image'"):
+        evaluate(model, tiny_data.samples(3), scenarios=["no image"])
+    regression = U2A(folders, num_labels=1, processors=tiny_data.processors())
+    with pytest.raises(ValueError, match="regression"):
+        evaluate(regression, tiny_data.samples(3), scenarios=["full"])
+
+
+def test_multilabel_scores(folders):
+    model = U2A(folders, num_labels=3, processors=tiny_data.processors())
+    rows = [{**row, "label": [float(row["label"] == i) for i in range(3)]} for row in tiny_data.samples(6)]
+    (row,) = evaluate(model, rows, scenarios=["full"])
+    logits, labels = model.predict(rows), torch.tensor([r["label"] for r in rows])
+    predicted = logits > 0
+    assert row["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+    assert row["accuracy"] == pytest.approx((predicted == labels.bool()).float().mean().item())

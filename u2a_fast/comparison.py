@@ -1,0 +1,137 @@
+"""All methods and the baselines on one data set over several seeds: one table, one plot."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from .evaluation import Row, plot_report
+from .methods import METHODS
+from .training import TrainOptions, baseline_rows, load_sources, option, run_once
+
+LATE_FUSION, UNIMODAL = "late fusion", "unimodal"
+Cell = tuple[float, float]  # mean and standard deviation of an accuracy over seeds
+
+
+@dataclass(frozen=True)
+class CompareOptions(TrainOptions):
+    """The options of `train`, for every method and seed; `method`, `seed` and `baselines` are set by the comparison."""
+
+    methods: list[str] | None = option(None, "which methods; None: all")
+    seeds: list[int] | None = option(None, "which seeds; None: 0, 1, 2")
+
+
+def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
+    """Train everything and write `comparison.csv`, `comparison.png` and `comparison.md` into the output directory.
+
+    Each method and seed has a folder of its own with a whole run in it; those that are finished are not run again.
+
+    Returns:
+        `{method: {scenario: (mean, standard deviation) of the accuracy over seeds}}`, baselines included.
+    """
+    methods, seeds = options.methods or list(METHODS), options.seeds or [0, 1, 2]
+    runs: dict[str, list[list[Row]]] = {}
+    for seed in seeds:
+        for method in (*methods, "baselines"):
+            rows = _finished(_folder(options, method, seed)) or _run(options, method, seed)
+            for name, part in _split(rows, method).items():
+                runs.setdefault(name, []).append(part)
+    table = {name: _cells(reports) for name, reports in runs.items()}
+    _write(table, Path(options.output_dir), len(seeds))
+    return table
+
+
+def verdicts(table: Mapping[str, Mapping[str, Cell]]) -> list[tuple[str, str, str]]:
+    """`(scenario, winner, methods that beat the unimodal model trained on what remains)`, by mean accuracy.
+
+    With several modalities left, the best of their unimodal models is the one to beat.
+    """
+    methods = [name for name in table if name != UNIMODAL]
+    single = {name.removesuffix(" only"): cell[0] for name, cell in table.get(UNIMODAL, {}).items()}
+    found = []
+    for scenario in next(iter(table.values())):
+        winner = max(methods, key=lambda name: table[name][scenario][0])
+        left = [score for name, score in single.items() if scenario != f"{name} missing"]
+        beaten = [name for name in methods if left and table[name][scenario][0] > max(left)]
+        found.append((scenario, winner, ", ".join(beaten) or "none"))
+    return found
+
+
+def _run(options: CompareOptions, method: str, seed: int) -> list[Row]:
+    folder = _folder(options, method, seed)
+    plain = {item.name: getattr(options, item.name) for item in fields(TrainOptions)}
+    one = replace(TrainOptions(**plain), seed=seed, output_dir=str(folder), baselines=False)
+    splits, sources = load_sources(one)
+    if method == "baselines":
+        rows = baseline_rows(one, splits, sources)
+    else:
+        rows = run_once(replace(one, method=method), splits, sources)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def _folder(options: CompareOptions, method: str, seed: int) -> Path:
+    return Path(options.output_dir) / f"{method}-seed{seed}"
+
+
+def _finished(folder: Path) -> list[Row] | None:
+    if not (folder / "rows.csv").exists():
+        return None
+    with open(folder / "rows.csv", encoding="utf-8") as file:
+        return [{**row, "accuracy": float(row["accuracy"])} for row in csv.DictReader(file)]
+
+
+def _split(rows: Sequence[Row], method: str) -> dict[str, list[Row]]:
+    """The rows of one run by whom they are about; baseline rows carry a name in brackets."""
+    if method != "baselines":
+        return {method: list(rows)}
+    parts: dict[str, list[Row]] = {LATE_FUSION: [], UNIMODAL: []}
+    for row in rows:
+        scenario, _, name = row["scenario"].removesuffix("]").partition(" [")
+        parts[name].append({**row, "scenario": scenario})
+    return parts
+
+
+def _cells(reports: Sequence[Sequence[Row]]) -> dict[str, Cell]:
+    scores: dict[str, list[float]] = {}
+    for rows in reports:
+        for row in rows:
+            scores.setdefault(row["scenario"], []).append(row["accuracy"])
+    return {name: (statistics.fmean(s), statistics.stdev(s) if len(s) > 1 else 0.0) for name, s in scores.items()}
+
+
+def _write(table: Mapping[str, Mapping[str, Cell]], folder: Path, seeds: int) -> None:
+    with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("method", "scenario", "mean_accuracy", "std_accuracy", "seeds"))
+        for name, cells in table.items():
+            writer.writerows((name, s, f"{m:.4f}", f"{d:.4f}", seeds) for s, (m, d) in cells.items())
+    text = markdown(table)
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    print(text)
+    drawn = {name: cells for name, cells in table.items() if name != UNIMODAL}
+    plot_report(
+        {name: [{"scenario": s, "accuracy": m, "std": d} for s, (m, d) in c.items()] for name, c in drawn.items()}
+    ).savefig(folder / "comparison.png", dpi=120)
+
+
+def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
+    """The comparison as a Markdown table: a row a scenario, a column a method, then who wins."""
+    methods = [name for name in table if name != UNIMODAL]
+    lines = [
+        "| scenario | " + " | ".join(methods) + " | best | beats the best unimodal model on what remains |",
+        "|---" * (len(methods) + 3) + "|",
+    ]
+    for scenario, winner, beaten in verdicts(table):
+        cells = (table[name][scenario] for name in methods)
+        scores = " | ".join(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in cells)
+        lines.append(f"| {scenario} | {scores} | {winner} | {beaten} |")
+    single = ", ".join(f"{name} {mean:.3f} ± {deviation:.3f}" for name, (mean, deviation) in table[UNIMODAL].items())
+    return "\n".join([*lines, "", f"Unimodal models trained on what remains: {single}.", ""])
