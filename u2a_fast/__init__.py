@@ -5,12 +5,14 @@ from .data import MissingPattern, MultimodalCollator
 from .evaluation import evaluate
 from .kernels import get_backend, set_backend
 from .lora import LoraConfig
-from .methods import U2A, LateFusion, load_model
+from .methods import PMF, U2A, JointEmbedding, LateFusion, load_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PMF",
     "U2A",
+    "JointEmbedding",
     "LateFusion",
     "LoraConfig",
     "MissingPattern",

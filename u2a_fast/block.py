@@ -20,6 +20,11 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(1.702 * x) / 1.702
 
 
+def normalise(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)` in the dtype of x; of all that it needs for backward, x alone is kept."""
+    return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
 # Hugging Face's spellings that keep several tensors for backward, as the same function of one kept tensor.
 LEAN_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "quick_gelu": quick_gelu,
@@ -143,8 +148,8 @@ class Block(GradientCheckpointingLayer):
         batch, heads, length, head_dim = attended.shape
         attended = self.o.forward_projected(attended.transpose(1, 2).reshape(batch, length, heads * head_dim), s)
         if not self.pre_norm:
-            x = self._norm(self.norm1, residual + attended)
-            return self._norm(self.norm2, x + self._mlp(x, None))
+            x = normalise(self.norm1, residual + attended)
+            return normalise(self.norm2, x + self._mlp(x, None))
         x = residual + (attended if self.scale1 is None else attended * self.scale1)
         update = self._mlp(x, self.norm2)
         return x + (update if self.scale2 is None else update * self.scale2)
@@ -162,7 +167,3 @@ class Block(GradientCheckpointingLayer):
             lora_a=self.fc1.lora_before_dropout,
         )
         return self.fc2(self.act(self.fc1.forward_projected(rows, s)))
-
-    @staticmethod
-    def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)

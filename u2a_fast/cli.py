@@ -1,4 +1,4 @@
-"""`u2a-fast train | evaluate | predict | compare | doctor`."""
+"""`u2a-fast train | evaluate | predict | compare | memory | doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from .comparison import CompareOptions, compare
 from .evaluation import evaluate, print_report
+from .lora import LoraConfig
+from .memory import plan, print_plan
 from .methods import load_model
 from .training import TrainOptions, load_splits, option, train
 
@@ -33,6 +35,16 @@ class PredictOptions:
     input: str = option("-", "JSON lines of samples, one object each ('-': standard input)")
     output: str = option("-", "where the predictions go, JSON lines ('-': standard output)")
     batch_size: int = option(32, "samples a pass")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    encoders: dict[str, str] = option(None, '{modality: hub id or folder}, for example {"text": "bert-base-uncased"}')
+    batch: int = option(32, "samples a step, every modality present")
+    quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
+    checkpointing: bool = option(False, "keep only what enters each block")
+    optimizer: str = option("adamw", "adamw or adamw_8bit")
+    lora_r: int = option(8, "rank of the adapters")
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,20 @@ def run_predict(options: PredictOptions) -> None:
     sys.stdout.write(text) if options.output == "-" else Path(options.output).write_text(text, encoding="utf-8")
 
 
+def run_memory(options: MemoryOptions) -> None:
+    if not options.encoders:
+        raise ValueError('--encoders is needed, for example --encoders \'{"text": "bert-base-uncased"}\'')
+    rows = plan(
+        options.encoders,
+        batch=options.batch,
+        quantization=options.quantization,
+        checkpointing=options.checkpointing,
+        optimizer=options.optimizer,
+        lora=LoraConfig(r=options.lora_r),
+    )
+    print_plan(rows)
+
+
 def run_compare(options: CompareOptions) -> None:
     compare(options)
 
@@ -79,6 +105,7 @@ COMMANDS: dict[str, tuple[type, Any, str]] = {
     "evaluate": (EvaluateOptions, run_evaluate, "report every scenario of a trained model"),
     "predict": (PredictOptions, run_predict, "label samples; any modality may be missing"),
     "compare": (CompareOptions, run_compare, "train all methods and the baselines over seeds, one table"),
+    "memory": (MemoryOptions, run_memory, "bytes of a training step, beside PEFT's and full fine-tuning's"),
     "doctor": (DoctorOptions, run_doctor, "what this machine has and what is missing"),
 }
 

@@ -18,7 +18,7 @@ Cell = tuple[float, float]  # mean and standard deviation of an accuracy over se
 
 @dataclass(frozen=True)
 class CompareOptions(TrainOptions):
-    """The options of `train`, for every method and seed; `method`, `seed` and `baselines` are set by the comparison."""
+    """The options of `train`, for every method and seed; `method` and `seed` are set by the comparison."""
 
     methods: list[str] | None = option(None, "which methods; None: all")
     seeds: list[int] | None = option(None, "which seeds; None: 0, 1, 2")
@@ -35,7 +35,7 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
     methods, seeds = options.methods or list(METHODS), options.seeds or [0, 1, 2]
     runs: dict[str, list[list[Row]]] = {}
     for seed in seeds:
-        for method in (*methods, "baselines"):
+        for method in (*methods, *(["baselines"] if options.baselines else [])):
             rows = _finished(_folder(options, method, seed)) or _run(options, method, seed)
             for name, part in _split(rows, method).items():
                 runs.setdefault(name, []).append(part)
@@ -63,7 +63,7 @@ def verdicts(table: Mapping[str, Mapping[str, Cell]]) -> list[tuple[str, str, st
 def _run(options: CompareOptions, method: str, seed: int) -> list[Row]:
     folder = _folder(options, method, seed)
     plain = {item.name: getattr(options, item.name) for item in fields(TrainOptions)}
-    one = replace(TrainOptions(**plain), seed=seed, output_dir=str(folder), baselines=False)
+    one = replace(TrainOptions(**plain), seed=seed, output_dir=str(folder), baselines=False, resume=True)
     splits, sources = load_sources(one)
     if method == "baselines":
         rows = baseline_rows(one, splits, sources)
@@ -133,5 +133,6 @@ def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
         cells = (table[name][scenario] for name in methods)
         scores = " | ".join(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in cells)
         lines.append(f"| {scenario} | {scores} | {winner} | {beaten} |")
-    single = ", ".join(f"{name} {mean:.3f} ± {deviation:.3f}" for name, (mean, deviation) in table[UNIMODAL].items())
-    return "\n".join([*lines, "", f"Unimodal models trained on what remains: {single}.", ""])
+    single = [f"{name} {mean:.3f} ± {deviation:.3f}" for name, (mean, deviation) in table.get(UNIMODAL, {}).items()]
+    closing = [f"Unimodal models trained on what remains: {', '.join(single)}."] if single else []
+    return "\n".join([*lines, "", *closing, ""])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from . import kernels
+from .quantization import nf4_linear, storage_of
 
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
 
@@ -112,18 +114,26 @@ class LoraLinear(nn.Module):
         weight: `[N, K]`, the linears of `roles` stacked along N in equal blocks; kept by reference, frozen.
         bias: `[N]` or None.
         roles: one name per block, for example `("q", "k", "v")`.
+        weight_scale: `[N]` fp32, where the weight is int8.
 
     `forward` maps `[..., K]` to `[..., N]`. After `add_adapter`, `lora_a` is `[groups * r, K]` and `lora_b` `[N', r]`
     over the adapted roles only, fp32.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, roles: tuple[str, ...]):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        roles: tuple[str, ...],
+        weight_scale: torch.Tensor | None = None,
+    ):
         super().__init__()
         self.roles = roles
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("weight_scale", None)
+        self.store(weight, weight_scale)
         # A clone, because a bias may train (BitFit) and the caller's model must not change.
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_parameter("weight_scale", None)
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
         self.adapted: tuple[str, ...] = ()
@@ -132,13 +142,42 @@ class LoraLinear(nn.Module):
         self.adapter_enabled = True
         self.quantize_input = False
 
+    @property
+    def storage(self) -> str:
+        """`"float"`, `"int8"` or `"nf4"`."""
+        return storage_of(self.weight)
+
+    def store(self, weight: torch.Tensor, weight_scale: torch.Tensor | None) -> None:
+        """Replace the frozen weight by the same one stored in another way (see quantization.py)."""
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight_scale = None if weight_scale is None else nn.Parameter(weight_scale.detach(), requires_grad=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> LoraLinear:
+        """As in `nn.Module`, but scales move without changing their dtype: rounded, they would be other weights."""
+        scale = self.weight_scale
+        exact = None if scale is None else scale.detach()
+        super()._apply(fn, recurse)
+        if exact is not None and self.weight_scale.dtype != exact.dtype:
+            self.weight_scale.data = exact.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        given = state_dict.get(prefix + "weight")
+        if given is not None and storage_of(given) != self.storage:
+            errors.append(
+                f"{prefix}weight is stored as {storage_of(given)} in the file and as {self.storage} in this model: "
+                "build the model with the quantization that the file was saved with"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
     def add_adapter(self, config: LoraConfig) -> None:
         """Give every role of `config.target_modules` its factors: A uniform as in PEFT, B zero."""
         self.adapted = tuple(role for role in self.roles if role in config.target_modules)
         if not self.adapted:
             self.lora_a = self.lora_b = None
             return
-        rows, width = self.weight.shape[0] // len(self.roles), self.weight.shape[1]
+        rows, width = self.out_features // len(self.roles), self.in_features
         groups, device = len(self.adapted), self.weight.device
         bound = 1 / math.sqrt(width)  # kaiming_uniform_ with a = sqrt(5), as nn.Linear and PEFT do
         self.lora_a = nn.Parameter(torch.empty(groups * config.r, width, device=device).uniform_(-bound, bound))
@@ -171,6 +210,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         lora_a, lora_b = self.factors()
+        dropout = self.dropout if self.training and lora_a is not None else 0.0
+        if self.storage == "nf4":
+            return nf4_linear(self, x, None, dropout)
         return kernels.lora_linear(
             x,
             self.weight,
@@ -180,7 +222,7 @@ class LoraLinear(nn.Module):
             self.scaling,
             weight_scale=self.weight_scale,
             groups=len(self.roles),
-            dropout=self.dropout if self.training and lora_a is not None else 0.0,
+            dropout=dropout,
             quantize_input=self.quantize_input,
         )
 
@@ -188,6 +230,8 @@ class LoraLinear(nn.Module):
         """The same with `s = x A^T` [..., G * r] already computed by the pass that wrote `x`."""
         if s is None:
             return self(x)
+        if self.storage == "nf4":
+            return nf4_linear(self, x, s, 0.0)
         return kernels.linear_lowrank(
             x,
             self.weight,
@@ -202,4 +246,5 @@ class LoraLinear(nn.Module):
 
     def extra_repr(self) -> str:
         adapter = f", r={self.lora_b.shape[1]} on {self.adapted}" if self.lora_a is not None else ""
-        return f"{self.weight.shape[1]} -> {'+'.join(self.roles)} {self.weight.shape[0]}, {self.weight.dtype}{adapter}"
+        stored = self.weight.dtype if self.storage == "float" else self.storage
+        return f"{self.in_features} -> {'+'.join(self.roles)} {self.out_features}, {stored}{adapter}"

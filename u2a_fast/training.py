@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ class TrainOptions:
     lora_r: int = option(8, "rank of the adapters")
     lora_alpha: float = option(16, "their scaling is alpha / r")
     lora_dropout: float = option(0.0, "dropout inside the adapters")
+    modality_dropout: float = option(0.0, "u2a only: chance that a complete sample loses a modality in a step")
+    tuning: str = option("bitfit", "joint_embedding only: bitfit or lora")
     quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
     epochs: float = option(16, "passes over the training split")
     max_steps: int = option(-1, "stop after so many steps, whatever epochs says")
@@ -47,6 +50,7 @@ class TrainOptions:
     learning_rate: float = option(1e-3, "peak of the cosine schedule")
     weight_decay: float = option(0.01, "of AdamW")
     seed: int = option(0, "of weights, order, missing table and split")
+    feature_cache: str | None = option(None, "pmf only: folder that keeps frozen features across epochs")
     dtype: str = option("auto", "of the frozen encoders: float32, bfloat16, or auto: bfloat16 where it is fast")
     baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
@@ -116,12 +120,26 @@ def build_model(
     model = method(
         {name: load(source, name, dtype=dtype) for name, source in sources.items()},
         num_labels=len(names),
-        lora=LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout),
         quantization=options.quantization,
+        **adaptation(method, options),
     )
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: i for i, name in enumerate(names)}
     return model
+
+
+def adaptation(method: type[MultimodalModel], options: TrainOptions) -> dict[str, Any]:
+    """What adapts the frozen encoders, under the name that the method's constructor has for it; PMF adapts nothing."""
+    lora = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout)
+    names = inspect.signature(method.__init__).parameters
+    if "tuning" in names:
+        return {"tuning": lora if options.tuning == "lora" else options.tuning}
+    chosen = {
+        "lora": lora,
+        "modality_dropout": options.modality_dropout,
+        "feature_cache": options.feature_cache,
+    }
+    return {name: value for name, value in chosen.items() if name in names}
 
 
 def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments:

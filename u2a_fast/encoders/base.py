@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..block import Block
+from ..block import Block, normalise
 
 EmbedResult = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
 
     def finish(self, tokens: torch.Tensor) -> torch.Tensor:
         """The encoder's own last LayerNorm, or nothing where it has none: `[B, S, D]` -> `[B, S, D]`."""
-        return self.stem["final_norm"](tokens) if "final_norm" in self.stem else tokens
+        return normalise(self.stem["final_norm"], tokens) if "final_norm" in self.stem else tokens
 
     def class_token(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """tokens `[B, S, D]` (without learned rows) -> `[B, D]`.
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
             if padding_mask is None:
                 return tokens[:, length - 1]
             index = length - 1 - padding_mask.flip(1).int().argmax(dim=1)
-        return tokens.gather(1, index[:, None, None].expand(-1, 1, tokens.shape[2])).squeeze(1)
+        return tokens[torch.arange(tokens.shape[0], device=tokens.device), index]
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -44,7 +44,7 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
     """
     if isinstance(model, Encoder):
         return model
-    family = family or _family_of(model)
+    family = family or family_of(model)
     _refuse_variants(model, family)
     stem = nn.ModuleDict()
     for name, path in family.stem.items():
@@ -78,7 +78,8 @@ def load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
     return AutoModel.from_pretrained(name_or_path, **options)
 
 
-def _family_of(model: nn.Module) -> Family:
+def family_of(model: nn.Module) -> Family:
+    """The spec that reads a model; ValueError where there is none."""
     name = type(model).__name__
     if name in ("Wav2Vec2Model", "HubertModel"):
         return WAV2VEC2_STABLE if model.config.do_stable_layer_norm else WAV2VEC2
@@ -145,13 +146,28 @@ def _block(layer: nn.Module, family: Family, config: Any) -> Block:
 
 def stack_linears(linears: list[nn.Linear], roles: tuple[str, ...]) -> LoraLinear:
     """Linears of equal input as one `LoraLinear`; a missing bias (Whisper's keys) counts as zeros beside others."""
-    weights = [linear.weight.detach() for linear in linears]
-    biases = [linear.bias for linear in linears]
+    weights, scales = zip(*map(_stored, linears), strict=True)
+    if len({scale is None for scale in scales}) > 1:
+        raise ValueError(f"{'+'.join(roles)} are partly int8 and partly floating: quantise all of them or none")
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if all(bias is None for bias in biases):
-        return LoraLinear(weight, None, roles)
-    filled = [w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
-    return LoraLinear(weight, torch.cat(filled), roles)
+    scale = None if scales[0] is None else torch.cat(scales)
+    biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
+    given = [bias for bias in biases if bias is not None]
+    if not given:
+        return LoraLinear(weight, None, roles, scale)
+    filled = [given[0].new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    return LoraLinear(weight, torch.cat(filled), roles, scale)
+
+
+def _stored(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A linear's weight `[N, K]`, and its scales `[N]` where bitsandbytes has made it int8 already."""
+    weight = linear.weight.detach().as_subclass(torch.Tensor)
+    if weight.dtype == torch.uint8:
+        raise ValueError("encoders loaded in 4 bit are not taken: load in floating point and pass quantization='nf4'")
+    if weight.dtype != torch.int8:
+        return weight, None
+    scb = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB  # it moves in the first forward
+    return weight, scb.detach().float() / 127
 
 
 def _norm(norm: nn.LayerNorm) -> nn.LayerNorm:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +19,10 @@ from transformers.utils import ModelOutput, cached_file
 from .. import encoders as encoders_module
 from ..encoders import Encoder
 from ..lora import LoraConfig
+from ..quantization import check_storage, mode_of, normalise, quantize_encoder, stored_elements
+
+if TYPE_CHECKING:
+    from ..memory import MemoryRow
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor}
@@ -86,12 +90,16 @@ class MultimodalModel(PreTrainedModel):
             check_choice("problem_type", problem_type, PROBLEM_TYPES)
         if len(encoders) < self.min_modalities:
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
+        modes = normalise(quantization, encoders)
         built = {name: _as_encoder(name, given, None) for name, given in encoders.items()}
+        for name, encoder in built.items():
+            check_storage(encoder, modes[name])
+        stored = {name: mode_of(quantize_encoder(encoder, modes[name])) for name, encoder in built.items()}
         config = self.config_class(
             modalities=list(built),
             encoders={name: encoder.name_or_path for name, encoder in built.items()},
             encoder_dtypes={name: str(encoder.dtype).removeprefix("torch.") for name, encoder in built.items()},
-            arguments={**arguments, "all_absent": all_absent},
+            arguments={**arguments, "all_absent": all_absent, "quantization": stored if any(stored.values()) else None},
             num_labels=num_labels,
             problem_type=problem_type,
         )
@@ -257,12 +265,28 @@ class MultimodalModel(PreTrainedModel):
     # ------------------------------------------------------------------------------------------------- bookkeeping
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """`(trained, all)` parameters, counted as PEFT counts them."""
-        counts = [(p.numel() if p.requires_grad else 0, p.numel()) for p in self.parameters()]
-        return sum(trained for trained, _ in counts), sum(total for _, total in counts)
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trained, sum(stored_elements(name, p) for name, p in self.named_parameters())
 
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def memory_report(
+        self, batch_size: int = 32, tokens: Mapping[str, int] | None = None, optimizer: str = "adamw"
+    ) -> list[MemoryRow]:
+        """Bytes of a training step, this model first, then PEFT's LoRA and full fine-tuning of the same encoders.
+
+        Args:
+            batch_size: samples in a step, every modality present.
+            tokens: `{modality: rows of a sample}`; by default what the encoder's config gives, and 128 for texts.
+            optimizer: `"adamw"` (two fp32 states) or `"adamw_8bit"`.
+
+        `u2a_fast.memory.print_plan` shows the rows as a table.
+        """
+        from ..memory import report
+
+        return report(self, batch_size, tokens, optimizer)
 
     def get_input_embeddings(self) -> None:
         return None  # the default raises on a composite model, and accelerate calls it unguarded

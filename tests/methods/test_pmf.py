@@ -1,0 +1,364 @@
+"""PMF equals its plain reference, absent rows never matter, and nothing below the fusion layers is kept or trained."""
+
+import parity
+import pytest
+import rounded
+import tiny_data
+import tiny_encoders
+import torch
+from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViTConfig, ViTModel
+
+from u2a_fast import PMF, MultimodalCollator, evaluate, load_model
+from u2a_fast.reference import ReferencePMF
+
+PAIR = {"image": "vit", "text": "bert"}
+FAMILIES = {
+    "pre and post norm": PAIR,
+    "layer scale and causal": {"image": "dinov2", "text": "clip_text"},
+    "mean-pooled": {"audio": "wav2vec2_stable", "image": "siglip_vision"},
+    "padding on both sides": {"text": "electra", "audio": "hubert"},
+    "three": {"image": "deit", "text": "roberta", "audio": "whisper"},
+}
+COUNT = 6
+LABELS = torch.arange(COUNT) % 5
+
+
+def encoders(families, unequal=False):
+    """Random encoders; `unequal`: the first is wider and deeper than the others."""
+    first = {"hidden_size": 48, "num_hidden_layers": 3} if unequal else {}
+    return {
+        name: tiny_encoders.build(family, seed=i, **(first if i == 0 else {})).double()
+        for i, (name, family) in enumerate(families.items())
+    }
+
+
+def models(families, unequal=False, **options):
+    """`(fast, reference, names of what trains)`, with prompts large enough to be felt."""
+    built = encoders(families, unequal)
+    torch.manual_seed(0)
+    reference = ReferencePMF(built, num_labels=5, **options).double()
+    for name, parameter in reference.named_parameters():
+        if "prompt" in name:
+            torch.nn.init.normal_(parameter)
+    fast = PMF(built, num_labels=5, **options).double()
+    names = parity.share_named(fast, reference, ("layers", "head"))
+    return fast, reference, [name for name in names if fast.get_parameter(name).requires_grad]
+
+
+def assert_parity(fast, reference, names, inputs, present):
+    fast.zero_grad()
+    reference.zero_grad()
+    out, expected = fast(**inputs, modality_mask=present, labels=LABELS), reference(inputs, present, LABELS)
+    for name in ("logits", "task_loss", "loss"):
+        parity.assert_close(getattr(out, name), getattr(expected, name), 1e-9, name)
+    out.loss.backward()
+    expected.loss.backward()
+    for name in names:
+        own, oracle = fast.get_parameter(name).grad, reference.get_parameter(name).grad
+        if own is None:  # nothing hears it: what is said to a causal encoder
+            assert oracle is None or not oracle.any(), name
+        else:
+            parity.assert_close(own, oracle, 1e-9, name)
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES.keys())
+def test_forward_loss_and_gradients_equal_the_reference(families, unequal):
+    fast, reference, names = models(families, unequal)
+    for seed in range(2):
+        inputs, present = parity.batch(families, COUNT, seed), parity.random_presence(COUNT, len(families), seed)
+        assert_parity(fast, reference, names, inputs, present)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(fusion_layers=1),
+        dict(fusion_context_prompts=0),
+        dict(query_context_prompts=0, query_prompts=1),
+        dict(fusion_context_prompts=0, query_context_prompts=0, query_prompts=3),
+        dict(train_fusion_context=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("families", [PAIR, FAMILIES["layer scale and causal"]], ids=["all rows", "causal"])
+def test_prompt_counts_and_depths(families, options):
+    fast, reference, names = models(families, **options)
+    assert options.get("train_fusion_context", True) or not any("fusion_context" in name for name in names)
+    assert_parity(fast, reference, names, parity.batch(families, COUNT), parity.random_presence(COUNT, 2, 1))
+
+
+@pytest.mark.parametrize("kind", ["left", "holes"])
+@pytest.mark.parametrize("family", ["bert", "clip_text"])
+def test_padding_anywhere(family, kind):
+    families = {"image": "vit", "text": family}
+    fast, reference, names = models(families)
+    inputs = parity.batch(families, COUNT, padded=False)
+    mask = inputs["text"]["attention_mask"]
+    if kind == "left":
+        mask[1, :3] = mask[2, :1] = 0
+    else:
+        mask[1, 2] = mask[4, 1] = mask[4, 3] = 0
+    assert_parity(fast, reference, names, inputs, torch.ones(COUNT, 2, dtype=torch.bool))
+
+
+def test_what_stands_in_absent_rows_never_matters():
+    families = FAMILIES["three"]
+    fast, _, _ = models(families)
+    present, results = parity.random_presence(COUNT, 3, 3), []
+    for fill in (0.0, float("nan"), float("inf")):
+        inputs = parity.batch(families, COUNT)
+        for i, values in enumerate(inputs.values()):
+            for tensor in values.values():
+                junk = fill if tensor.is_floating_point() else (0 if fill == 0 else 10**6)
+                tensor[~present[:, i]] = torch.tensor(junk).to(tensor.dtype)
+        fast.zero_grad()
+        out = fast(**inputs, modality_mask=present, labels=LABELS)
+        out.loss.backward()
+        results.append([out.logits, out.loss, *(p.grad for p in fast.parameters() if p.requires_grad)])
+    assert all(torch.isfinite(t).all() for t in results[0])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_modality_absent_in_the_whole_batch(lost):
+    fast, reference, names = models(PAIR)
+    present = torch.ones(COUNT, 2, dtype=torch.bool)
+    present[:, lost] = False
+    inputs = parity.batch(PAIR, COUNT)
+    assert_parity(fast, reference, names, inputs, present)
+    name = list(PAIR)[lost]
+    without_keyword = fast(**{m: v for m, v in inputs.items() if m != name}).logits
+    parity.assert_close(without_keyword, reference(inputs, present).logits, 1e-9, "logits without the keyword")
+    prompt = fast.layers[0][name].query_prompt  # it speaks for the missing modality
+    assert prompt.grad.any() and not fast.head[name].weight.grad.any()
+
+
+def test_rows_do_not_see_each_other():
+    families = FAMILIES["three"]
+    fast, _, _ = models(families)
+    inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 3, 5)
+    logits = fast(**inputs, modality_mask=present).logits
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    shuffled = {m: {k: v[order] for k, v in values.items()} for m, values in inputs.items()}
+    parity.assert_close(fast(**shuffled, modality_mask=present[order]).logits, logits[order], 1e-12, "permuted")
+    single = {m: {k: v[2:3] for k, v in values.items()} for m, values in inputs.items()}
+    parity.assert_close(fast(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
+
+
+def test_one_encoding_serves_every_scenario():
+    families = FAMILIES["three"]
+    fast, _, _ = models(families, unequal=True)
+    inputs, natural = parity.batch(families, COUNT), torch.ones(COUNT, 3, dtype=torch.bool)
+    natural[1, 0] = natural[4, 2] = False
+    with torch.no_grad():
+        encoded = fast.encode(inputs, natural)
+        for seed in range(4):
+            kept = natural & parity.random_presence(COUNT, 3, seed)
+            counted = kept.any(dim=1)  # a scenario may leave a sample nothing: its row is finite and does not count
+            logits, _ = fast.fuse(encoded, kept)
+            chosen = {m: {k: v[counted] for k, v in values.items()} for m, values in inputs.items()}
+            expected = fast(**chosen, modality_mask=kept[counted]).logits
+            parity.assert_close(logits[counted], expected, 1e-12, "logits")
+            assert logits.isfinite().all()
+
+
+def test_trainable_parameters_of_base_encoders():
+    with torch.device("meta"):
+        image = ViTModel(ViTConfig(), add_pooling_layer=False)
+        text = BertModel(BertConfig(), add_pooling_layer=False)
+        model = PMF({"image": image, "text": text}, num_labels=101, fusion_layers=2)
+    trained, total = model.get_nb_trainable_parameters()
+    d, h = 768, 384
+    assert trained == 2 * (2 * d * 12 + 2 * (d * h + h + h * d + d)) + 2 * (d + 1) * 101 == 2_556_106
+    assert round(100 * trained / total, 3) == 1.296
+
+
+@pytest.mark.parametrize("families", [PAIR, FAMILIES["three"]], ids=["two", "three"])
+def test_exported_names_and_what_trains(families):
+    fast, reference, _ = models(families, unequal=True)
+    exported, expected = fast.export_parameters(), reference.export_parameters()
+    assert {name: p.shape for name, p in exported.items()} == {name: p.shape for name, p in expected.items()}
+    assert not any(p.requires_grad for p in exported.values())
+    trained = {name for name, p in fast.named_parameters() if p.requires_grad}
+    assert trained == set(exported)
+    assert all(any(word in name for word in ("prompt", "translator", "head")) for name in trained)
+    if len(families) == 2:
+        part = {f"translator.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+        part |= {"query_prompt", "query_context_prompt", "fusion_context_prompt"}
+        assert {f"layers.1.text.{name}" for name in part} <= set(exported)
+        assert exported["layers.0.text.translator.2.weight"].shape == (48, 24)
+    else:
+        assert exported["layers.0.text.translator.image.0.weight"].shape == (24, 32)
+
+
+def test_prompts_start_small():
+    model = PMF(encoders(PAIR), num_labels=5, query_prompts=400)
+    assert abs(model.layers[0]["image"].query_prompt.std() - 0.02) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(fusion_layers=3), "fusion_layers=3, but image has 2 layers"),
+        (dict(fusion_layers=0), "fusion_layers must be at least 1, not 0"),
+        (dict(query_prompts=0), "query_prompts must be at least 1, not 0"),
+        (dict(fusion_context_prompts=-1), "fusion_context_prompts must be at least 0, not -1"),
+        (dict(all_absent="prior"), "all_absent"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        PMF(encoders(PAIR), num_labels=5, **options)
+
+
+def saved_bytes(function) -> int:
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        function()
+    return sum(sizes)
+
+
+def test_nothing_is_kept_below_the_fusion_layers():
+    fast, _, _ = models(PAIR, unequal=True)
+    inputs, present = parity.batch(PAIR, COUNT), torch.ones(COUNT, 2, dtype=torch.bool)
+    assert saved_bytes(lambda: fast.encode(inputs, present)) == 0
+    assert not any(packed.tokens.requires_grad for packed in fast.encode(inputs, present))
+    assert saved_bytes(lambda: fast(**inputs, modality_mask=present)) > 0
+    fast.encoders["image"].blocks[0].norm1.weight.requires_grad_(True)  # unless somebody unfreezes it
+    fast(**inputs, labels=LABELS).loss.backward()
+    assert fast.encoders["image"].blocks[0].norm1.weight.grad.any()
+
+
+def test_a_fusion_layer_computes_keys_and_values_of_tokens_once():
+    """Rows that go through the fused q, k, v product of a fusion layer: tokens once, prompts once for all samples."""
+    fast, _, _ = models(PAIR, fusion_layers=1)
+    rows = []
+    fast.encoders["image"].blocks[1].qkv.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:2]))
+    fast.encoders["image"].blocks[1].fc2.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:2]))
+    fast(**parity.batch(PAIR, COUNT))
+    tokens = 10
+    qkv = [(COUNT, tokens), (1, 8), (1, 4), (COUNT, 4)]  # tokens; qcp and qp; fcp; messages
+    mlp = [(COUNT, 4), (COUNT, tokens)]  # query prompts; tokens
+    assert sorted(map(tuple, rows)) == sorted(qkv + mlp)
+
+
+def test_train_mode_has_no_dropout():
+    with_dropout = {name: tiny_encoders.build(family) for name, family in PAIR.items()}
+    assert all(encoder.config.hidden_dropout_prob > 0 or name == "image" for name, encoder in with_dropout.items())
+    model, inputs = PMF(with_dropout, num_labels=5), parity.batch(PAIR, COUNT, dtype=torch.float32)
+    assert torch.equal(model.train()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    fast, _, _ = models(PAIR)
+    inputs, present = parity.batch(PAIR, COUNT), parity.random_presence(COUNT, 2, 0)
+    gradients, kept = [], []
+    for checkpointed in (False, True):
+        if checkpointed:
+            fast.activation_checkpointing_enable()
+        fast.zero_grad()
+        kept.append(saved_bytes(lambda: fast.train()(**inputs, modality_mask=present)))
+        fast(**inputs, modality_mask=present, labels=LABELS).loss.backward()
+        gradients.append([p.grad for p in fast.parameters() if p.requires_grad])
+    assert kept[1] < kept[0] / 3
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_bf16_encoders_train_in_fp32_and_stay_bitwise_as_they_were():
+    families = FAMILIES["three"]
+    model = PMF({name: tiny_encoders.build(f).bfloat16() for name, f in families.items()}, num_labels=5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    start, optimizer = [p.clone() for p in trained], torch.optim.AdamW(trained, 1e-2)
+    for step in range(3):
+        inputs = parity.batch(families, COUNT, step, dtype=torch.float32)
+        out = model(**inputs, modality_mask=parity.random_presence(COUNT, 3, step), labels=LABELS)
+        out.loss.backward()
+        assert out.logits.dtype == torch.float32 and {p.grad.dtype for p in trained} == {torch.float32}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all((p != old).any() for p, old in zip(trained, start, strict=True))
+    assert frozen and all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains(dtype):
+    model = PMF({name: tiny_encoders.build(family) for name, family in PAIR.items()}, num_labels=5)
+    inputs = parity.batch(PAIR, COUNT, dtype=torch.float32)
+    plain = model(**inputs, labels=LABELS).loss
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(**inputs, labels=LABELS).loss
+    loss.backward()
+    assert (loss - plain).abs() < 0.1
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+def test_quantised_encoders_compute_with_the_rounded_weights(mode):
+    quantised = PMF(encoders(PAIR), num_labels=5, quantization=mode).double()
+    inputs, present, gradients = parity.batch(PAIR, COUNT), parity.random_presence(COUNT, 2, 0), []
+    models = quantised, rounded.dequantised(quantised)
+    logits = [model(**inputs, modality_mask=present).logits for model in models]
+    parity.assert_close(*logits, 1e-9, "logits")
+    for model, own in zip(models, logits, strict=True):
+        own.square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert all(gradient.any() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        parity.assert_close(gradient, gradients[1][name], 1e-9, name)
+
+
+def test_evaluate_reports_every_scenario():
+    built = {"text": tiny_encoders.build("bert"), "image": tiny_encoders.build("vit")}
+    model = PMF(built, num_labels=3, fusion_layers=1, processors=tiny_data.processors())
+    rows = evaluate(model, tiny_data.samples(6), ["full", "image missing", "rate 0.7"])
+    assert [row["n"] for row in rows] == [6, 6, 6]
+    assert model.predict([{"text": "red thing"}, {"image": tiny_data.samples(1)[0]["image"]}]).shape == (2, 3)
+
+
+def test_saved_and_reloaded(tmp_path):
+    folders = tiny_data.encoder_folders(tmp_path)
+    model = PMF(folders, num_labels=3, fusion_layers=1, query_prompts=3, train_fusion_context=False).eval()
+    model.save_pretrained(tmp_path / "saved")
+    batch = MultimodalCollator(tiny_data.processors())(tiny_data.samples(4))
+    again = load_model(tmp_path / "saved")
+    assert isinstance(again, PMF) and torch.equal(model(**batch).logits, again(**batch).logits)
+    handed = {name: tiny_encoders.build(family) for name, family in {"text": "bert", "image": "vit"}.items()}
+    handed = PMF.from_pretrained(tmp_path / "saved", encoders=handed)
+    assert torch.equal(model(**batch).logits, handed(**batch).logits)
+
+
+def test_trainer_trains_and_resumes(tmp_path):
+    rows = [{**row, "image": None} if i % 4 == 3 else row for i, row in enumerate(tiny_data.samples(12))]
+
+    def trainer(folder, seed):
+        torch.manual_seed(seed)
+        arguments = TrainingArguments(
+            str(tmp_path / folder), per_device_train_batch_size=4, max_steps=4, save_steps=2, learning_rate=1e-2,
+            remove_unused_columns=False, report_to="none", disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        model = PMF(tiny_data.encoder_folders(tmp_path), num_labels=3, fusion_layers=1)
+        return Trainer(model, arguments, train_dataset=rows, data_collator=MultimodalCollator(tiny_data.processors()))
+
+    whole, resumed = trainer("whole", 0), trainer("resumed", 1)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    parameters = zip(whole.model.export_parameters().items(), resumed.model.export_parameters().values(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), b in parameters)
+
+
+def test_cached_features_give_the_same_logits_and_run_the_prefix_once(tmp_path):
+    built = {"image": tiny_encoders.build("vit"), "text": tiny_encoders.build("bert")}
+    cached = PMF(built, num_labels=5, fusion_layers=1, feature_cache=tmp_path).eval()
+    plain = PMF(built, num_labels=5, fusion_layers=1).eval()
+    plain.load_state_dict(cached.state_dict())
+    inputs = parity.batch({"image": "vit", "text": "bert"}, 5, dtype=torch.float32)
+    present = parity.random_presence(5, 2, 0)
+    first = cached(**inputs, modality_mask=present).logits
+    torch.testing.assert_close(first, plain(**inputs, modality_mask=present).logits)
+    misses = cached.feature_cache.misses
+    assert torch.equal(cached(**inputs, modality_mask=present).logits, first)
+    assert cached.feature_cache.misses == misses == int(present.sum())

@@ -1,0 +1,189 @@
+"""Features of a frozen prefix, computed once and kept on disk.
+
+Where nothing below layer l trains, the rows that enter it are the same in every epoch. A sample's key is the sha256 of
+its processed inputs, of the prefix's weights, and of what else the result depends on (layer, dtypes). One safetensors
+file per sample, written to a temporary name and moved into place: concurrent writers write the same bytes, and a file
+that is torn, truncated or altered is a miss and gets written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .encoders import Encoder
+
+FORMAT = "1"  # part of every key: raise it when what is stored changes
+
+
+class FeatureCache:
+    """What enters layer `layer` of frozen encoders, by content, under `folder`.
+
+    Attributes:
+        hits, misses: samples that were read, and that had to be computed.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.hits = self.misses = 0
+        self._fingerprints: weakref.WeakKeyDictionary[Encoder, tuple[tuple, str]] = weakref.WeakKeyDictionary()
+
+    def lookup(self, encoder: Encoder, layer: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """`encoder.embed(**inputs)` through its first `layer` blocks, running only the samples that are not there.
+
+        Args:
+            encoder: nothing in its embedding stage and its first `layer` blocks may train.
+            inputs: the encoder's keyword arguments; in tensors the samples come first, and padding behind an
+                `attention_mask` is no content.
+
+        Returns:
+            tokens `[B, S, D]` and padding_mask bool `[B, S]` or None, S the longest of the batch. What lies behind a
+            sample's last real row is 0.
+
+        Raises:
+            ValueError: something in the prefix trains.
+
+        Where nothing is stored, two samples of one batch that are equal are computed once.
+        """
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        options = {name: value for name, value in inputs.items() if name not in tensors}
+        prefix = self._fingerprint(encoder, layer) + repr(sorted(options.items()))
+        first = next(iter(tensors.values()))
+        samples = [_content(tensors, i) for i in range(first.shape[0])]
+        keys = [_digest(prefix, *sample) for sample in samples]
+        found = {key: stored for key in dict.fromkeys(keys) if (stored := _read(self._path(key))) is not None}
+        missing = {key: i for i, key in enumerate(keys) if key not in found}
+        self.hits, self.misses = self.hits + len(set(keys) - set(missing)), self.misses + len(missing)
+        if missing:
+            rows = torch.tensor(sorted(missing.values()), device=first.device)
+            computed = _compute(encoder, layer, {name: value[rows] for name, value in tensors.items()} | options)
+            for i, stored in zip(rows.tolist(), computed, strict=True):
+                found[keys[i]] = stored
+                _write(self._path(keys[i]), stored)
+        if not keys:
+            return _run(encoder, layer, inputs)
+        return _join([found[key] for key in keys], first.device)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _fingerprint(self, encoder: Encoder, layer: int) -> str:
+        """Hash of everything but the sample that the result depends on; weights are read again once they changed."""
+        tensors = dict(_prefix_tensors(encoder, layer))
+        trained = next((name for name, tensor in tensors.items() if tensor.requires_grad), None)
+        if trained is not None:
+            raise ValueError(f"{trained} trains, so features that enter layer {layer} cannot be cached: freeze it first")
+        device = next(iter(tensors.values())).device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        setting = (FORMAT, encoder.family.name, layer, str(encoder.dtype), str(autocast))
+        linears = [linear for block in encoder.blocks[:layer] for linear in block.linears]
+        setting += tuple((linear.quantize_input, linear.adapter_enabled, linear.scaling) for linear in linears)
+        state = (setting, tuple((t.data_ptr(), t._version) for t in tensors.values()))
+        known = self._fingerprints.get(encoder)
+        if known is None or known[0] != state:
+            known = (state, _digest(repr(setting), *tensors.items()))
+            self._fingerprints[encoder] = known
+        return known[1]
+
+
+def _prefix_tensors(encoder: Encoder, layer: int) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of the embedding stage and the first `layer` blocks."""
+    first = tuple(f"blocks.{i}." for i in range(layer))
+    named = [*encoder.named_parameters(), *encoder.named_buffers()]
+    stem = [(n, t) for n, t in named if n.startswith("stem.") and not n.startswith("stem.final_norm.")]
+    return stem + [(n, t) for n, t in named if n.startswith(first)]
+
+
+def _content(inputs: Mapping[str, Tensor], i: int) -> list[tuple[str, Tensor]]:
+    """Sample i of the inputs, less the padding at its end, so that the batch it comes in does not matter."""
+    mask = inputs.get("attention_mask")
+    length = None
+    if mask is not None:
+        real = mask[i].nonzero()
+        length = int(real[-1]) + 1 if len(real) else 0
+    cut = {
+        name: value[i, :length] if mask is not None and value.shape[:2] == mask.shape[:2] else value[i]
+        for name, value in inputs.items()
+    }
+    return sorted(cut.items())
+
+
+def _digest(prefix: str, *named: tuple[str, Tensor]) -> str:
+    digest = hashlib.sha256(prefix.encode())
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+@torch.no_grad()
+def _run(encoder: Encoder, layer: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    tokens, padding_mask = encoder.embed(**inputs)
+    return encoder.run(tokens, padding_mask, layers=slice(0, layer)), padding_mask
+
+
+def _compute(encoder: Encoder, layer: int, inputs: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """For every sample its tokens `[S, D]` up to the last real one, and their mask `[S]` where there is one."""
+    tokens, mask = _run(encoder, layer, inputs)
+    tokens = tokens.cpu()
+    if mask is None:
+        return [{"tokens": sample} for sample in tokens]
+    mask = mask.cpu()
+    lengths = [int(real.nonzero()[-1]) + 1 if real.any() else 0 for real in mask]
+    return [{"tokens": t[:n], "mask": m[:n]} for t, m, n in zip(tokens, mask, lengths, strict=True)]
+
+
+def _join(samples: list[dict[str, Tensor]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    longest = max(sample["tokens"].shape[0] for sample in samples)
+    first = samples[0]["tokens"]
+    tokens = first.new_zeros(len(samples), longest, first.shape[1])
+    mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        length = sample["tokens"].shape[0]
+        tokens[i, :length] = sample["tokens"]
+        mask[i, :length] = sample.get("mask", torch.tensor(True))
+    return tokens.to(device), mask.to(device) if "mask" in samples[0] else None
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    return _digest("", *sorted(tensors.items()))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"checksum": _checksum(contiguous)})
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file; None where it is missing or is not what was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            expected = (file.metadata() or {}).get("checksum")
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return tensors if expected == _checksum(tensors) else None

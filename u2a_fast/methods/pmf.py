@@ -1,0 +1,257 @@
+"""PMF: encoders that exchange prompts in their last layers (arXiv 2304.06306)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .. import kernels
+from ..block import Block
+from ..encoders.base import EmbedResult, key_order, real_rows_first
+from ..feature_cache import FeatureCache
+from .base import MultimodalConfig, MultimodalModel, packed_rows
+
+
+class PMFConfig(MultimodalConfig):
+    model_type = "pmf"
+
+
+@dataclass
+class PackedTokens:
+    """The b samples that have one modality: index `[b]`, tokens `[b, S, D]`, padding_mask `[b, S]` (at the end)."""
+
+    index: torch.Tensor
+    tokens: torch.Tensor
+    padding_mask: torch.Tensor | None
+
+    def keep(self, here: torch.Tensor) -> PackedTokens:
+        """Those of them that are marked in `here` `[B]`."""
+        kept = here[self.index]
+        if kept.all():
+            return self
+        mask = self.padding_mask
+        return PackedTokens(self.index[kept], self.tokens[kept], None if mask is None else mask[kept])
+
+
+class FusionPart(nn.Module):
+    """One modality in one fusion layer: its prompts, and its translators to the others (`{modality: width}`).
+
+    A translator is Linear(d -> h), ReLU, Linear(h -> d') with h = max(d // 2, d' // 2).
+    """
+
+    def __init__(self, width: int, targets: dict[str, int], query: int, query_context: int, context: int, train: bool):
+        super().__init__()
+        self.query_prompt = nn.Parameter(torch.randn(query, width) * 0.02)
+        self.query_context_prompt = nn.Parameter(torch.randn(query_context, width) * 0.02)
+        self.fusion_context_prompt = nn.Parameter(torch.randn(context, width) * 0.02, requires_grad=train)
+        translators = {}
+        for target, other in targets.items():
+            hidden = max(width // 2, other // 2)
+            translators[target] = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, other))
+        # Two modalities need no target in the name: translator.0.weight, not translator.image.0.weight.
+        self.translator = nn.ModuleDict(translators) if len(targets) > 1 else next(iter(translators.values()))
+
+    def message(self, target: str, y: torch.Tensor) -> torch.Tensor:
+        """What the rows y `[b, n, d]` say to modality `target`: `[b, n, d']`."""
+        return (self.translator[target] if isinstance(self.translator, nn.ModuleDict) else self.translator)(y)
+
+    def query(self, block: Block, x: torch.Tensor, kv: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """y = Layer([x ; qcp ; qp])[-n:], `[b, n, D]`. kv: K and V of x, `[b, S, 2 D]`."""
+        batch, _, width = x.shape
+        count, learned = len(self.query_prompt), len(self.query_context_prompt) + len(self.query_prompt)
+        prompts = torch.cat([self.query_context_prompt, self.query_prompt])
+        rows, own = block.project(prompts.to(x.dtype)[None])  # the same for all samples: [1, c + n, D], [1, c + n, 3 D]
+        q = block.heads(own[:, -count:])[0].expand(batch, -1, -1, -1)
+        k, v = block.heads(kernels.assemble(kv, suffix=own[0, :, width:]))  # [b, H, S + c + n, D / H]
+        if not block.causal:
+            attended = kernels.attention(q, k, v, lengths, suffix=learned)
+        else:  # learned rows come after the tokens: query i sees all rows but the queries after it
+            last = k.shape[2] - count + 1
+            seen = [(q[:, :, i : i + 1], k[:, :, : last + i], v[:, :, : last + i]) for i in range(count)]
+            each = [kernels.attention(*qkv, lengths, learned - count + 1 + i) for i, qkv in enumerate(seen)]
+            attended = torch.cat(each, dim=2)
+        return block.complete(rows[:, -count:], attended)
+
+    def fuse(
+        self, block: Block, x: torch.Tensor, qkv: torch.Tensor, messages: torch.Tensor, lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Layer([x ; fcp ; messages])[: N], `[b, N, D]`. qkv: of x, `[b, N, 3 D]`."""
+        if block.causal:  # its tokens look back only, and learned rows come after them
+            return block.complete(x, kernels.attention(*block.heads(qkv), lengths, causal=True))
+        width = x.shape[2]
+        _, context = block.project(self.fusion_context_prompt.to(x.dtype)[None])  # [1, c', 3 D]
+        _, said = block.project(messages.to(x.dtype))  # [b, n', 3 D]
+        learned = kernels.assemble(said[..., width:], prefix=context[0, :, width:])  # [b, c' + n', 2 D]
+        k, v = block.heads(torch.cat([qkv[..., width:], learned], dim=1))
+        return block.complete(x, kernels.attention(block.heads(qkv)[0], k, v, lengths, suffix=learned.shape[1]))
+
+
+class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
+    """`{modality: FusionPart}`: one layer of every encoder, which exchange what their query prompts have read.
+
+    ::
+
+        query stage:    y_s = Layer_s([x_s ; qcp_s ; qp_s])[-n:]         message s->t = translator_{s->t}(y_s)
+        fusion stage:   x_t <- Layer_t([x_t ; fcp_t ; messages to t])[: N_t]
+
+    Exactly that, for little more than Layer_t(x_t): K and V of x serve both stages, prompts are projected once for all
+    samples, and only rows that are read go through attention, output projection and MLP.
+    """
+
+    def __init__(self, widths: dict[str, int], *prompts: int):
+        targets = {m: {t: d for t, d in widths.items() if t != m} for m in widths}
+        super().__init__({m: FusionPart(d, targets[m], *prompts) for m, d in widths.items()})
+
+    def forward(
+        self,
+        blocks: Sequence[Block],
+        indices: Sequence[torch.Tensor],
+        lengths: Sequence[torch.Tensor | None],
+        batch: int,
+        *tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """tokens `[b_m, S_m, D_m]` of the samples `indices` `[b_m]` out of `batch`, for every m -> the same."""
+        rows = list(zip(self.items(), blocks, indices, lengths, tokens, strict=True))
+        projected, queries = [], {}
+        for (name, part), block, index, length, x in rows:
+            _, qkv = block.project(x)  # [b, S, 3 D]
+            y = part.query(block, x, qkv[..., x.shape[2] :], length)
+            # A missing modality (ours) says what its query prompts say before they have read anything.
+            unread = part.query_prompt.expand(batch, -1, -1)  # [B, n, D]
+            queries[name] = unread.index_copy(0, index, y.to(unread.dtype))
+            projected.append(qkv)
+        fused = []
+        for ((name, part), block, index, length, x), qkv in zip(rows, projected, strict=True):
+            messages = [self[source].message(name, y[index]) for source, y in queries.items() if source != name]
+            fused.append(part.fuse(block, x, qkv, torch.cat(messages, dim=1), length))
+        return tuple(fused)
+
+
+class PMF(MultimodalModel):
+    """Prompt-based Multimodal Fusion: frozen encoders, fused in their last layers by prompts alone.
+
+    ::
+
+        encoders below the last L_f layers run alone; FusionLayer i pairs layers depth - L_f + i, fresh prompts in each
+        logits = mean over the present m of W_m class_token(finish(x_m)) + b_m
+
+    Args:
+        encoders: `{modality: Hugging Face encoder, hub id, folder or Encoder}`; depths and widths may differ.
+        num_labels: C.
+        problem_type: as in Hugging Face's classifiers; None: told from the labels.
+        fusion_layers: L_f, ours; the prompt counts are the official code's.
+        query_prompts: n, rows that read a modality for the others.
+        query_context_prompts, fusion_context_prompts: rows beside them, and beside the messages; 0 or more.
+        train_fusion_context: False keeps fcp as drawn, as a wrong name in the official code does.
+        quantization: how frozen linears are stored, see `u2a_fast.quantization`; None: as they came.
+        all_absent: `"error"`; there is no `"prior"`, since a sample with nothing has no logits to average.
+        processors: `{modality: processor}` for raw samples; by default loaded from the encoders' folders.
+        feature_cache: a folder that keeps what enters the fusion layers, by content, for later epochs and runs.
+
+    Raises:
+        ValueError: more fusion layers than an encoder has, no query prompts, or `all_absent="prior"`.
+
+    Source: the paper's section 3 and its official code. Missing modalities, and more than two, are ours. A causal
+    encoder (CLIP text) speaks to the others, but its tokens see no learned row, since those come after them.
+
+    >>> from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+    >>> sizes = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    >>> text = BertModel(BertConfig(vocab_size=9, **sizes))
+    >>> image = ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes))
+    >>> model = PMF({"image": image, "text": text}, num_labels=3, fusion_layers=1).eval()
+    >>> present = torch.tensor([[True, True], [False, True]])
+    >>> model(image={"pixel_values": torch.randn(2, 3, 8, 8)}, text={"input_ids": torch.ones(2, 4).long()},
+    ...       modality_mask=present).logits.shape
+    torch.Size([2, 3])
+    """
+
+    config_class = PMFConfig
+
+    def __init__(
+        self,
+        encoders: Mapping[str, str | nn.Module],
+        num_labels: int,
+        problem_type: str | None = None,
+        fusion_layers: int = 2,
+        query_prompts: int = 4,
+        query_context_prompts: int = 4,
+        fusion_context_prompts: int = 4,
+        train_fusion_context: bool = True,
+        quantization: Any = None,
+        all_absent: str = "error",
+        processors: Mapping[str, Any] | None = None,
+        feature_cache: str | os.PathLike | None = None,
+    ):
+        if all_absent != "error":
+            raise ValueError(f'all_absent must be "error", not {all_absent!r}: nothing present gives no logits')
+        counts = {"query_prompts": query_prompts, "query_context_prompts": query_context_prompts}
+        counts |= {"fusion_context_prompts": fusion_context_prompts, "fusion_layers": fusion_layers}
+        for name, count in counts.items():
+            if count < (least := 0 if "context" in name else 1):
+                raise ValueError(f"{name} must be at least {least}, not {count}")
+        super().__init__(
+            encoders,
+            num_labels,
+            problem_type,
+            quantization,
+            all_absent,
+            processors,
+            train_fusion_context=train_fusion_context,
+            **counts,
+        )
+        for name, encoder in self.encoders.items():
+            if encoder.num_layers < fusion_layers:
+                raise ValueError(f"fusion_layers={fusion_layers}, but {name} has {encoder.num_layers} layers")
+        self.feature_cache = None if feature_cache is None else FeatureCache(feature_cache)
+        widths = {name: encoder.width for name, encoder in self.encoders.items()}
+        prompts = query_prompts, query_context_prompts, fusion_context_prompts, train_fusion_context
+        self.layers = nn.ModuleList(FusionLayer(widths, *prompts) for _ in range(fusion_layers))
+        self.head = nn.ModuleDict({m: nn.Linear(d, num_labels) for m, d in widths.items()})
+        self.post_init()
+
+    def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> list[PackedTokens]:
+        """The tokens below the fusion layers, of the rows that are present only."""
+        encoded = []
+        for i, (name, encoder) in enumerate(self.encoders.items()):
+            index, rows = packed_rows(inputs.get(name, {}), present[:, i])
+            nothing = torch.zeros(0, 1, encoder.width, dtype=encoder.dtype, device=self.device), None
+            encoded.append(PackedTokens(index, *(self.below(name, rows) if rows else nothing)))
+        return encoded
+
+    def below(self, name: str, rows: Mapping[str, Any]) -> EmbedResult:
+        """Inputs of one modality -> tokens `[b, S, D]` where the fusion layers begin, and their padding mask.
+
+        Nothing trains down here, so nothing is kept for backward.
+        """
+        encoder, below = self.encoders[name], self.encoders[name].num_layers - len(self.layers)
+        if self.feature_cache is not None:
+            return real_rows_first(*self.feature_cache.lookup(encoder, below, rows))
+        tokens, padding_mask = real_rows_first(*encoder.embed(**rows))
+        return encoder.run(tokens, padding_mask, layers=slice(below)), padding_mask
+
+    def fuse(self, encoded: list[PackedTokens], present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """present `[B, M]` may mark less than was encoded, never more."""
+        kept = [packed.keep(present[:, i]) for i, packed in enumerate(encoded)]
+        indices, tokens = [packed.index for packed in kept], [packed.tokens for packed in kept]
+        lengths = [key_order(packed.padding_mask)[1] for packed in kept]
+        for i, layer in enumerate(self.layers):
+            blocks = [encoder.blocks[i - len(self.layers)] for encoder in self.encoders.values()]
+            tokens = layer(blocks, indices, lengths, len(present), *tokens)
+        logits = 0
+        for (name, head), packed, x in zip(self.head.items(), kept, tokens, strict=True):
+            encoder = self.encoders[name]
+            class_token = encoder.class_token(encoder.finish(x), packed.padding_mask)
+            own = head(class_token.to(head.weight.dtype))
+            logits = logits + own.new_zeros(len(present), own.shape[1]).index_copy(0, packed.index, own)
+        logits = logits / present.sum(dim=1, keepdim=True).clamp(min=1)
+        return logits, logits.new_zeros(())
+
+    def export_parameters(self) -> dict[str, torch.Tensor]:
+        """All but the encoders: `layers.{i}.{modality}.*` (0: the lowest fusion layer) and `head.{modality}.*`."""
+        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("encoders.")}
