@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import backend
 from .assemble_norm_project import backward_triton, forward_triton
+from .norm_aten import norm_aten, norm_backward_aten
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -47,43 +48,6 @@ def _reference(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bi
 def _order(present: Tensor) -> Tensor:
     """Sample numbers [B], those present first, each kind in its own order; no device synchronisation."""
     return torch.argsort(present.to(torch.uint8), descending=True, stable=True)
-
-
-def _norm_dtypes(rows: Tensor, *parameters: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
-    """What ATen's LayerNorm takes rows and parameters in, so that statistics are fp32 and no parameter is rounded.
-
-    On a CPU the statistics carry the parameters' dtype; on a GPU they are fp32, but rows and parameters must agree.
-    """
-    wide = backend.wide(rows.dtype)
-    if not rows.is_cuda:
-        return rows.dtype, wide
-    same = all(p is None or p.dtype == rows.dtype for p in parameters)
-    return (rows.dtype, rows.dtype) if same else (wide, wide)
-
-
-def _norm(rows, norm_weight, norm_bias, eps):
-    """(h, mean, rstd)"""
-    dtype, own = _norm_dtypes(rows, norm_weight, norm_bias)
-    bias = None if norm_bias is None else norm_bias.to(own)
-    return torch.native_layer_norm(rows.to(dtype), rows.shape[-1:], norm_weight.to(own), bias, eps)
-
-
-def _norm_backward(dh, rows, mean, rstd, norm_weight, norm_bias, mask):
-    """Gradients of the rows, of norm_weight and of norm_bias, those that `mask` asks for."""
-    dtype, own = _norm_dtypes(rows, norm_weight, norm_bias)
-    if mask[1] or mask[2]:  # ATen adds up the parameters' gradients in the dtype of the rows
-        dtype = own = backend.wide(rows.dtype)
-    weight, stats = norm_weight.to(own), (*rows.shape[:-1], 1)
-    return torch.ops.aten.native_layer_norm_backward(
-        dh.to(dtype),
-        rows.to(dtype),
-        rows.shape[-1:],
-        mean.view(stats),
-        rstd.view(stats),
-        weight,
-        weight,  # stands for the bias, of which only the shape matters
-        mask,
-    )
 
 
 def _aten_assemble(tokens, prefix, suffix, present, mask_token) -> Tensor:
@@ -116,7 +80,7 @@ def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_
         rows = _aten_assemble(tokens, prefix, suffix, present, mask_token)
     source = tokens if rows is None else rows
     if norm_weight is not None:
-        h, mean, rstd = _norm(source, norm_weight, norm_bias, eps)
+        h, mean, rstd = norm_aten(source, norm_weight, norm_bias, eps)
         h, mean, rstd = h.to(dtype), mean.flatten(), rstd.flatten()
     elif dtype != tokens.dtype:
         h = source.to(dtype)
@@ -131,15 +95,15 @@ def backward_aten(
     """Gradients of (tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a), None where not needed."""
     d_weight = d_bias = d_a = None
     if needs[6]:
-        h = rows if norm_weight is None else _norm(rows, norm_weight, norm_bias, eps)[0]
+        h = rows if norm_weight is None else norm_aten(rows, norm_weight, norm_bias, eps)[0]
         d_a = d_s.flatten(0, 1).t() @ h.to(d_s.dtype).flatten(0, 1)
     if d_s is not None and any(needs[:6]):
         s_a = d_s.flatten(0, 1), lora_a.to(d_s.dtype)
         flat = torch.mm(*s_a) if d_h is None else torch.addmm(d_h.flatten(0, 1), *s_a)
-        d_h = flat.view(rows.shape)
+        d_h = flat.view(*d_s.shape[:2], lora_a.shape[1])
     if norm_weight is not None and d_h is not None:
         mask = [any(needs[:4]), needs[4], needs[5]]
-        d_h, d_weight, d_bias = _norm_backward(d_h, rows, mean, rstd, norm_weight, norm_bias, mask)
+        d_h, d_weight, d_bias = norm_backward_aten(d_h, rows, mean, rstd, norm_weight, norm_bias, mask)
     if not any(needs[:4]):
         return None, None, None, None, d_weight, d_bias, d_a
     # by now d_h is no argument of this call: it came out of a product, a norm, or is cast here
@@ -292,6 +256,17 @@ def _gradients(ctx, d_rows, d_h, d_s, _mean, _rstd):
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
+class _WithResidual(torch.autograd.Function):
+    """The op on tokens alone, and the tokens as its rows, so that their two gradients are added where one is made."""
+
+    @staticmethod
+    def forward(tokens, *rest):
+        return tokens.view_as(tokens), *_forward(tokens, *rest)[1:]
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_gradients)
+
+
 # --------------------------------------------------------------------------------------------------------------- public
 def assemble(
     tokens: Tensor,
@@ -352,8 +327,8 @@ def assemble_norm_project(
     Returns:
         The normalised rows h [B, T, D], s = h lora_a^T [B, T, R] (None without `lora_a`), and the assembled rows
         [B, T, D] for the residual. h and s are in the autocast dtype under autocast, the rows in that of `tokens`.
-        Where two would hold the same values they are one tensor: without a norm, h is the rows; without learned rows,
-        the rows are `tokens`.
+        Where two would hold the same values they share memory: without a norm, h is the rows; without learned rows,
+        the rows are `tokens` (a view of them where they need a gradient).
 
     Raises:
         TypeError, ValueError: dtypes, shapes or counts that do not fit together.
@@ -369,8 +344,12 @@ def assemble_norm_project(
     same = norm_weight is None and dtype == tokens.dtype
     if same and not learned and lora_a is None:
         return tokens, None, tokens
-    rows, h, s, _, _ = _forward(*operands)
-    rows = rows if learned else tokens
+    if learned:
+        rows, h, s, _, _ = _forward(*operands)
+    elif torch.is_grad_enabled() and tokens.requires_grad:
+        rows, h, s, _, _ = _WithResidual.apply(*operands)
+    else:
+        rows, h, s = tokens, *_forward(*operands)[1:3]
     return rows if same else h, None if lora_a is None else s, rows
 
 

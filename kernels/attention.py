@@ -7,9 +7,9 @@ rows always are, read-only rows never (not even for themselves). Read-only rows 
 same keys, so the other rows are bitwise what they are without them. A row without any visible key gives 0.
 
 Which implementation runs is decided by device, dtype and shape:
-    up to 64 queries, not causal, on a GPU         attention_small_query.py
+    few queries (up to 64), not causal, on a GPU   attention_small_query.py
     sequences of unequal lengths on a GPU          flash-attn's varlen function, where that package is installed
-    bf16 on a CPU, up to 512 keys                  matmul + softmax, faster than SDPA both ways
+    bf16 on a CPU, up to 768 keys                  matmul + softmax, faster than SDPA both ways
     all else                                       PyTorch's scaled_dot_product_attention (SDPA)
 """
 
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .attention_small_query import QUERIES, backward_triton, forward_triton, rows_first
+from .attention_small_query import backward_triton, few_queries, forward_triton, rows_first
 
-MATMUL_KEYS = 512
+MATMUL_KEYS = 768
 CHUNK_BYTES = 2**20  # probabilities of as many (sample, head) pairs at a time as a second-level cache holds
 
 
@@ -35,6 +35,14 @@ def _visible(lengths: Tensor | None, keys: int, suffix: int, device: torch.devic
     if lengths is None:
         return (position >= 0)[None, None, None]
     return ((position < lengths[:, None]) & (position < keys - suffix) | (position >= keys - suffix))[:, None, None]
+
+
+def _blind(lengths: Tensor | None, rows: int, keys: int, suffix: int, causal: bool) -> Tensor | None:
+    """Rows that see no key, [B, 1, rows or 1, 1]; None where every row sees one."""
+    if lengths is None or (suffix > 0 and not causal):
+        return None
+    empty = (lengths == 0)[:, None, None, None]
+    return empty & (torch.arange(rows, device=lengths.device) < keys - suffix)[:, None] if causal else empty
 
 
 def _reference(q, k, v, lengths, suffix, read_only, causal):
@@ -53,13 +61,14 @@ def _sdpa(q, k, v, lengths, suffix, causal):
     if lengths is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     visible = _visible(lengths, k.shape[2], suffix, q.device)
-    if causal:  # every row sees itself, so that none is without a key
+    if causal:
         order = torch.arange(q.shape[2], device=q.device)
-        visible = (visible | (order[:, None] == order)) & (order[:, None] >= order)
-    elif suffix == 0:  # a row without a key is NaN on some devices: show it all, and overwrite the result
-        visible = visible | (lengths == 0)[:, None, None, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    return out.masked_fill((lengths == 0)[:, None, None, None], 0) if suffix == 0 else out
+        visible = visible & (order[:, None] >= order)
+    blind = _blind(lengths, q.shape[2], k.shape[2], suffix, causal)
+    if blind is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind)  # without any key: NaN on some devices
+    return out.masked_fill(blind, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- flash-attn
@@ -116,13 +125,6 @@ def _probabilities(q, k, hidden):
     return torch.softmax(scores, -1)
 
 
-def _empty_to_zero(t: Tensor, lengths: Tensor | None, suffix: int) -> Tensor:
-    """Zero the rows [B, ...] of the samples that have no key at all."""
-    if lengths is None or suffix > 0:
-        return t
-    return t.masked_fill((lengths == 0)[:, None, None, None], 0)
-
-
 def _rows_first(pairs: Tensor, shape) -> Tensor:
     """[B * H, S, Dh] -> [B, H, S, Dh] laid out as [B, S, H, Dh], as the next linear layer reads it."""
     return pairs.view(shape).transpose(1, 2).contiguous().transpose(1, 2)
@@ -130,17 +132,21 @@ def _rows_first(pairs: Tensor, shape) -> Tensor:
 
 def forward_aten(q, k, v, lengths, suffix, causal):
     hidden, shape = _hidden(q, k, lengths, suffix, causal), q.shape
+    blind = _blind(lengths, q.shape[2], k.shape[2], suffix, causal)
     q, k, v = _pairs(q), _pairs(k), _pairs(v)
     out = torch.empty_like(q)
     for s in _chunks(q, k):
         torch.bmm(_probabilities(q[s], k[s], [m[s] for m in hidden]), v[s], out=out[s])
-    return _empty_to_zero(_rows_first(out, shape), lengths, suffix)
+    if blind is not None:
+        out.view(shape).masked_fill_(blind, 0)
+    return _rows_first(out, shape)
 
 
 def backward_aten(d_out, q, k, v, lengths, suffix, causal, wants_out=False):
     """dq, dk, dv, and the forward's result if wanted; the probabilities are computed again."""
     hidden, shapes, scale = _hidden(q, k, lengths, suffix, causal), (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
-    d_out = _empty_to_zero(d_out, lengths, suffix)
+    blind = _blind(lengths, q.shape[2], k.shape[2], suffix, causal)
+    d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
     q, k, v, d_out = _pairs(q), _pairs(k), _pairs(v), _pairs(d_out)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     out = torch.empty_like(q) if wants_out else None
@@ -154,8 +160,10 @@ def backward_aten(d_out, q, k, v, lengths, suffix, causal, wants_out=False):
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
         torch.baddbmm(none, ds, k[s], beta=0, alpha=scale, out=dq[s])
         torch.baddbmm(none, ds.transpose(1, 2), q[s], beta=0, alpha=scale, out=dk[s])
-    grads = tuple(_rows_first(t, shape) for t, shape in zip((dq, dk, dv), shapes, strict=True))
-    return (*grads, _empty_to_zero(_rows_first(out, shapes[0]), lengths, suffix)) if wants_out else grads
+    if wants_out and blind is not None:
+        out.view(shapes[0]).masked_fill_(blind, 0)
+    results = zip((dq, dk, dv, out), (*shapes, shapes[0]), strict=True)
+    return tuple(_rows_first(t, shape) for t, shape in results if t is not None)
 
 
 # ------------------------------------------------------------------------------------------------------------------ ops
@@ -165,8 +173,8 @@ def uses_matmul(q: Tensor, k: Tensor) -> bool:
     return small and q.device.type == "cpu" and backend.resolve(q) == "torch"
 
 
-def _few_queries(q: Tensor, causal: bool) -> bool:
-    return backend.resolve(q) == "triton" and q.shape[2] <= QUERIES and not causal
+def _uses_triton(q: Tensor, causal: bool) -> bool:
+    return backend.resolve(q) == "triton" and few_queries(q) and not causal
 
 
 @torch.library.custom_op(
@@ -176,14 +184,14 @@ def _few_queries(q: Tensor, causal: bool) -> bool:
 )
 def _forward(q, k, v, lengths, suffix, causal):
     """out [B, H, Sq, Dh], laid out as [B, Sq, H, Dh], and the row log-sum-exp [B * H, Sq] (empty where not kept)."""
-    if _few_queries(q, causal):
+    if _uses_triton(q, causal):
         return forward_triton(q, k, v, lengths, suffix)
     return forward_aten(q, k, v, lengths, suffix, causal), q.new_empty(0)
 
 
 @_forward.register_fake
 def _(q, k, v, lengths, suffix, causal):
-    if _few_queries(q, causal):
+    if _uses_triton(q, causal):
         return rows_first(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=backend.wide(q.dtype))
     return rows_first(q), q.new_empty(0)
 
@@ -271,7 +279,7 @@ def attention(
 
 def _run(q, k, v, lengths, suffix, causal):
     """Attention without read-only rows, by the implementation that suits device, dtype and shape."""
-    if uses_matmul(q, k) or _few_queries(q, causal):
+    if uses_matmul(q, k) or _uses_triton(q, causal):
         return _forward(q, k, v, lengths, suffix, causal)[0]
     if lengths is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape == k.shape:
         function = None if torch.compiler.is_compiling() else _flash()  # it packs by counts that a graph does not have

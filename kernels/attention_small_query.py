@@ -1,6 +1,6 @@
-"""The Triton kernels of `attention` for up to 64 query rows: one program holds all queries of a (sample, head) pair.
+"""The Triton kernels of `attention` for few query rows: one program holds all queries of a (sample, head) pair.
 
-Keys pass by in blocks of 64 with a running softmax; hidden keys and values are not read. The backward computes the
+Keys pass by in blocks with a running softmax; hidden keys and values are not read. The backward computes the
 probabilities again from the row log-sum-exp, and as no other program has the pair's keys, dK and dV are written once.
 
 q [B, H, Sq, Dh], k and v [B, H, S, Dh] with any strides but the last, which is 1; lse [B * H, Sq].
@@ -14,9 +14,9 @@ from . import backend
 from .backend import jit, tl
 from .tiling import accumulator, dot_precision
 
-QUERIES = 64
+MOST_ELEMENTS = 64 * 64  # of a pair's queries: 64 rows of 64 columns, 32 of 128; more would spill registers
 FORWARD_TILE = {"BN": 64, "num_warps": 4, "num_stages": 2}
-BACKWARD_TILE = {"BN": 64, "num_warps": 4, "num_stages": 2}
+BACKWARD_TILE = {"BN": 32, "num_warps": 4, "num_stages": 2}
 
 
 @jit
@@ -163,9 +163,14 @@ def _unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
 
 
-def _tile(width: int, least: int = 16) -> int:
-    """The power of two that holds `width`, at least what a matrix unit takes."""
-    return max(least, 1 << (width - 1).bit_length())
+def _tile(width: int) -> int:
+    """The power of two that holds `width`, at least the 16 that a matrix unit takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def few_queries(q: Tensor) -> bool:
+    """Whether the kernels take q [B, H, Sq, Dh]."""
+    return q.shape[2] <= 64 and _tile(q.shape[2]) * _tile(q.shape[3]) <= MOST_ELEMENTS
 
 
 def _launch(kernel, tensors, strided, shape, keys, suffix, tile):
@@ -200,5 +205,6 @@ def backward_triton(d_out, q, k, v, lengths, out, lse, suffix):
     out = out if out.stride() == dq.stride() else rows_first(out).copy_(out)
     tensors = d_out, q, k, v, lengths, out, lse, dq, dk, dv
     strided = d_out, q, k, v, dq, dk
-    _launch(attention_small_query_backward, tensors, strided, q.shape, k.shape[2], suffix, BACKWARD_TILE)
+    tile = BACKWARD_TILE | ({"num_stages": 1} if _tile(q.shape[2]) == 64 else {})  # no registers left to read ahead
+    _launch(attention_small_query_backward, tensors, strided, q.shape, k.shape[2], suffix, tile)
     return dq, dk, dv

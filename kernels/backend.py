@@ -106,11 +106,14 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args, **options) -> None:
     if not interpreting():
         if torch.version.hip is not None and "num_stages" in options:
             options["num_stages"] = min(options["num_stages"], MOST_AMD_STAGES)
-        with torch.cuda.device_of(args[0]):
+        with torch.cuda.device_of(next(a for a in args if torch.is_tensor(a))):
             kernel[grid](*args, **options)
         return
     narrow = [torch.is_tensor(a) and a.dtype == torch.bfloat16 for a in args]
-    wide = [a.float() if n else a for a, n in zip(args, narrow, strict=True)]
+    wide = [
+        torch.empty_strided(a.shape, a.stride(), dtype=torch.float32).copy_(a) if n else a  # strides are arguments too
+        for a, n in zip(args, narrow, strict=True)
+    ]
     kernel[grid](*wide, **options)
     for original, computed, n in zip(args, wide, narrow, strict=True):
         if n:

@@ -13,10 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .assemble_norm_project import backward_triton as assemble_backward_triton
+from .assemble_norm_project import forward_triton as assemble_forward_triton
+from .attention_small_query import backward_triton as attention_backward_triton
+from .attention_small_query import forward_triton as attention_forward_triton
 from .linear_backward import linear_backward_triton
 from .linear_lowrank import linear_lowrank_triton
 from .lora_linear import project_triton
 from .quantize import launch_quantize_rows
+from .substitute import backward_triton as substitute_backward_triton
+from .substitute import forward_triton as substitute_forward_triton
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,6 @@ def _weight(n: int, k: int, int8: bool) -> tuple[Tensor, Tensor | None]:
     return (meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32)) if int8 else (meta(n, k), None)
 
 
-def _seed(dropout: float) -> Tensor | None:
-    return meta(dtype=torch.int64) if dropout else None
-
-
 def _adapter(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
     a = meta(GROUPS * rank, shape.width, dtype=torch.float32)
     return a, meta(GROUPS * shape.width, rank, dtype=torch.float32)
@@ -90,23 +92,90 @@ def linear_lowrank_backward(shape: Shape, rank: int, int8: bool = False):
     linear_backward_triton(meta(shape.rows, n), None, weight, scale, s, None, lora_b, 2.0, GROUPS, 0.0, None, True)
 
 
-def lora_linear_forward(shape: Shape, rank: int, dropout: float = 0.0):
-    project_triton(meta(shape.rows, shape.width), _adapter(shape, rank)[0], dropout, _seed(dropout))
-    if not dropout:
-        linear_lowrank_forward(shape, rank)
+def lora_linear_forward(shape: Shape, rank: int):
+    project_triton(meta(shape.rows, shape.width), _adapter(shape, rank)[0], 0.0, None)
+    linear_lowrank_forward(shape, rank)
 
 
-def lora_linear_backward(shape: Shape, rank: int, int8: bool = False, dropout: float = 0.0):
-    n = GROUPS * shape.width
-    weight, scale = _weight(n, shape.width, int8)
-    operands = (meta(shape.rows, n), meta(shape.rows, shape.width), weight, scale, meta(shape.rows, GROUPS * rank))
-    linear_backward_triton(*operands, *_adapter(shape, rank), 2.0, GROUPS, dropout, _seed(dropout), False)
+def lora_linear_backward(shape: Shape, rank: int, dropout: float = 0.0):
+    n, seed = GROUPS * shape.width, meta(dtype=torch.int64) if dropout else None
+    dy, x, s = meta(shape.rows, n), meta(shape.rows, shape.width), meta(shape.rows, GROUPS * rank)
+    adapter = _adapter(shape, rank)
+    linear_backward_triton(dy, x, meta(n, shape.width), None, s, *adapter, 2.0, GROUPS, dropout, seed, False)
+
+
+PROMPTS = 4  # learned rows before the tokens; one mask token row after them
+HEADS, QUERIES = 64, 4  # columns of an attention head, read-only rows
+
+
+def _joined(shape: Shape) -> int:
+    return PROMPTS + shape.tokens + 1
+
+
+def assemble_forward(shape: Shape, rank: int, joined: bool = False):
+    """LayerNorm and S of a block's input; `joined`: of the first block's, with learned rows and absent samples."""
+    k, f = shape.width, torch.float32
+    prefix, suffix, mask_token = (meta(*s, dtype=f) if joined else None for s in ((PROMPTS, k), (1, k), (k,)))
+    present = meta(shape.batch, dtype=torch.bool) if joined else None
+    lora_a = _adapter(shape, rank)[0]
+    norm = meta(k), meta(k)
+    tokens = meta(shape.batch, shape.tokens, k)
+    assemble_forward_triton(tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, torch.bfloat16)
+
+
+def assemble_forward_bytes(shape: Shape, rank: int, joined: bool = False) -> int:
+    """Tokens in; h, S, mean, 1 / standard deviation and, if joined, the rows out."""
+    rows = shape.batch * (_joined(shape) if joined else shape.tokens)
+    return 2 * shape.width * (shape.rows + rows * (2 if joined else 1)) + rows * (2 * GROUPS * rank + 8)
+
+
+def assemble_backward(shape: Shape, rank: int, adapter: bool = True, joined: bool = False, bitfit: bool = False):
+    k, t, f = shape.width, _joined(shape) if joined else shape.tokens, torch.float32
+    d_rows, d_h, rows = (meta(shape.batch, t, k) for _ in range(3))
+    d_s = meta(shape.batch, t, GROUPS * rank) if adapter else None
+    stats = meta(shape.batch * t, dtype=f), meta(shape.batch * t, dtype=f)
+    present = meta(shape.batch, dtype=torch.bool) if joined else None
+    first = PROMPTS if joined else 0
+    needs = [True, joined, joined, joined, bitfit, bitfit, adapter]
+    assemble_backward_triton(
+        *(d_rows, d_h, d_s, rows, *stats, meta(k), meta(k), _adapter(shape, rank)[0] if adapter else None, present),
+        *(shape.batch, first, first + shape.tokens, 1e-6, torch.bfloat16, needs),
+    )
+
+
+def assemble_backward_bytes(shape: Shape, rank: int) -> int:
+    """Both gradients, the rows and their statistics in; the gradient of the tokens out. Without an adapter."""
+    return shape.rows * (4 * 2 * shape.width + 8)
+
+
+def _class_tokens(shape: Shape):
+    return (
+        meta(2, shape.batch, shape.width),
+        meta(2, 2, shape.batch, shape.width),
+        meta(shape.batch, 2, dtype=torch.bool),
+    )
+
+
+def substitute_backward(shape: Shape, rank: int):
+    d_fused, d_align = meta(shape.batch, shape.width), meta(dtype=torch.float32)
+    substitute_backward_triton(d_fused, d_align, *_class_tokens(shape), True)
+
+
+def _few_queries(shape: Shape):
+    heads = shape.width // HEADS
+    k, v = meta(shape.batch, shape.tokens, 2, heads, HEADS).permute(2, 0, 3, 1, 4)
+    return meta(shape.batch, heads, QUERIES, HEADS), k, v, meta(shape.batch, dtype=torch.int64)
+
+
+def attention_backward(shape: Shape, rank: int):
+    q, k, v, lengths = _few_queries(shape)
+    lse = meta(q.shape[0] * q.shape[1], QUERIES, dtype=torch.float32)
+    attention_backward_triton(torch.empty_like(q), q, k, v, lengths, torch.empty_like(q), lse, PROMPTS)
 
 
 CASES = [
     Case("lora_linear", "forward", "frozen", frozen_linear, ranks=(8,)),
     Case("lora_linear", "forward", "bf16", lora_linear_forward),
-    Case("lora_linear", "forward", "dropout", lambda s, r: lora_linear_forward(s, r, dropout=0.1), ranks=(8,)),
     Case("lora_linear", "backward", "bf16", lora_linear_backward),
     Case("lora_linear", "backward", "dropout", lambda s, r: lora_linear_backward(s, r, dropout=0.1), ranks=(8,)),
     Case("linear_lowrank", "forward", "bf16", linear_lowrank_forward),
@@ -115,6 +184,22 @@ CASES = [
     Case("linear_lowrank", "backward", "bf16", linear_lowrank_backward),
     Case("linear_lowrank", "backward", "int8", lambda s, r: linear_lowrank_backward(s, r, int8=True), ranks=(8,)),
     Case("quantize_rows", "forward", "bf16", lambda s, _: launch_quantize_rows(meta(s.rows, s.width)), ranks=(8,)),
+    Case("assemble_norm_project", "forward", "bf16", assemble_forward, minimum_bytes=assemble_forward_bytes),
+    Case(
+        *("assemble_norm_project", "forward", "joined", lambda s, r: assemble_forward(s, r, joined=True), (8,)),
+        minimum_bytes=lambda s, r: assemble_forward_bytes(s, r, joined=True),
+    ),
+    Case("assemble_norm_project", "backward", "bf16", assemble_backward),
+    Case(
+        *("assemble_norm_project", "backward", "no adapter", lambda s, r: assemble_backward(s, r, adapter=False), (8,)),
+        minimum_bytes=assemble_backward_bytes,
+    ),
+    Case("assemble_norm_project", "backward", "joined", lambda s, r: assemble_backward(s, r, joined=True), (8,)),
+    Case("assemble_norm_project", "backward", "BitFit", lambda s, r: assemble_backward(s, r, bitfit=True), (8,)),
+    Case("substitute", "forward", "bf16", lambda s, _: substitute_forward_triton(*_class_tokens(s)), (8,)),
+    Case("substitute", "backward", "bf16", substitute_backward, (8,)),
+    Case("attention", "forward", "few queries", lambda s, _: attention_forward_triton(*_few_queries(s), PROMPTS), (8,)),
+    Case("attention", "backward", "few queries", attention_backward, (8,)),
 ]
 
 
@@ -130,9 +215,18 @@ FLOPS = {
     "reduce_rows": lambda a: 2 * a["M"] * a["C"] * _padded(a),
     "sum_parts": lambda a: a["split"] * a["n"],
     "quantize_rows_kernel": lambda a: 6 * a["N"] * a["K"],
+    "assemble_norm_project_forward": lambda a: 2 * a["M"] * a["K"] * (4 + _padded(a)),
+    "assemble_norm_project_backward": lambda a: 2 * a["M"] * a["K"] * (6 + 2 * _padded(a)),
+    "assemble_norm_project_lora_grad": lambda a: 2 * a["M"] * a["K"] * (2 + _padded(a)),
+    "substitute_forward": lambda a: 3 * a["M"] ** 2 * a["B"] * a["D"],
+    "substitute_backward": lambda a: 4 * a["M"] ** 2 * a["B"] * a["D"],
+    "attention_small_query_forward": lambda a: 4 * VIT_B.batch * a["H"] * a["BQ"] * a["S"] * a["DH"],
+    "attention_small_query_backward": lambda a: 10 * VIT_B.batch * a["H"] * a["BQ"] * a["S"] * a["DH"],
 }
 GEMMS = {"linear_lowrank_forward", "lora_linear_backward_input"}  # matrix units, wide pipelined loads, 2 blocks per SM
 MATRIX_UNITS = GEMMS | {"lora_linear_project", "lora_linear_backward_low_rank", "reduce_rows"}  # and wide loads
+MATRIX_UNITS |= {"assemble_norm_project_forward", "assemble_norm_project_lora_grad"}
+MATRIX_UNITS |= {"attention_small_query_forward", "attention_small_query_backward"}
 MINIMUM_RATIO = 1.05
 
 # (what, limit, {(function, phase, variant): how often it counts}): computed time on an H100, ViT-B, r = 8, in units of

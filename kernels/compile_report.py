@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,7 +65,7 @@ class Launch:
     kernel: Callable
     signature: tuple[tuple[str, str], ...]  # argument, Triton type
     constants: tuple[tuple[str, object], ...]
-    divisible: tuple[str, ...]  # arguments known to be multiples of 16
+    divisible: frozenset[str]  # arguments known to be multiples of 16
     options: tuple[tuple[str, int], ...]
     bytes: int
     flops: int
@@ -73,7 +73,8 @@ class Launch:
 
     @property
     def binary(self) -> tuple:
-        return self.kernel.__name__, self.signature, self.constants, self.divisible, self.options
+        """What decides the code, but for `divisible`."""
+        return self.kernel.__name__, self.signature, self.constants, self.options
 
 
 def record(run: Callable[[], object]) -> list[Launch]:
@@ -102,7 +103,7 @@ def _describe(kernel: Callable, arguments: dict, options: dict) -> Launch:
         kernel=kernel,
         signature=tuple((k, types[k]) for k in kernel.arg_names),
         constants=tuple(sorted(constants.items())),
-        divisible=tuple(k for k, v in arguments.items() if torch.is_tensor(v) or (k in sizes and v % 16 == 0)),
+        divisible=frozenset(k for k, v in arguments.items() if torch.is_tensor(v) or (k in sizes and v % 16 == 0)),
         options=tuple((k, options[k]) for k in LAUNCH_OPTIONS if k in options),
         bytes=sum(t.numel() * t.element_size() for t in tensors),
         flops=FLOPS[kernel.__name__](sizes | constants),
@@ -195,7 +196,7 @@ def computed_us(launch: Launch, target: str) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- the report
 def report(cases=CASES, targets=tuple(DEVICES), processes: int = 2) -> list[dict]:
-    """One row per launch and target; launches that give the same binary are compiled once."""
+    """One row per launch and target. Launches that differ in sizes alone share one binary, compiled for all of them."""
     launches = [
         (case, shape, rank, launch)
         for case in cases
@@ -203,7 +204,11 @@ def report(cases=CASES, targets=tuple(DEVICES), processes: int = 2) -> list[dict
         for rank in case.ranks
         for launch in record(lambda case=case, shape=shape, rank=rank: case.run(shape, rank))
     ]
-    jobs = {(launch.binary, target): (launch, target) for *_, launch in launches for target in targets}
+    shared = {}
+    for *_, launch in launches:
+        other = shared.get(launch.binary, launch)
+        shared[launch.binary] = replace(launch, divisible=launch.divisible & other.divisible)
+    jobs = {(binary, target): (launch, target) for binary, launch in shared.items() for target in targets}
     found = dict(zip(jobs, _compile_all(list(jobs.values()), processes), strict=True))
     return [_row(*entry, target, found[entry[-1].binary, target]) for entry in launches for target in targets]
 

@@ -37,7 +37,7 @@ def threshold(p: float) -> int:
 def kept(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
     """The mask [rows, columns] bool, on the seed's device."""
     row, column = _keys(rows, seed << 32 >> 32)[:, None], _keys(columns, seed >> 32)
-    step = rows if seed.is_cuda else max(1, CHUNK // columns)
+    step = rows if seed.is_cuda else max(1, CHUNK // max(1, columns))
     mask = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     for r in range(0, rows, max(1, step)):
         torch.ge(_mix(row[r : r + step] ^ column), threshold(p), out=mask[r : r + step])

@@ -17,7 +17,7 @@ from . import backend
 from .backend import jit, tl
 from .linear_backward import as_float, blocks, flat, gradients, save
 from .quantize import TINY, dequantize_rows_reference, launch_quantize_rows, quantize_rows_reference
-from .tiling import accumulator, dot_precision, gemm_tile, rank_tile, tile_index
+from .tiling import accumulator, check_rows, dot_precision, gemm_tile, rank_tile, tile_index
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -110,6 +110,7 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
     """h [M, K], s [M, groups * r] or None -> [M, N]"""
     (m, k), n, dtype, h_scale = h.shape, weight.shape[0], h.dtype, None
     h, weight, s, lora_b = (None if t is None else t.contiguous() for t in (h, weight, s, lora_b))
+    check_rows(m)
     r = 0 if lora_b is None else lora_b.shape[1]
     y = h.new_empty(m, n)
     if quantize_input:

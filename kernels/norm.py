@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .assemble import _norm, _norm_backward
+from .norm_aten import norm_aten, norm_backward_aten
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, eps, kept_dtype):
         """y [..., D]; mean and 1 / standard deviation, fp32."""
-        return _norm(x, weight, bias, eps)
+        y, mean, rstd = norm_aten(x, weight, bias, eps)
+        return y.to(x.dtype), mean, rstd  # ATen on a GPU computes wide where rows and parameters differ
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -35,7 +36,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy, _mean, _rstd):
         x, mean, rstd, weight, bias = ctx.saved_tensors
         mask = [need and t is not None for need, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
-        grads = _norm_backward(dy, x.to(ctx.dtypes[0]), mean, rstd, weight, bias, mask)
+        grads = norm_backward_aten(dy, x.to(ctx.dtypes[0]), mean, rstd, weight, bias, mask)
         grads = [g.to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, mask, strict=True)]
         return *grads, None, None
 

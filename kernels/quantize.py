@@ -23,8 +23,7 @@ def quantize_rows_reference(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_rows_reference(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """q [N, K] int8, scale [N] -> [N, K] in `dtype`, rounded once."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return (q.to(wide) * scale.to(wide)[:, None]).to(dtype)
+    return (q * scale.to(backend.wide(dtype))[:, None]).to(dtype)
 
 
 @jit
@@ -67,7 +66,7 @@ def launch_quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("u2a_fast::quantize_rows", mutates_args=(), schema="(Tensor w) -> (Tensor, Tensor)")
 def _quantize_rows(w):
-    return launch_quantize_rows(w) if backend.resolve(w) == "triton" else quantize_rows_reference(w)
+    return launch_quantize_rows(w) if backend.resolve(w) == "triton" else quantize_rows_reference(w.contiguous())
 
 
 @_quantize_rows.register_fake
@@ -81,7 +80,7 @@ def _(w):
     "u2a_fast::dequantize_rows", mutates_args=(), schema="(Tensor q, Tensor scale, ScalarType dtype) -> Tensor"
 )
 def _dequantize_rows(q, scale, dtype):
-    return dequantize_rows_reference(q, scale, dtype)
+    return dequantize_rows_reference(q.contiguous(), scale, dtype)
 
 
 @_dequantize_rows.register_fake

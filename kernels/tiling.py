@@ -22,6 +22,12 @@ def gemm_tile(dtype: torch.dtype) -> dict[str, int]:
     return {"BM": 128, "BN": 128, "BK": 128 // dtype.itemsize, "num_warps": 8, "num_stages": 3}
 
 
+def check_rows(m: int) -> None:
+    """Row numbers are 32-bit; addresses are not."""
+    if m > 2**31 - 1024:
+        raise ValueError(f"{m} rows in one call are more than the 2**31 - 1024 a kernel can number: split the batch")
+
+
 def rank_tile(r: int) -> int:
     """The power of two that holds r ranks, from the 16 that a matrix unit takes to MOST_RANKS."""
     return min(MOST_RANKS, max(16, 1 << (r - 1).bit_length()))

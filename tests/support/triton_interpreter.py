@@ -43,8 +43,11 @@ class Race(AssertionError):
 
 # ------------------------------------------------------------------------------------------------------- the front door
 @contextlib.contextmanager
-def interpreted(sanitizers=("bounds",), seed=0):
-    """Run the ops' Triton kernels on CPU tensors; yields the list of the names of the kernels launched."""
+def interpreted(sanitizers=("bounds",), seed=0, backend=backend):
+    """Run the ops' Triton kernels on CPU tensors; yields the list of the names of the kernels launched.
+
+    `backend` is the switch to turn: that of `u2a_fast.kernels`, or of a copy of the package.
+    """
     install()
     assert set(sanitizers) <= set(SANITIZERS), f"sanitizers are {SANITIZERS}"
     launched = []

@@ -1,0 +1,339 @@
+"""Attention with lengths, suffix and read-only rows: every implementation against plain PyTorch in fp64."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from tolerance import assert_as_exact_as
+from triton_interpreter import interpreted
+from u2a_fast.kernels import attention, set_backend
+
+module = importlib.import_module("u2a_fast.kernels.attention")  # the package's attribute of that name is the function
+SANITIZERS = ("bounds", "races", "order")
+
+# tokens, suffix rows, read-only rows, lengths (None, or one per sample), causal
+CASES = {
+    "plain": (9, 0, 0, None, False),
+    "lengths": (9, 0, 0, (9, 0, 4), False),
+    "suffix": (7, 2, 0, (7, 0, 3), False),
+    "read-only": (6, 1, 3, None, False),
+    "lengths, suffix, read-only": (6, 2, 3, (6, 0, 1), False),
+    "read-only, nothing to see": (5, 0, 2, (0, 5, 1), False),
+    "causal": (9, 0, 0, None, True),
+    "causal with lengths": (8, 1, 0, (8, 0, 5), True),
+    "causal, read-only": (5, 2, 3, (5, 1, 0), True),
+    "beyond a block": (130, 3, 4, (130, 5, 64), False),
+}
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    yield
+    set_backend("auto")
+
+
+def buffer(case, dtype, heads=2, width=20, seed=0):
+    """[B, S, 3, H, Dh] with a non-zero mean, as one q,k,v product leaves it."""
+    tokens, suffix, read_only, _, _ = CASES[case]
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(3, tokens + suffix + read_only, 3, heads, width, generator=g, dtype=torch.float64) + 0.3).to(
+        dtype
+    )
+
+
+def options(case):
+    _, suffix, read_only, lengths, causal = CASES[case]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    return {"lengths": lengths, "suffix": suffix, "read_only": read_only, "causal": causal}
+
+
+def defined_rows(case, rows):
+    """bool [B, S]: rows that are no padding."""
+    tokens, _, _, lengths, _ = CASES[case]
+    kept = torch.ones(3, rows, dtype=torch.bool)
+    if lengths is not None:
+        kept[:, :tokens] = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+    return kept
+
+
+def results(case, qkv):
+    """The rows that are defined, and the gradient of a random combination of them."""
+    leaf = qkv.detach().clone().requires_grad_()
+    out = attention(*leaf.permute(2, 0, 3, 1, 4), **options(case))
+    assert torch.isfinite(out).all()
+    out = out.transpose(1, 2).masked_fill(~defined_rows(case, leaf.shape[1])[:, :, None, None], 0)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
+    return out.detach(), torch.autograd.grad((out.double() * weight).sum(), leaf)[0]
+
+
+def computed(implementation, case, qkv):
+    if implementation != "triton":
+        set_backend(implementation)
+        return results(case, qkv)
+    with interpreted(SANITIZERS) as launched:
+        got = results(case, qkv)
+    assert launched or options(case)["causal"]
+    return got
+
+
+def by_hand(case, qkv):
+    """softmax over the visible keys, row by row, in fp64."""
+    tokens, suffix, _, lengths, causal = CASES[case]
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        valid = tokens if lengths is None else lengths[b]
+        for i in range(q.shape[2]):
+            seen = [j for j in (*range(valid), *range(tokens, tokens + suffix)) if not causal or j <= i]
+            if seen:
+                p = torch.softmax((k[b][:, seen] @ q[b][:, i, :, None])[..., 0] * q.shape[3] ** -0.5, -1)
+                out[b][:, i] = (p[..., None] * v[b][:, seen]).sum(1)
+    return out.transpose(1, 2).masked_fill(~defined_rows(case, q.shape[2])[:, :, None, None], 0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("case", [c for c in CASES if c != "beyond a block"])
+def test_every_row_sees_what_it_should(case, implementation):
+    qkv = buffer(case, torch.float64)
+    torch.testing.assert_close(computed(implementation, case, qkv)[0], by_hand(case, qkv))
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("case", CASES)
+def test_float64_gradients_equal_those_of_plain_pytorch(case, implementation):
+    qkv = buffer(case, torch.float64)
+    for got, exact in zip(computed(implementation, case, qkv), computed("reference", case, qkv), strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_low_precision_is_as_exact_as_plain_low_precision(case, dtype, implementation):
+    qkv = buffer(case, dtype)
+    low, exact = computed("reference", case, qkv), computed("reference", case, qkv.double())
+    for got, rough, true, factor in zip(computed(implementation, case, qkv), low, exact, (2, 3), strict=True):
+        assert got.dtype == dtype
+        assert_as_exact_as(got, rough, true, factor)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["read-only", "lengths, suffix, read-only", "causal, read-only", "beyond a block"])
+def test_ordinary_rows_are_bitwise_what_they_are_without_read_only_rows(case, dtype, implementation):
+    qkv, given = buffer(case, dtype), options(case)
+    rows = qkv.shape[1] - given["read_only"]
+    alone = qkv[:, :rows].permute(2, 0, 3, 1, 4)
+    if implementation == "triton":
+        with interpreted():
+            out = attention(*qkv.permute(2, 0, 3, 1, 4), **given)
+            without = attention(*alone, **given | {"read_only": 0})
+    else:
+        set_backend(implementation)
+        out = attention(*qkv.permute(2, 0, 3, 1, 4), **given)
+        without = attention(*alone, **given | {"read_only": 0})
+    assert torch.equal(out[:, :, :rows], without)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("rows, keys, width", [(1, 9, 16), (4, 70, 24), (33, 20, 64)])
+def test_queries_may_be_fewer_or_more_than_keys(rows, keys, width, implementation, dtype):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, rows, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    kv = torch.randn(2, 3, keys, 2, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(3, 2, rows, width, generator=g, dtype=torch.float64)
+    lengths = torch.tensor([keys - 2, 0, 1])
+
+    def run():
+        out = attention(q, *kv.transpose(2, 3), lengths=lengths, suffix=2)
+        return out.detach(), *torch.autograd.grad((out.double() * weight).sum(), (q, kv))
+
+    set_backend("reference")
+    exact = [t.double() for t in run()]
+    if implementation == "triton":
+        with interpreted(SANITIZERS) as launched:
+            got = run()
+        assert launched == ["attention_small_query_forward", "attention_small_query_backward"]
+    else:
+        set_backend(implementation)
+        got = run()
+    limit = 1e-9 if dtype == torch.float64 else 3e-2
+    for t, true in zip(got, exact, strict=True):
+        torch.testing.assert_close(t.double(), true, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_keys_get_no_gradient_and_no_keys_give_zero(dtype, implementation):
+    qkv = buffer("lengths", dtype)
+    leaf = qkv.requires_grad_()
+
+    def run():
+        out = attention(*leaf.permute(2, 0, 3, 1, 4), lengths=torch.tensor([9, 0, 4]))
+        return out.detach(), torch.autograd.grad(out.sum(), leaf)[0]
+
+    if implementation == "triton":
+        with interpreted(SANITIZERS):
+            out, grad = run()
+    else:
+        set_backend(implementation)
+        out, grad = run()
+    assert not out[1].any() and not grad[1].any()
+    assert not grad[2, 4:, 1:].any() and grad[2, :4, 1:].all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_samples(dtype, implementation):
+    qkv = torch.zeros(0, 5, 3, 2, 8, dtype=dtype, requires_grad=True)
+    lengths = torch.zeros(0, dtype=torch.int64)
+    if implementation == "triton":
+        with interpreted():
+            out = attention(*qkv.permute(2, 0, 3, 1, 4), lengths=lengths, read_only=1)
+            out.sum().backward()
+    else:
+        set_backend(implementation)
+        out = attention(*qkv.permute(2, 0, 3, 1, 4), lengths=lengths, read_only=1)
+        out.sum().backward()
+    assert out.shape == (0, 2, 5, 8) and qkv.grad.shape == qkv.shape
+
+
+def test_flash_attention_gets_visible_rows_only():
+    """A stand-in for the package's function, which needs a GPU: attention of each sequence by itself."""
+
+    def varlen(q, k, v, q_ends, k_ends, most_q, most_k, causal):
+        assert torch.equal(q_ends, k_ends) and most_q == most_k and q_ends.dtype == torch.int32
+        out = torch.zeros_like(q)
+        for start, end in itertools.pairwise(q_ends):
+            one = (t[None, start:end].transpose(1, 2) for t in (q, k, v))
+            out[start:end] = module._reference(*one, None, 0, 0, causal)[0].transpose(0, 1)
+        return out
+
+    for case in ("lengths", "suffix", "causal with lengths"):
+        qkv, given = buffer(case, torch.float64), options(case)
+        out = module._packed(varlen, *qkv.permute(2, 0, 3, 1, 4), given["lengths"], given["suffix"], given["causal"])
+        padding = ~defined_rows(case, qkv.shape[1])[:, :, None, None]
+        torch.testing.assert_close(out.transpose(1, 2).masked_fill(padding, 0), by_hand(case, qkv))
+
+
+def test_matmul_runs_where_it_is_faster():
+    set_backend("auto")
+    q = torch.zeros(1, 1, 4, 8)
+    long = torch.zeros(1, 1, module.MATMUL_KEYS + 1, 8)
+    assert module.uses_matmul(q.bfloat16(), q.bfloat16())
+    assert not module.uses_matmul(q, q) and not module.uses_matmul(q.half(), q.half())
+    assert not module.uses_matmul(q.bfloat16(), long.bfloat16())
+
+
+def test_backward_keeps_no_probabilities():
+    set_backend("torch")
+    qkv = torch.randn(2, 64, 3, 2, 8).bfloat16().requires_grad_()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) and t, lambda t: t
+    ):
+        attention(*qkv.permute(2, 0, 3, 1, 4), lengths=torch.tensor([64, 3]))
+    assert sum(kept.values()) == qkv.nbytes + 16
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_gradients_do_not_depend_on_program_order_or_run(implementation):
+    qkv, runs = buffer("beyond a block", torch.bfloat16), []
+    for seed in (0, 1, 2, 2):
+        if implementation == "triton":
+            with interpreted(("order",), seed=seed):
+                runs.append(results("beyond a block", qkv))
+        else:
+            set_backend("torch")
+            runs.append(results("beyond a block", qkv))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_the_plain_interpreter_sees_the_strides_that_were_passed(monkeypatch):
+    """It computes bfloat16 in fp32 copies; q, k and v are views with gaps, whose strides are arguments too."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda view, stride: seen.append((view.dtype, view.stride(), stride))
+
+    seen, view = [], torch.ones(2, 5, 3, 8).bfloat16()[:, :, 1]
+    monkeypatch.setattr(module.backend, "interpreting", lambda: True)
+    module.backend.launch(Kernel(), (1,), view, view.stride())
+    assert seen == [(torch.float32, view.stride(), view.stride())]
+
+
+@pytest.mark.parametrize("causal, suffix, lengths", [(False, 2, True), (True, 0, True), (False, 0, False)])
+def test_opcheck(causal, suffix, lengths):
+    set_backend("torch")
+    q, k, v = torch.randn(3, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    lengths = torch.tensor([5, 0, 3]) if lengths else None
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(module._forward, (*leaves, lengths, suffix, causal))
+    torch.library.opcheck(module._backward, (torch.randn_like(q), q, k, v, lengths, None, None, suffix, causal))
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck_of_every_subset(which, causal):
+    """Of the matmul op itself, which fp64 does not reach through the public function."""
+    q, k, v = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64).permute(2, 0, 3, 1, 4)
+    leaves = [(q, k, v)[i].detach().clone().requires_grad_() for i in which]
+
+    def outputs(*values):
+        tensors = dict(zip(which, values, strict=True))
+        given = (tensors.get(i, t) for i, t in enumerate((q, k, v)))
+        return module._forward(*given, torch.tensor([3, 0]), 1, causal)[0]
+
+    set_backend("torch")
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_and_export(dtype):
+    set_backend("torch")
+    qkv = buffer("lengths, suffix, read-only", dtype).requires_grad_()
+    given = options("lengths, suffix, read-only")
+    expected = attention(*qkv.permute(2, 0, 3, 1, 4), **given)
+
+    class Module(torch.nn.Module):
+        def forward(self, qkv):
+            return attention(*qkv.permute(2, 0, 3, 1, 4), **given)
+
+    out = torch.compile(Module(), fullgraph=True, backend="aot_eager")(qkv)
+    torch.testing.assert_close(out, expected)
+    for compiled, plain in zip(
+        torch.autograd.grad(out.sum(), qkv), torch.autograd.grad(expected.sum(), qkv), strict=True
+    ):
+        torch.testing.assert_close(compiled, plain)
+    nodes = [str(n.target) for n in torch.export.export(Module(), (qkv,)).graph.nodes]
+    assert nodes.count("u2a_fast.attention.default") == (2 if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_autocast_decides_the_dtype(implementation):
+    set_backend(implementation)
+    qkv = buffer("suffix", torch.float32).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(*qkv.permute(2, 0, 3, 1, 4), **options("suffix"))
+    assert out.dtype == torch.bfloat16 and torch.autograd.grad(out.sum(), qkv)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"k": torch.ones(1, 2, 4, 9)}, ValueError, r"k, v \[B, H, S, Dh\]"),
+        ({"q": torch.ones(1, 2, 3, 8).half()}, TypeError, "one floating point dtype"),
+        ({"lengths": torch.ones(2, dtype=torch.int64)}, ValueError, "lengths must be"),
+        ({"lengths": torch.ones(1, 4, dtype=torch.bool)}, ValueError, "packed first"),
+        ({"suffix": 3, "read_only": 2}, ValueError, "counts of the 4 rows"),
+        ({"suffix": -1}, ValueError, "counts of the 4 rows"),
+        ({"q": torch.ones(1, 2, 3, 8), "read_only": 1}, ValueError, "as many rows"),
+        ({"q": torch.ones(1, 2, 3, 8), "causal": True}, ValueError, "as many rows"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, message):
+    given = {name: torch.ones(1, 2, 4, 8) for name in "qkv"}
+    with pytest.raises(error, match=message):
+        attention(**given | change)

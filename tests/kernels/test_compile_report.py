@@ -1,0 +1,120 @@
+"""The compile report: what it lists, that every budget is kept, and that a broken one is named."""
+
+import functools
+import json
+
+import pytest
+import torch
+from u2a_fast.kernels import compile_cases, compile_report
+from u2a_fast.kernels.linear_lowrank import linear_lowrank_triton
+
+COLUMNS = {"kernel", "target", "regs", "spills", "shared_bytes", "mma", "vec16_loads", "occupancy", "bytes", "flops"}
+FUNCTIONS = {"lora_linear", "linear_lowrank", "quantize_rows", "assemble_norm_project", "substitute", "attention"}
+
+
+@functools.cache
+def rows():
+    return compile_report.report()
+
+
+@pytest.mark.slow
+def test_every_function_is_compiled_for_every_target_and_model_at_both_ranks():
+    assert all(row.keys() >= COLUMNS | {"computed_us"} for row in rows())
+    assert {row["function"] for row in rows()} == FUNCTIONS
+    assert all(row["kernel"].startswith(row["function"]) for row in rows())
+    places = {(row["target"], row["shape"]) for row in rows()}
+    assert len(places) == 12 and {target for target, _ in places} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for function in ("lora_linear", "linear_lowrank", "assemble_norm_project"):
+        assert {row["rank"] for row in rows() if row["function"] == function} == {8, 64}
+
+
+@pytest.mark.slow
+def test_every_budget_is_kept():
+    assert compile_report.broken_budgets(rows()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ({"spills": 4}, "4 bytes of registers spill"),
+        ({"mma": 0}, "no matrix instruction"),
+        ({"loop_loads16": 0}, "no 16-byte load in the K loop"),
+        ({"occupancy": 1}, "1 block per multiprocessor"),
+        ({"occupancy": 0, "shared_bytes": 300000}, "300000 bytes of shared memory fit on no multiprocessor"),
+        ({"computed_us": 70.0}, "forward of LayerNorm and q, k, v: computed"),
+    ],
+)
+def test_a_broken_budget_is_named(fault, message):
+    gemm = {"kernel": "linear_lowrank_forward", "variant": "bf16", "rank": 8, "target": "sm_90", "shape": "ViT-B"}
+    worse = [row | fault if gemm.items() <= row.items() else row for row in rows()]
+    assert any(message in sentence for sentence in compile_report.broken_budgets(worse))
+
+
+def test_moving_more_bytes_than_needed_is_named(monkeypatch):
+    case = compile_cases.Case("f", "forward", "bf16", compile_cases.linear_lowrank_forward, (8,), lambda s, r: 1000)
+    monkeypatch.setattr(compile_report, "CASES", [case])
+    broken = compile_report._bytes_over([])
+    assert len(broken) == 3 and "times the 1000 bytes it must" in broken[0]
+
+
+def compiled(m, k, n, target="sm_90"):
+    meta = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    (launch,) = compile_report.record(
+        lambda: linear_lowrank_triton(meta(m, k), meta(n, k), None, None, None, 1.0, None, 1, False)
+    )
+    return compile_report.compile_launch(launch, target)
+
+
+def test_a_width_that_is_no_multiple_of_16_bytes_loses_its_wide_loads():
+    """The check on loads can fail: rows of 769 elements cannot be read 16 bytes at a time."""
+    assert compiled(4096, 768, 768)["loop_loads16"] > 0
+    assert compiled(4096, 769, 768)["loop_loads16"] == 0
+
+
+def test_a_launch_is_counted_from_its_tensors_and_sizes():
+    shape = compile_cases.VIT_B
+    (launch,) = compile_report.record(lambda: compile_cases.frozen_linear(shape, 8))
+    m, k, n = 64 * 197, 768, 3 * 768
+    assert launch.bytes == 2 * (m * k + n * k + n + m * n)
+    assert launch.flops == 2 * m * n * k
+    assert compile_report.computed_us(launch, "sm_90") == pytest.approx(1e6 * launch.flops / 989e12)
+    (copy,) = compile_report.record(lambda: compile_cases.launch_quantize_rows(compile_cases.meta(m, k)))
+    assert compile_report.computed_us(copy, "sm_80") == pytest.approx(1e6 * (3 * m * k + 4 * m) / 2.04e12)
+
+
+@pytest.mark.parametrize(
+    "target, regs, shared, warps, blocks",
+    [
+        ("sm_90", 128, 98304, 8, 2),  # 65536 registers / (128 * 256 threads)
+        ("sm_90", 129, 98304, 8, 1),  # registers are handed out by eights
+        ("sm_90", 32, 116000, 8, 1),  # 228 KB hold one block of 113 KB and the system's 1 KB, and not two
+        ("sm_80", 32, 0, 4, 16),  # 64 warps
+        ("sm_80", 32, 170000, 4, 0),  # a block may ask for 163 KB
+        ("sm_90", 255, 0, 4, 2),
+    ],
+)
+def test_blocks_per_multiprocessor_follow_nvidias_rules(target, regs, shared, warps, blocks):
+    assert compile_report.occupancy(target, {"regs": regs, "shared_bytes": shared}, warps) == blocks
+
+
+ROW = dict.fromkeys(compile_report.COLUMNS, 0)
+
+
+def test_json_is_printed_alone_and_status_1_says_that_a_budget_broke(monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "report", lambda: [ROW])
+    monkeypatch.setattr(compile_report, "computed_ratios", lambda rows: {})
+    for broken, status in (([], 0), (["too much"], 1)):
+        monkeypatch.setattr(compile_report, "broken_budgets", lambda rows, broken=broken: broken)
+        assert compile_report.main(["--json", "--check"]) == status
+        assert json.loads(capsys.readouterr().out) == [ROW]
+        assert compile_report.main(["--json"]) == 0
+        capsys.readouterr()
+    assert compile_report.main([]) == 0
+    assert "computed, never measured" in capsys.readouterr().out
+
+
+def test_the_report_says_what_it_needs_under_the_interpreter(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert compile_report.main([]) == 2
+    assert "TRITON_INTERPRET unset" in capsys.readouterr().err

@@ -1,0 +1,367 @@
+"""lora_linear and linear_lowrank: every backend against the formula, and what they keep, refuse and register."""
+
+import itertools
+
+import pytest
+import torch
+from linear_cases import CASES, SEED, Case, assert_right, lowrank_operands, operands, with_gradients
+from triton_interpreter import interpreted
+from u2a_fast.kernels import linear_lowrank, lora_linear, quantize_rows, set_backend
+from u2a_fast.kernels.dropout import kept
+
+DTYPES = (torch.float32, torch.bfloat16)
+IMPLEMENTATIONS = ("reference", "torch", "triton")
+OPS = torch.ops.u2a_fast
+
+
+def mask_of(case):
+    """The dropout mask of a case, in the shape of x."""
+    if not case.dropout:
+        return None
+    return kept(torch.Size(case.lead).numel(), case.k, case.dropout, torch.tensor(SEED)).view(*case.lead, case.k)
+
+
+def computed(function, given, implementation, sanitizers=("bounds", "order"), seed=0):
+    if implementation == "triton":
+        with interpreted(sanitizers, seed) as launched:
+            result = with_gradients(function, given)
+        assert "linear_lowrank_forward" in launched or not result["y"].numel()
+        return result
+    set_backend(implementation)
+    return with_gradients(function, given)
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_lora_linear_is_as_exact_as_plain_low_precision(name, implementation, dtype):
+    case = CASES[name]
+    given = operands(case, dtype)
+    assert_right(computed(lora_linear, given, implementation), given, dtype, mask_of(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.r and not case.dropout])
+def test_linear_lowrank_is_as_exact_as_plain_low_precision(name, implementation, dtype):
+    given = lowrank_operands(CASES[name], dtype)
+    assert_right(computed(linear_lowrank, given, implementation), given, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float16_is_as_exact_as_plain_float16(implementation):
+    given = operands(CASES["q, k, v"], torch.float16)
+    assert_right(computed(lora_linear, given, implementation), given, torch.float16)
+
+
+@pytest.mark.parametrize("name", ["q, k, v", "dropout", "int8", "w8a8"])
+def test_no_two_programs_of_a_launch_meet_at_an_address(name):
+    case = CASES[name]
+    given = operands(case, torch.float32)
+    assert_right(computed(lora_linear, given, "triton", ("bounds", "races")), given, torch.float32, mask_of(case))
+
+
+def test_triton_results_are_bitwise_equal_for_every_order_of_programs():
+    given = operands(Case(lead=(150,), k=72, n=300, r=8, groups=3), torch.float32)
+    runs = [computed(lora_linear, given, "triton", ("order",), seed) for seed in (1, 2, 3)]
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]) and torch.equal(runs[0][name], runs[2][name]), name
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_the_adapters_share_survives_bfloat16_while_it_is_tiny(implementation):
+    """The slope of (y - y without adapter) on the exact adapter output is 1; folding B A into the weight loses it."""
+    given = operands(Case(lead=(320,), k=256, n=256, r=16, bias=False), torch.bfloat16)
+    a = given["lora_a"].detach()
+    b = given["lora_b"].detach() * 3e-4
+    x, w = given["x"].detach().double(), given["weight"].double()
+    base, delta = x @ w.t(), given["scaling"] * x @ a.double().t() @ b.double().t()
+    y = computed(lora_linear, given | {"lora_b": b.requires_grad_()}, implementation)["y"].double()
+    folded = (w + given["scaling"] * b.double() @ a.double()).bfloat16().double()
+
+    def slope(out):
+        return (((out - base) * delta).sum() / delta.square().sum()).item()
+
+    assert abs(slope(y) - 1) < 0.05
+    assert abs(slope((x @ folded.t()).bfloat16().double()) - 1) > 0.2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_quantised_rows_differ_from_the_exact_product_by_at_most_half_a_step_per_element(implementation):
+    given = operands(Case(lead=(19,), k=72, n=96, r=None, weight="w8a8", bias=False), torch.float32)
+    x, w = given["x"].detach().double(), given["weight"].double() * given["weight_scale"].double()[:, None]
+    error = (computed(lora_linear, given, implementation)["y"].double() - x @ w.t()).abs()
+    half_step = x.abs().amax(1, keepdim=True) / 127 / 2
+    assert (error <= half_step * w.abs().sum(1) * (1 + 1e-5)).all()
+    assert error.max() > 0
+
+
+# -------------------------------------------------------------------------------------------------------------- dropout
+def test_every_backend_drops_the_same_elements():
+    x = torch.ones(5, 300)
+    eye, zero = torch.eye(300), torch.zeros(300, 300)
+    results = []
+    for implementation in IMPLEMENTATIONS:
+        given = {"x": x, "weight": zero, "bias": None, "lora_a": eye, "lora_b": eye, "scaling": 1.0}
+        given |= {"dropout": 0.25, "seed": 2**40 + 3}
+        if implementation == "triton":
+            with interpreted():
+                results.append(lora_linear(**given))
+        else:
+            set_backend(implementation)
+            results.append(lora_linear(**given))
+    expected = kept(5, 300, 0.25, torch.tensor(2**40 + 3)) / 0.75
+    for y in results:
+        torch.testing.assert_close(y, expected)
+
+
+def test_dropout_keeps_the_right_share_and_seeds_rows_and_columns_are_independent():
+    p, shape = 0.3, (1000, 500)
+    masks = torch.stack([kept(*shape, p, torch.tensor(seed)).double() for seed in (0, 1, 2**33)])
+    standard_error = (p * (1 - p) / masks[0].numel()) ** 0.5
+    assert ((masks.mean((1, 2)) - (1 - p)).abs() < 4 * standard_error).all()
+    centred = (masks - (1 - p)) / (p * (1 - p)) ** 0.5
+    shifted = [(centred[0], centred[1]), (centred[0], centred[2]), (centred[0][1:], centred[0][:-1])]
+    shifted += [(centred[0][:, 1:], centred[0][:, :-1]), (centred[0][1:, 1:], centred[0][:-1, :-1])]
+    for one, other in shifted:
+        assert (one * other).mean().abs() < 5 / one.numel() ** 0.5
+    assert 0.8 < masks[0].sum(0).var() / (shape[0] * p * (1 - p)) < 1.25
+    assert 0.8 < masks[0].sum(1).var() / (shape[1] * p * (1 - p)) < 1.25
+
+
+def test_the_seed_comes_from_torchs_generator_unless_it_is_given():
+    given = operands(Case(dropout=0.5), torch.float32) | {"seed": None}
+    first, second = lora_linear(**given), lora_linear(**given)
+    torch.manual_seed(0)
+    assert torch.equal(lora_linear(**given), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(lora_linear(**given | {"seed": 3}), lora_linear(**given | {"seed": torch.tensor(3)}))
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+def subsets(given, names):
+    """`given` with every non-empty subset of `names` requiring gradients."""
+    for chosen in itertools.product((False, True), repeat=len(names)):
+        if any(chosen):
+            leaves = {n: given[n].detach().requires_grad_(c) for n, c in zip(names, chosen, strict=True)}
+            yield given | leaves, [n for n, c in zip(names, chosen, strict=True) if c]
+
+
+def check_gradients(function, given, leaves, implementation):
+    """gradcheck for every subset of the leaves; the interpreter is slow, so Triton's Jacobians are only projected."""
+    for chosen, names in subsets(given, leaves):
+
+        def by_position(*tensors, chosen=chosen, names=names):
+            return function(**chosen | dict(zip(names, tensors, strict=True)))
+
+        tensors = [chosen[n] for n in names]
+        if implementation == "triton":
+            with interpreted(()):
+                assert torch.autograd.gradcheck(by_position, tensors, fast_mode=True), names
+        else:
+            set_backend(implementation)
+            assert torch.autograd.gradcheck(by_position, tensors), names
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.4])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, dropped):
+    given = operands(Case(lead=(2, 2), k=3, n=4, r=2, groups=2, dropout=dropped), torch.float64)
+    check_gradients(lora_linear, given, ("x", "weight", "bias", "lora_a", "lora_b"), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_linear_lowranks_gradients_hold_in_float64_for_every_subset_of_leaves(implementation):
+    given = lowrank_operands(Case(lead=(3,), k=3, n=4, r=2, groups=2), torch.float64)
+    check_gradients(linear_lowrank, given, ("h", "weight", "bias", "s", "lora_b"), implementation)
+
+
+def test_gradients_carry_the_dtype_of_their_leaves():
+    given = operands(CASES["q, k, v"], torch.bfloat16)
+    got = with_gradients(lora_linear, given)
+    assert got["y"].dtype == got["d x"].dtype == torch.bfloat16
+    assert got["d lora_a"].dtype == got["d lora_b"].dtype == got["d bias"].dtype == torch.float32
+
+
+def saved(function, given):
+    """Names of the operands, and shapes of other tensors, that autograd keeps."""
+    owners = {t.untyped_storage().data_ptr(): n for n, t in given.items() if torch.is_tensor(t) and t.numel()}
+    kept_tensors = []
+
+    def pack(t):
+        kept_tensors.append(owners.get(t.untyped_storage().data_ptr(), tuple(t.shape)))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function(**given)
+    assert y.requires_grad
+    return set(kept_tensors)
+
+
+def test_lora_linear_keeps_x_and_s_and_no_dropout_mask():
+    case = Case(lead=(9,), r=6, dropout=0.5)
+    given = operands(case, torch.float32)
+    assert saved(lora_linear, given | {"dropout": 0.0}) == {"x", "weight", "lora_a", "lora_b", (9, 6)}
+    assert saved(lora_linear, given) == {"x", "weight", "lora_a", "lora_b", (9, 6), ()}  # (): the seed
+
+
+def test_a_frozen_linear_keeps_its_weight_alone():
+    given = operands(Case(r=None), torch.float32) | {"bias": None}
+    assert saved(lora_linear, given) == {"weight"}
+    int8 = operands(Case(r=None, weight="int8"), torch.float32)
+    assert saved(lora_linear, int8) == {"weight", "weight_scale"}
+
+
+def test_nothing_below_means_the_weight_is_not_kept_and_x_only_for_a():
+    given = operands(Case(lead=(9,)), torch.float32)
+    given["x"] = given["x"].detach()
+    assert saved(lora_linear, given) == {"x", "lora_a", "lora_b", (9, 6)}
+    assert saved(lora_linear, given | {"lora_a": given["lora_a"].detach()}) == {"lora_b", (9, 6)}
+
+
+def test_linear_lowrank_does_not_keep_h():
+    given = lowrank_operands(Case(), torch.float32)
+    assert saved(linear_lowrank, given) == {"weight", "lora_b", "s"}
+    trained = given | {"weight": given["weight"].clone().requires_grad_()}
+    assert "h" in saved(linear_lowrank, trained)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_operand_changes(implementation):
+    given = operands(CASES["int8, dropout"], torch.bfloat16)
+    before = {n: t.detach().clone() for n, t in given.items() if torch.is_tensor(t)}
+    computed(lora_linear, given, implementation)
+    for name, t in before.items():
+        assert torch.equal(given[name], t), name
+
+
+# ------------------------------------------------------------------------------------------------- dispatcher, compiler
+def op_arguments(case, dtype=torch.float32):
+    given = operands(case, dtype)
+    seed = torch.tensor(SEED) if case.dropout else None
+    names = ("x", "weight", "bias", "lora_a", "lora_b", "scaling", "weight_scale", "groups", "dropout")
+    return (*[given[n] for n in names], seed, given["quantize_input"])
+
+
+@pytest.mark.parametrize("name", ["q, k, v", "no rows", "no adapter", "strided", "dropout", "int8", "w8a8"])
+def test_opcheck_passes_for_lora_linear(name):
+    torch.library.opcheck(OPS.lora_linear, op_arguments(CASES[name]))
+
+
+@pytest.mark.parametrize("name", ["q, k, v", "no rows", "strided", "int8", "w8a8"])
+def test_opcheck_passes_for_linear_lowrank(name):
+    given = lowrank_operands(CASES[name], torch.float32)
+    names = ("h", "weight", "bias", "s", "lora_b", "scaling", "weight_scale", "groups", "quantize_input")
+    torch.library.opcheck(OPS.linear_lowrank, tuple(given[n] for n in names))
+
+
+@pytest.mark.parametrize("without", [(), ("x",), ("weight",), ("s",), ("x", "weight", "lora_a")])
+def test_opcheck_passes_for_the_backward(without):
+    x, weight, _, a, b, scaling, *_ = op_arguments(CASES["q, k, v"])
+    operands = {"x": x, "weight": weight, "s": torch.randn(2, 19, 18), "lora_a": a, "lora_b": b}
+    operands = {n: None if n in without else t.detach() for n, t in operands.items()}
+    leading = (torch.randn(2, 19, 96), operands["x"], operands["weight"], None)
+    low_rank = (operands["s"], operands["lora_a"], operands["lora_b"])
+    torch.library.opcheck(OPS.linear_backward, (*leading, *low_rank, scaling, 3, 0.3, torch.tensor(SEED), True))
+
+
+@pytest.mark.parametrize("name", ["q, k, v", "dropout", "w8a8"])
+def test_compiles_as_one_graph_forward_and_backward(name):
+    given = operands(CASES[name], torch.float32)
+    eager = with_gradients(lora_linear, given)
+    compiled = with_gradients(torch.compile(lora_linear, fullgraph=True, backend="aot_eager"), given)
+    for key in eager:
+        torch.testing.assert_close(compiled[key], eager[key], rtol=0, atol=0)
+
+
+def test_exports_with_op_nodes_and_a_dynamic_batch():
+    given = operands(Case(lead=(4, 5), k=72, n=96, groups=3), torch.float32)
+    other = {n: t for n, t in given.items() if n != "x"}
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return lora_linear(x, **other)
+
+    x = given["x"].detach()
+    program = torch.export.export(Module(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
+    assert any(node.target is OPS.lora_linear.default for node in program.graph.nodes)
+    longer = torch.randn(7, 5, 72)
+    torch.testing.assert_close(program.module()(longer), lora_linear(longer, **other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", [lora_linear, linear_lowrank])
+def test_autocast_decides_the_compute_dtype_and_casts_no_parameter(function, dtype):
+    draw = operands if function is lora_linear else lowrank_operands
+    given = draw(CASES["q, k, v"], torch.float32)
+    with torch.autocast("cpu", dtype):
+        y = function(**given)
+        names = saved(function, given)
+    assert y.dtype == dtype
+    low = given | {n: given[n].to(dtype) for n in ("x", "h", "s") if n in given}
+    assert torch.equal(y, function(**low))
+    assert {"weight", "lora_b"} <= names
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+WRONG = {
+    "x of integers": ({"x": torch.ones(3, 40, dtype=torch.int64)}, TypeError, "must be floating"),
+    "columns": ({"x": torch.ones(3, 41)}, ValueError, r"weight must be \[N, 41\]"),
+    "weight of one dimension": ({"weight": torch.ones(40)}, ValueError, r"weight must be \[N, 40\]"),
+    "bias": ({"bias": torch.ones(25)}, ValueError, r"bias must be \[24\]"),
+    "groups": ({"groups": 5}, ValueError, "groups must divide the weight's 24 rows"),
+    "rows of A": ({"lora_a": torch.ones(7, 40)}, ValueError, r"lora_a must be \[6, 40\]"),
+    "rows of B": ({"lora_b": torch.ones(23, 6)}, ValueError, r"lora_b must be \[24, r\]"),
+    "A without B": ({"lora_b": None}, ValueError, "go together"),
+    "scale of a float weight": ({"weight_scale": torch.ones(24)}, ValueError, "weight_scale goes with an int8 weight"),
+    "int8 without a scale": ({"weight": torch.ones(24, 40, dtype=torch.int8)}, ValueError, "weight_scale missing"),
+    "quantised input": ({"quantize_input": True}, ValueError, "needs an int8 weight"),
+    "dropout": ({"dropout": 1.0}, ValueError, "below 1, not 1.0"),
+    "devices": ({"bias": torch.ones(24, device="meta")}, ValueError, "on one device, not on cpu and meta"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_computed_is_refused_in_one_sentence(name):
+    wrong, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        lora_linear(**operands(Case(), torch.float32) | wrong)
+
+
+def test_linear_lowrank_refuses_an_s_of_other_rows():
+    given = lowrank_operands(Case(lead=(4,)), torch.float32)
+    with pytest.raises(ValueError, match=r"s must be \[4, 6\]"):
+        linear_lowrank(**given | {"s": torch.ones(5, 6)})
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+def test_triton_makes_g_and_db_in_one_pass_and_launches_nothing_that_is_not_needed():
+    def launches(function, given, backward=True):
+        with interpreted(()) as launched:
+            y = function(**given)
+            forward = len(launched)
+            if backward:
+                y.sum().backward()
+        return launched[:forward], launched[forward:]
+
+    low_rank = ["lora_linear_backward_low_rank", "sum_parts", "sum_parts"]
+    full, lowrank = operands(Case(), torch.float32), lowrank_operands(Case(), torch.float32)
+    frozen = operands(Case(r=None), torch.float32)
+    assert launches(lora_linear, full) == (
+        ["lora_linear_project", "linear_lowrank_forward"],
+        [*low_rank, "lora_linear_backward_input", "reduce_rows", "sum_parts"],
+    )
+    assert launches(linear_lowrank, lowrank) == (["linear_lowrank_forward"], [*low_rank, "lora_linear_backward_input"])
+    assert launches(lora_linear, frozen) == (["linear_lowrank_forward"], ["lora_linear_backward_input"])
+    bottom = full | {"x": full["x"].detach()}
+    assert launches(lora_linear, bottom)[1] == [*low_rank, "reduce_rows", "sum_parts"]
+    w8a8 = operands(CASES["w8a8"], torch.float32)
+    assert launches(lora_linear, w8a8, False)[0][1:] == ["quantize_rows_kernel", "linear_lowrank_forward"]
+
+
+def test_a_quantised_weight_from_quantize_rows_fits_lora_linear():
+    w, x = torch.randn(24, 40), torch.randn(5, 40)
+    q, scale = quantize_rows(w)
+    y = lora_linear(x, q, None, None, None, 1.0, scale)
+    assert ((y - x @ w.t()).abs() <= x.abs().sum(1, keepdim=True) * scale / 2 * (1 + 1e-4)).all()

@@ -1,0 +1,110 @@
+"""Planted slips in the kernels of assemble_norm_project, substitute and attention, and the probes to notice them."""
+
+import functools
+
+import torch
+import u2a_fast.kernels
+from assemble_cases import clone, operands, outputs_and_gradients
+from mutants import Mutant
+from triton_interpreter import SANITIZERS, interpreted
+
+
+def same_as_reference(kernels, run):
+    """`run(kernels)`, {name: tensor}, under the sanitizers against the unchanged reference backend, both in fp32."""
+    u2a_fast.kernels.set_backend("reference")
+    try:
+        expected = run(u2a_fast.kernels)
+    finally:
+        u2a_fast.kernels.set_backend("auto")
+    with interpreted(SANITIZERS, backend=kernels.backend):
+        got = run(kernels)
+    for name, exact in expected.items():
+        torch.testing.assert_close(got[name], exact, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def with_gradients(outputs, leaves):
+    loss = sum((t * torch.arange(1.0, t.numel() + 1).sin().view(t.shape)).sum() for t in outputs)
+    grads = torch.autograd.grad(loss, leaves)
+    return {f"output {i}": t.detach() for i, t in enumerate(outputs)} | {f"grad {i}": g for i, g in enumerate(grads)}
+
+
+def assembled(case):
+    """A probe: assemble_norm_project's results and gradients; absent samples hold NaN."""
+    return functools.partial(_assembled, case)
+
+
+def _assembled(case, kernels):
+    given = operands(case, torch.float32)
+    same_as_reference(kernels, lambda k: outputs_and_gradients(clone(given), k.assemble_norm_project))
+
+
+def substituted(kernels):
+    """A probe: substitute's results and gradients; three modalities, absent rows full of NaN."""
+    g = torch.Generator().manual_seed(0)
+    present = torch.rand(21, 3, generator=g) < 0.6
+    present[0], present[1] = False, True
+    c = (torch.randn(3, 21, 150, generator=g) + 1).masked_fill(~present.t()[:, :, None], float("nan"))
+    p = (torch.randn(3, 3, 21, 150, generator=g) + 1).masked_fill(~present.t()[:, None, :, None], float("nan"))
+    leaves = c.requires_grad_(), p.requires_grad_()
+    same_as_reference(kernels, lambda k: with_gradients(k.substitute(*leaves, present, False), leaves))
+
+
+def attended(kernels):
+    """A probe: few queries against more keys than a block, with lengths, suffix rows and a sample without tokens."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, 5, 20, generator=g).requires_grad_()
+    k, v = (torch.randn(3, 2, 70, 20, generator=g).add_(0.3).requires_grad_() for _ in range(2))
+    lengths = torch.tensor([66, 0, 9])
+    same_as_reference(kernels, lambda which: with_gradients([which.attention(q, k, v, lengths, suffix=3)], (q, k, v)))
+
+
+ASSEMBLE, SUBSTITUTE, ATTENTION = "assemble_norm_project.py", "substitute.py", "attention_small_query.py"
+JOINED, PACKED = assembled("everything"), assembled("packed")
+WIDE, WIDE_RANK = assembled("no rank"), assembled("wide rank")  # more than one piece of columns, of ranks
+SLIPS = {
+    # which rows
+    "prompt test t <= P": (ASSEMBLE, "tl.where(t < P, PREFIX", "tl.where(t <= P, PREFIX", JOINED),
+    "suffix starts a row late": (ASSEMBLE, "tl.where(t >= P + N, SUF", "tl.where(t > P + N, SUF", JOINED),
+    "absent tokens are read": (ASSEMBLE, "tl.where(source < 0, MASK + 0 * t, base)", "base", JOINED),
+    "packed samples are not looked up": (ASSEMBLE, "TOKENS + (source.to", "TOKENS + (b.to", PACKED),
+    "packed gradients stored by sample": (ASSEMBLE, "            slot = source", "            slot = b", PACKED),
+    "absent rows pass their gradient on": (ASSEMBLE, "tl.where(absent[:, None], 0.0, g)", "g", JOINED),
+    "the mask token hears present rows": (ASSEMBLE, "tl.where(absent[:, None], g, 0.0)", "g", JOINED),
+    "suffix gradients on the prefix's rows": (ASSEMBLE, "tl.where(t < P, t, t - N)", "t % 2", JOINED),
+    # norm and projection
+    "LayerNorm's tail enters the variance": (
+        ASSEMBLE,
+        "tl.where(kok[None, :], x - piece[:, None], 0.0)",
+        "x - piece[:, None]",
+        JOINED,
+    ),
+    "pieces merged without their shift": (ASSEMBLE, " + shift * shift * (k * (n / (k + n)))", "", WIDE),
+    "no tail mask on the columns of A": (ASSEMBLE, "(rr < R)[None, :] & kok[:, None]", "(rr < R)[None, :]", JOINED),
+    "further ranks are not shifted": (
+        ASSEMBLE,
+        "rr = r + tl.arange(0, BR)\n        acc",
+        "rr = tl.arange(0, BR)\n        acc",
+        WIDE_RANK,
+    ),
+    "LayerNorm's backward without the mean": (ASSEMBLE, " + level[:, None]", "", JOINED),
+    "dH without d_s A": (ASSEMBLE, "    if D_S is not None:", "    if D_S is None:", JOINED),
+    "the residual's gradient forgotten": (ASSEMBLE, "if D_ROWS is not None", "if D_ROWS is None", JOINED),
+    "dA of rows not normalised": (ASSEMBLE, "normalise(x, mean, rstd, GAMMA, BETA, rc, cok, ACC)", "x", JOINED),
+    # class tokens and proxies
+    "absent proxies are read": (SUBSTITUTE, "mask=mask & has_m[:, None], other", "mask=mask, other", substituted),
+    "stand-ins summed, not averaged": (SUBSTITUTE, "stand_in / sources[:, None]", "stand_in", substituted),
+    "one class token for all": (SUBSTITUTE, "CLASS + j * size + at", "CLASS + at", substituted),
+    "the loss counts all samples": (SUBSTITUTE, "(has_m & tl.load(", "(1 | tl.load(", substituted),
+    "the loss without its mask": (SUBSTITUTE, "tl.where((has_m & has_j)[:, None], p - c, 0.0)", "p - c", substituted),
+    "one part of the loss": (SUBSTITUTE, "LOSS + tl.program_id(0) *", "LOSS + 0 *", substituted),
+    "present targets pull at proxies": (SUBSTITUTE, "has_m & (has_j == 0)", "has_m", substituted),
+    "targets pushed the wrong way": (SUBSTITUTE, "dc -= pull", "dc += pull", substituted),
+    # few queries
+    "length ignored": (ATTENTION, "(rn < length) |", "(rn < TOKENS) |", attended),
+    "suffix rows are hidden": (ATTENTION, "| ((rn >= TOKENS) & (rn < S))", "& (rn < S)", attended),
+    "keys beyond the last": (ATTENTION, "((rn >= TOKENS) & (rn < S))", "(rn >= TOKENS)", attended),
+    "running sum not rescaled": (ATTENTION, "total * keep", "total", attended),
+    "dS without the row sum": (ATTENTION, "(dp - delta[:, None])", "dp", attended),
+    "dS not scaled": (ATTENTION, "delta[:, None]) * scale)", "delta[:, None]))", attended),
+}
+MUTANTS = {name: Mutant(*slip) for name, slip in SLIPS.items()}
