@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: demo test lint bench clean
 
 demo: $(READY)
-	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --epochs 10 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(READY)
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

@@ -17,7 +17,7 @@ from .assemble_norm_project import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
 from .attention_small_query import backward_triton as attention_backward_triton
 from .attention_small_query import forward_triton as attention_forward_triton
-from .linear_backward import linear_backward_triton
+from .linear_backward import launch_input, linear_backward_triton
 from .linear_lowrank import linear_lowrank_triton
 from .lora_linear import project_triton
 from .quantize import launch_quantize_rows
@@ -38,7 +38,7 @@ class Shape:
 
 
 VIT_B = Shape("ViT-B", 64, 197, 768)
-SHAPES = (VIT_B, Shape("ViT-L", 64, 197, 1024), Shape("BERT-base", 64, 128, 768))
+SHAPES = (VIT_B, Shape("ViT-L", 64, 197, 1024), Shape("BERT-base", 96, 128, 768))
 RANKS = (8, 64)
 GROUPS = 3  # q, k, v in one product
 
@@ -71,8 +71,8 @@ def _adapter(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
     return a, meta(GROUPS * shape.width, rank, dtype=torch.float32)
 
 
-def frozen_linear(shape: Shape, rank: int):
-    """The yardstick: the q, k, v product alone."""
+def frozen_linear(shape: Shape):
+    """The yardstick of the ratios, not itself a row: the q, k, v product alone."""
     n = GROUPS * shape.width
     linear_lowrank_triton(meta(shape.rows, shape.width), meta(n, shape.width), meta(n), None, None, 1.0, None, 1, False)
 
@@ -97,11 +97,17 @@ def lora_linear_forward(shape: Shape, rank: int):
     linear_lowrank_forward(shape, rank)
 
 
-def lora_linear_backward(shape: Shape, rank: int, dropout: float = 0.0):
-    n, seed = GROUPS * shape.width, meta(dtype=torch.int64) if dropout else None
+def lora_linear_backward(shape: Shape, rank: int):
+    n, adapter = GROUPS * shape.width, _adapter(shape, rank)
     dy, x, s = meta(shape.rows, n), meta(shape.rows, shape.width), meta(shape.rows, GROUPS * rank)
-    adapter = _adapter(shape, rank)
-    linear_backward_triton(dy, x, meta(n, shape.width), None, s, *adapter, 2.0, GROUPS, dropout, seed, False)
+    linear_backward_triton(dy, x, meta(n, shape.width), None, s, *adapter, 2.0, GROUPS, 0.0, None, False)
+
+
+def dropped_input_grad(shape: Shape, rank: int):
+    """With dropout the mask is hashed in the GEMM's largest tile: the launch that could run out of registers."""
+    n, lora_a = GROUPS * shape.width, _adapter(shape, rank)[0]
+    g, seed = meta(shape.rows, GROUPS * rank), meta(dtype=torch.int64)
+    launch_input(meta(shape.rows, n), meta(n, shape.width), None, g, lora_a, 0.1, seed)
 
 
 PROMPTS = 4  # learned rows before the tokens; one mask token row after them
@@ -174,10 +180,9 @@ def attention_backward(shape: Shape, rank: int):
 
 
 CASES = [
-    Case("lora_linear", "forward", "frozen", frozen_linear, ranks=(8,)),
     Case("lora_linear", "forward", "bf16", lora_linear_forward),
     Case("lora_linear", "backward", "bf16", lora_linear_backward),
-    Case("lora_linear", "backward", "dropout", lambda s, r: lora_linear_backward(s, r, dropout=0.1), ranks=(8,)),
+    Case("lora_linear", "backward", "dropout", dropped_input_grad, ranks=(8,)),
     Case("linear_lowrank", "forward", "bf16", linear_lowrank_forward),
     Case("linear_lowrank", "forward", "int8", lambda s, r: linear_lowrank_forward(s, r, int8=True), ranks=(8,)),
     Case("linear_lowrank", "forward", "int8 x int8", lambda s, r: linear_lowrank_forward(s, r, True, True), ranks=(8,)),
@@ -248,4 +253,3 @@ RATIOS = (
     ),
     ("backward of lora_linear", 1.75, {("lora_linear", "backward", "bf16"): 1}),
 )
-YARDSTICK = ("lora_linear", "forward", "frozen")

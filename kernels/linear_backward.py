@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backend
 from .backend import jit, tl
 from .dropout import kept, kept_tile, threshold
-from .quantize import dequantize_rows_reference
+from .quantize import dequantize_rows_aten
 from .reduce import launch_reduce_rows, launch_sum_parts, splits
 from .tiling import accumulator, dot_precision, gemm_tile, rank_tile, tile_index
 
@@ -88,12 +88,13 @@ def lora_linear_backward_input(
     R: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,  # BK divides N
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """dX = dY W + mask (G A)"""
+    """dX = dY W + mask (G A). Rows past the end read the first ones and are not stored."""
     pm, pk = tile_index(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BN))
     rm = pm * BM + tl.arange(0, BM)
     row = rm[:, None].to(tl.int64)
@@ -110,11 +111,11 @@ def lora_linear_backward_input(
             acc = tl.dot(g, a.to(g.dtype), acc, out_dtype=ACC, input_precision=PRECISION)
         if SEED is not None:
             acc = tl.where(kept_tile(SEED, rm, rk, dropped_below), acc * scale, 0.0)
-    dy_at = DY + row * N + rn[None, :]
+    dy_at = DY + (rm % M)[:, None].to(tl.int64) * N + rn[None, :]
     w_at = W + rn[:, None] * K + rk[None, :]
     for n in range(0, N, BK):
-        nok = rn < N - n
-        dy = tl.load(dy_at, mask=mok[:, None] & nok[None, :], other=0.0)
+        nok = (rn < N - n) | EVEN
+        dy = tl.load(dy_at, mask=nok[None, :], other=0.0)
         w = tl.load(w_at, mask=nok[:, None] & kok[None, :], other=0)
         if WS is not None:
             w = w.to(ACC) * tl.load(WS + n + rn, mask=nok, other=0.0)[:, None]
@@ -160,6 +161,7 @@ def launch_input(dy, weight, weight_scale, g, lora_a, dropout, seed):
         R=r,
         ACC=accumulator(dy.dtype),
         PRECISION=dot_precision(),
+        EVEN=n % tile["BK"] == 0,
         BR=min(32, rank_tile(r)),
         **tile,
     )
@@ -187,7 +189,7 @@ def blocks(n: int, r: int, groups: int) -> list[tuple[slice, slice]]:
 
 
 def as_float(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if weight_scale is None else dequantize_rows_reference(weight, weight_scale, dtype)
+    return weight.to(dtype) if weight_scale is None else dequantize_rows_aten(weight, weight_scale, dtype)
 
 
 def linear_backward_aten(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):

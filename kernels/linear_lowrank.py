@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backend
 from .backend import jit, tl
 from .linear_backward import as_float, blocks, flat, gradients, save
-from .quantize import TINY, dequantize_rows_reference, launch_quantize_rows, quantize_rows_reference
+from .quantize import TINY, dequantize_rows_reference, launch_quantize_rows, quantize_rows_aten, row_chunks
 from .tiling import accumulator, check_rows, dot_precision, gemm_tile, rank_tile, tile_index
 
 
@@ -63,12 +63,16 @@ def linear_lowrank_forward(
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,  # BK divides K
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """The low-rank product and the bias are the last steps of the GEMM. A tile of columns lies within one group."""
+    """The low-rank product and the bias are the last steps of the GEMM. A tile of columns lies within one group.
+
+    Rows and columns past the end read the first ones and are not stored: the loop then needs no mask but K's.
+    """
     tiles = tl.cdiv(WIDTH, BN)
     pm, pn = tile_index(tl.program_id(0), tl.cdiv(M, BM), GROUPS * tiles)
     group = pn // tiles
@@ -78,13 +82,16 @@ def linear_lowrank_forward(
     rk = tl.arange(0, BK)
     mok = rm < M
     nok = column < WIDTH
-    hp = H + rm[:, None].to(tl.int64) * K + rk[None, :]
-    wp = W + rn[None, :] * K + rk[:, None]
+    hp = H + (rm % M)[:, None].to(tl.int64) * K + rk[None, :]
+    wp = W + (group * WIDTH + column % WIDTH)[None, :] * K + rk[:, None]
     acc = tl.zeros((BM, BN), ACC)
     for k in range(0, K, BK):
-        kok = rk < K - k
-        h = tl.load(hp, mask=mok[:, None] & kok[None, :], other=0)
-        w = tl.load(wp, mask=nok[None, :] & kok[:, None], other=0)
+        if EVEN:
+            h = tl.load(hp)
+            w = tl.load(wp)
+        else:
+            h = tl.load(hp, mask=(rk < K - k)[None, :], other=0)
+            w = tl.load(wp, mask=(rk < K - k)[:, None], other=0)
         acc = tl.dot(h, w.to(h.dtype), acc, out_dtype=ACC, input_precision=PRECISION)  # int8 -> bf16 is exact
         hp += BK
         wp += BK
@@ -125,6 +132,7 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
         ACC=accumulator(h.dtype),
         WIDE=accumulator(dtype),
         PRECISION=dot_precision(),
+        EVEN=k % tile["BK"] == 0,
         BR=rank_tile(r),
         **tile,
     )
@@ -141,12 +149,22 @@ def int8_product(h: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(h, F.pad(weight, (0, -k % 8, 0, -n % 8)).t())[:m, :n]
 
 
+def linear_int8(h, weight, bias, weight_scale):
+    """Rows of h [M, K] quantised, times int8 weight [N, K] -> [M, N]; scales and bias while a chunk is in cache."""
+    q, h_scale = quantize_rows_aten(h)
+    product, wide = int8_product(q, weight), backend.wide(h.dtype)
+    y, h_scale, weight_scale = h.new_empty(product.shape), h_scale.to(wide), weight_scale.to(wide)
+    bias = None if bias is None else bias.to(wide)
+    for s in row_chunks(product):
+        part = product[s].to(wide).mul_(h_scale[s, None])
+        y[s] = part.mul_(weight_scale) if bias is None else torch.addcmul(bias, part, weight_scale, out=part)
+    return y
+
+
 def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
     """h [M, K], s [M, groups * r] or None -> [M, N]; the low-rank product is added in place, block by block."""
     if quantize_input:
-        q, h_scale = quantize_rows_reference(h)
-        y = int8_product(q, weight).to(backend.wide(h.dtype)).mul_(h_scale[:, None]).mul_(weight_scale)
-        y = (y if bias is None else y.add_(bias)).to(h.dtype)
+        y = linear_int8(h, weight, bias, weight_scale)
     else:
         w = as_float(weight, weight_scale, h.dtype).t()
         y = h @ w if bias is None else torch.addmm(bias.to(h.dtype), h, w)

@@ -13,6 +13,7 @@ from .backend import jit, tl
 
 TINY = 1e-30  # divides an all-zero row without a NaN
 QUANTIZE_TILE = {"BN": 8, "BK": 512, "num_warps": 4}
+CHUNK = 1 << 18  # elements taken in fp32 at a time on a CPU: a second-level cache holds them
 
 
 def quantize_rows_reference(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,6 +25,30 @@ def quantize_rows_reference(w: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_rows_reference(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """q [N, K] int8, scale [N] -> [N, K] in `dtype`, rounded once."""
     return (q * scale.to(backend.wide(dtype))[:, None]).to(dtype)
+
+
+def row_chunks(t: Tensor) -> list[slice]:
+    """Slices of the rows of t [M, N] to go through in turn; on a GPU one of all rows."""
+    step = max(1, CHUNK // max(1, t.shape[1])) if t.device.type == "cpu" else max(1, t.shape[0])
+    return [slice(i, i + step) for i in range(0, t.shape[0], step)]
+
+
+def quantize_rows_aten(w: Tensor) -> tuple[Tensor, Tensor]:
+    """As `quantize_rows_reference`, bit for bit."""
+    scale = (w if w.dtype != torch.float64 else w.float()).abs().amax(1).float() / 127
+    q, divisor = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format), scale.clamp_min(TINY)
+    for s in row_chunks(w):
+        q[s] = w[s].to(torch.float32, copy=True).div_(divisor[s, None]).round_()
+    return q, scale
+
+
+def dequantize_rows_aten(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `dequantize_rows_reference`, bit for bit."""
+    wide = backend.wide(dtype)
+    w, scale = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format), scale.to(wide)
+    for s in row_chunks(q):
+        w[s] = q[s].to(wide).mul_(scale[s, None])
+    return w
 
 
 @jit
@@ -66,7 +91,7 @@ def launch_quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("u2a_fast::quantize_rows", mutates_args=(), schema="(Tensor w) -> (Tensor, Tensor)")
 def _quantize_rows(w):
-    return launch_quantize_rows(w) if backend.resolve(w) == "triton" else quantize_rows_reference(w.contiguous())
+    return launch_quantize_rows(w) if backend.resolve(w) == "triton" else quantize_rows_aten(w)
 
 
 @_quantize_rows.register_fake
@@ -80,7 +105,7 @@ def _(w):
     "u2a_fast::dequantize_rows", mutates_args=(), schema="(Tensor q, Tensor scale, ScalarType dtype) -> Tensor"
 )
 def _dequantize_rows(q, scale, dtype):
-    return dequantize_rows_reference(q.contiguous(), scale, dtype)
+    return dequantize_rows_aten(q, scale, dtype)
 
 
 @_dequantize_rows.register_fake

@@ -138,9 +138,7 @@ class Block(GradientCheckpointingLayer):
         heads = parts.view(batch, length, width // (self.num_heads * head_dim), self.num_heads, head_dim)
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def complete(
-        self, residual: torch.Tensor, attended: torch.Tensor, s: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def complete(self, residual: torch.Tensor, attended: torch.Tensor, s: torch.Tensor | None = None) -> torch.Tensor:
         """residual `[B or 1, T, D]` and attention's output `[B, H, T, D / H]` -> the block's output `[B, T, D]`.
 
         `s` `[B, T, r]` is the low-rank product of `attended`, where it was computed together with it.

@@ -38,6 +38,9 @@ class FeatureCache:
         self.hits = self.misses = 0
         self._fingerprints: weakref.WeakKeyDictionary[Encoder, tuple[tuple, str]] = weakref.WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.folder,)  # a copy, or one in another process, shares the files and counts for itself
+
     def lookup(self, encoder: Encoder, layer: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """`encoder.embed(**inputs)` through its first `layer` blocks, running only the samples that are not there.
 
@@ -82,7 +85,9 @@ class FeatureCache:
         tensors = dict(_prefix_tensors(encoder, layer))
         trained = next((name for name, tensor in tensors.items() if tensor.requires_grad), None)
         if trained is not None:
-            raise ValueError(f"{trained} trains, so features that enter layer {layer} cannot be cached: freeze it first")
+            raise ValueError(
+                f"{trained} trains, so features that enter layer {layer} cannot be cached: freeze it first"
+            )
         device = next(iter(tensors.values())).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         setting = (FORMAT, encoder.family.name, layer, str(encoder.dtype), str(autocast))

@@ -10,32 +10,36 @@ the CPU's paths; on a GPU flash attention keeps its result too.
 
 from __future__ import annotations
 
-import copy
 import os
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from .block import Block
-from .encoders import Encoder, from_pretrained_model
-from .encoders.build import TOWERS, family_of
-from .lora import LoraConfig, LoraLinear
-from .quantization import NF4_BLOCK, STORAGE, normalise
+from .lora import LoraConfig
+from .memory_counts import (
+    Case,
+    Counts,
+    count_hugging_face,
+    count_ours,
+    dummy_inputs,
+    extrapolate,
+    read_config,
+    saved_bytes,
+    tensors_of,
+    with_tokens,
+)
+from .quantization import normalise
 
 if TYPE_CHECKING:
     from .methods import MultimodalModel
 
 # Optimizer bytes for each trained parameter: two fp32 states, or two of 8 bit with an fp32 absmax per block of 256.
 OPTIMIZERS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
-TEXT_TOKENS = 128  # length of a text where none is given
-DEPTHS = (2, 3)  # layers that are counted; what a further layer adds is the difference
 
 
 @dataclass(frozen=True)
@@ -53,242 +57,6 @@ class MemoryRow:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-# ------------------------------------------------------------------------------------------- what autograd keeps
-class _Kept:
-    """A saved tensor, alive for as long as the graph is."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-
-def saved_bytes(f: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for backward when `f` returns, each storage counted once.
-
-    Args:
-        f: runs a forward; what it returns is held until the count is taken, so that its graph is alive.
-        exclude: tensors that exist anyway, as a model's parameters do.
-
-    >>> x = torch.ones(4, requires_grad=True)
-    >>> saved_bytes(lambda: x.exp())
-    16
-    """
-    kept: list[weakref.ref[_Kept]] = []
-
-    def pack(tensor: Tensor) -> _Kept:
-        kept.append(weakref.ref(holder := _Kept(tensor.detach())))  # an output would keep its own graph alive
-        return holder
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        result = f()
-    own = {tensor.untyped_storage()._cdata for tensor in exclude}
-    alive = [holder.tensor.untyped_storage() for ref in kept if (holder := ref()) is not None]
-    del result
-    return sum({s._cdata: s.nbytes() for s in alive if s._cdata not in own}.values())
-
-
-# ---------------------------------------------------------------------------------------- encoders that do not exist
-@contextmanager
-def _fake() -> Any:
-    """Tensors made inside have shapes, dtypes and a device, but no memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch reads `.grad` of parameters that it copies
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-
-
-def _read_config(source: str | os.PathLike | PreTrainedConfig, modality: str) -> PreTrainedConfig:
-    """The config of an encoder, without dropout, of which one tower is taken where there are two."""
-    config = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source)
-    if (config.model_type, modality) in TOWERS:
-        config = config.text_config if modality == "text" else config.vision_config
-    config = copy.deepcopy(config)
-    for name, value in list(vars(config).items()):
-        if "drop" in name and isinstance(value, (int, float)):
-            setattr(config, name, 0.0)
-    if hasattr(config, "apply_spec_augment"):
-        config.apply_spec_augment = False
-    return config
-
-
-def _cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    return config
-
-
-def _build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The encoder of a config, on fake tensors; call it inside `_fake()`."""
-    with torch.device("meta"):
-        if config.model_type == "whisper":
-            from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-            model = WhisperEncoder(config)
-        else:
-            model = AutoModel.from_config(config)
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-    return model.train()
-
-
-def _with_tokens(config: PreTrainedConfig, tokens: int | None) -> PreTrainedConfig:
-    """An image config whose images give `tokens` rows, the class token included; other configs as they are."""
-    if tokens is None or not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
-        return config
-    config = copy.deepcopy(config)
-    config.image_size = config.patch_size * max(1, round((tokens - 1) ** 0.5))
-    return config
-
-
-def dummy_inputs(config: PreTrainedConfig, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
-    """Inputs of the shapes that an encoder takes, `tokens` rows long where their length is free."""
-    if hasattr(config, "conv_stride"):  # Wav2Vec2, HuBERT: samples
-        stride = 1
-        for step in config.conv_stride:
-            stride *= step
-        return {"input_values": torch.zeros(batch, stride * ((tokens or 49) + 1))}
-    if config.model_type == "whisper":
-        return {"input_features": torch.zeros(batch, config.num_mel_bins, 2 * config.max_source_positions)}
-    if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):  # AST
-        return {"input_values": torch.zeros(batch, config.max_length, config.num_mel_bins)}
-    if hasattr(config, "image_size"):
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(batch, config.num_channels, height, width)}
-    length = min(tokens or TEXT_TOKENS, config.max_position_embeddings - 2)  # RoBERTa starts its positions at 2
-    return {"input_ids": torch.full((batch, length), 5)}
-
-
-# ------------------------------------------------------------------------------------------------ the ways to train
-@dataclass(frozen=True)
-class _Case:
-    """What all ways of training have in common."""
-
-    configs: dict[str, PreTrainedConfig]
-    batch: int
-    tokens: dict[str, int]
-    checkpointing: bool
-    lora: LoraConfig | None
-    modes: dict[str, str | None]
-    dtype: torch.dtype
-
-
-Counts = tuple[int, int, int]  # bytes of weights, trained parameters, bytes of activations
-
-
-def _extrapolate(count: Callable[[dict[str, int]], Counts], depths: Mapping[str, int]) -> Counts:
-    """`count(layers per modality)` at full depth, from counts at few layers: each further layer adds the same."""
-    low, high = DEPTHS
-    base = {name: min(depth, high) if depth <= high else low for name, depth in depths.items()}
-    total = start = count(base)
-    for name, depth in depths.items():
-        if depth > high:
-            more = count({**base, name: high})
-            total = tuple(t + (depth - low) * (m - s) for t, m, s in zip(total, more, start, strict=True))
-    return total
-
-
-def _enable_checkpointing(model: PreTrainedModel) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-
-
-def _count_ours(case: _Case, layers: Mapping[str, int]) -> Counts:
-    from .methods import U2A
-
-    with _fake():
-        built = {}
-        for name, config in case.configs.items():
-            built[name] = from_pretrained_model(_build(_cut(config, layers[name]), case.dtype))
-        weights = sum(_frozen_bytes(encoder, case.modes[name]) for name, encoder in built.items())
-        model = U2A(built, num_labels=2, lora=case.lora, all_absent="prior", modality_dropout=0.0).train()
-        if case.checkpointing:
-            _enable_checkpointing(model)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-        def step() -> Tensor:
-            read = [_read(model, case, name) for name in case.configs]
-            return torch.stack([rows.sum() for rows in read]).sum()
-
-        with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == torch.float32):
-            kept = saved_bytes(step, model.parameters())
-    return weights + 4 * trained, trained, kept
-
-
-def _read(model: MultimodalModel, case: _Case, name: str) -> Tensor:
-    """Class token and proxies of one modality, `[M, B, D]`, all samples present."""
-    tokens, _ = model.encoders[name].embed(**dummy_inputs(case.configs[name], case.batch, case.tokens.get(name)))
-    class_token, proxies = model._read(name, tokens, None, None)
-    return torch.cat([class_token[None], proxies])
-
-
-def _frozen_bytes(encoder: Encoder, mode: str | None) -> int:
-    """Bytes of an encoder whose linears are stored in `mode`, whatever they are stored in now."""
-    linears = [linear for block in encoder.blocks for linear in block.linears]
-    counted = {id(linear.weight) for linear in linears}
-    others = sum(t.numel() * t.itemsize for t in _tensors(encoder) if id(t) not in counted)
-    return others + sum(_weight_bytes(linear, STORAGE[mode]) for linear in linears)
-
-
-def _weight_bytes(linear: LoraLinear, storage: str) -> int:
-    count = linear.out_features * linear.in_features
-    if storage == "int8":
-        return count + 4 * linear.out_features
-    if storage == "nf4":
-        return -(-count // 2) + 4 * -(-count // NF4_BLOCK)
-    return count * linear.weight.itemsize
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _count_hugging_face(case: _Case, name: str, layers: int, adapt: bool) -> Counts:
-    """Full fp32 fine-tuning of one encoder, or LoRA as PEFT computes it under bf16 autocast."""
-    with _fake():
-        model = _build(_cut(case.configs[name], layers))
-        frozen = sum(t.numel() * t.itemsize for t in _tensors(model))
-        if adapt:
-            model.requires_grad_(False)
-            _adapt(model, case.lora or LoraConfig())
-        if case.checkpointing:
-            _enable_checkpointing(model)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        inputs = dummy_inputs(case.configs[name], case.batch, case.tokens.get(name))
-        with torch.autocast("cpu", torch.bfloat16, enabled=adapt):
-            kept = saved_bytes(lambda: model(**inputs).last_hidden_state[:, 0].sum(), model.parameters())
-    return frozen + (4 * trained if adapt else 0), trained, kept
-
-
-class _PeftLinear(nn.Module):
-    """A frozen linear with LoRA as PEFT computes it, `base(x) + B(A(x)) * scaling`, each its own linear."""
-
-    def __init__(self, base: nn.Linear, config: LoraConfig):
-        super().__init__()
-        self.base, self.scaling = base, config.scaling
-        self.lora_a = nn.Linear(base.in_features, config.r, bias=False)
-        self.lora_b = nn.Linear(config.r, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.lora_b(self.lora_a(x.to(self.lora_a.weight.dtype))) * self.scaling
-
-
-def _adapt(model: PreTrainedModel, config: LoraConfig) -> None:
-    family = family_of(model)
-    for layer in model.get_submodule(family.layers):
-        for role in config.target_modules:
-            parent, _, leaf = family.roles[role].rpartition(".")
-            owner = layer.get_submodule(parent)
-            setattr(owner, leaf, _PeftLinear(getattr(owner, leaf), config))
-
-
-# ------------------------------------------------------------------------------------------------------------- public
 def plan(
     encoder_configs: Mapping[str, str | os.PathLike | PreTrainedConfig],
     method: str = "u2a",
@@ -323,21 +91,21 @@ def plan(
     """
     if method != "u2a":
         raise ValueError(f"plan counts the method u2a, not {method!r}: build the model and call its memory_report()")
-    configs = {m: _with_tokens(_read_config(c, m), (tokens or {}).get(m)) for m, c in encoder_configs.items()}
+    configs = {m: with_tokens(read_config(c, m), (tokens or {}).get(m)) for m, c in encoder_configs.items()}
     modes = normalise(quantization, configs)
-    case = _Case(configs, batch, dict(tokens or {}), checkpointing, lora, modes, dtype)
+    case = Case(configs, batch, dict(tokens or {}), checkpointing, lora, modes, dtype)
     depths = {name: config.num_hidden_layers for name, config in configs.items()}
-    ours = _extrapolate(lambda layers: _count_ours(case, layers), depths)
+    ours = extrapolate(lambda layers: count_ours(case, layers), depths)
     stored = ", ".join(sorted({mode or str(dtype).removeprefix("torch.") for mode in modes.values()}))
     return [_row(f"U2A, {stored}", ours, optimizer), *_baselines(case, optimizer)]
 
 
-def _baselines(case: _Case, optimizer: str) -> list[MemoryRow]:
+def _baselines(case: Case, optimizer: str) -> list[MemoryRow]:
     rows = []
     for title, adapt in (("PEFT LoRA, bf16 autocast", True), ("full fine-tuning, fp32", False)):
         counts = [
-            _extrapolate(
-                lambda layers, name=name, adapt=adapt: _count_hugging_face(case, name, layers[name], adapt),
+            extrapolate(
+                lambda layers, name=name, adapt=adapt: count_hugging_face(case, name, layers[name], adapt),
                 {name: config.num_hidden_layers},
             )
             for name, config in case.configs.items()
@@ -364,14 +132,14 @@ def report(
     configs = {name: encoder.config for name, encoder in model.encoders.items()}
     small = [_saved_by(model, configs, batch, tokens or {}) for batch in (2, 4)]
     activations = small[0] + (batch_size - 2) * (small[1] - small[0]) // 2
-    weights = sum(t.numel() * t.itemsize for t in _tensors(model))
+    weights = sum(t.numel() * t.itemsize for t in tensors_of(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = model.config.arguments.get("quantization") or dict.fromkeys(configs)
     kinds = sorted({stored[m] or str(e.dtype).removeprefix("torch.") for m, e in model.encoders.items()})
     ours = _row(f"{type(model).__name__}, {', '.join(kinds)}", (weights, trained, activations), optimizer)
     lora = model.config.arguments.get("lora")
-    case = _Case(
-        configs={m: _with_tokens(_read_config(c, m), (tokens or {}).get(m)) for m, c in configs.items()},
+    case = Case(
+        configs={m: with_tokens(read_config(c, m), (tokens or {}).get(m)) for m, c in configs.items()},
         batch=batch_size,
         tokens=dict(tokens or {}),
         checkpointing=any(block.gradient_checkpointing for block in model.modules() if isinstance(block, Block)),
@@ -384,7 +152,7 @@ def report(
 
 def _saved_by(model: MultimodalModel, configs: Mapping[str, Any], batch: int, tokens: Mapping[str, int]) -> int:
     """Bytes kept by one training step of the model on dummy inputs, every modality present."""
-    inputs = {m: dummy_inputs(_with_tokens(c, tokens.get(m)), batch, tokens.get(m)) for m, c in configs.items()}
+    inputs = {m: dummy_inputs(with_tokens(c, tokens.get(m)), batch, tokens.get(m)) for m, c in configs.items()}
     inputs = {m: {k: v.to(model.device) for k, v in values.items()} for m, values in inputs.items()}
     present = torch.ones(batch, len(configs), dtype=torch.bool, device=model.device)
     labels = torch.zeros(batch, dtype=torch.long, device=model.device)
@@ -400,7 +168,7 @@ def _saved_by(model: MultimodalModel, configs: Mapping[str, Any], batch: int, to
     model.train()
     try:
         with torch.random.fork_rng(), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
-            return saved_bytes(step, _tensors(model))
+            return saved_bytes(step, tensors_of(model))
     finally:
         model.train(was_training)
 

@@ -41,13 +41,14 @@ class TrainOptions:
     lora_r: int = option(8, "rank of the adapters")
     lora_alpha: float = option(16, "their scaling is alpha / r")
     lora_dropout: float = option(0.0, "dropout inside the adapters")
-    modality_dropout: float = option(0.0, "u2a only: chance that a complete sample loses a modality in a step")
+    modality_dropout: float = option(0.3, "u2a only: chance that a complete sample loses a modality in a step")
     tuning: str = option("bitfit", "joint_embedding only: bitfit or lora")
     quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
-    epochs: float = option(16, "passes over the training split")
+    epochs: float = option(10, "passes over the training split")
     max_steps: int = option(-1, "stop after so many steps, whatever epochs says")
     batch_size: int = option(32, "samples a step")
-    learning_rate: float = option(1e-3, "peak of the cosine schedule")
+    learning_rate: float = option(4e-4, "peak of the cosine schedule, for all but the head")
+    head_learning_rate: float = option(5e-3, "the same for the head, whose classes start from nothing")
     weight_decay: float = option(0.01, "of AdamW")
     seed: int = option(0, "of weights, order, missing table and split")
     feature_cache: str | None = option(None, "pmf only: folder that keeps frozen features across epochs")
@@ -104,10 +105,19 @@ def fit(
         training_arguments(options, folder),
         train_dataset=train_split,
         data_collator=MultimodalCollator(model.processors),
+        optimizers=(make_optimizer(model, options), None),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     model.save_pretrained(folder)
     return model
+
+
+def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim.AdamW:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if name.startswith("head.")]
+    rest = [p for name, p in trained.items() if not name.startswith("head.")]
+    groups = [{"params": rest}, {"params": head, "lr": options.head_learning_rate}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay)
 
 
 def build_model(
@@ -149,7 +159,6 @@ def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
         lr_scheduler_type="cosine",
         warmup_steps=10,
         logging_steps=10,

@@ -97,6 +97,21 @@ def test_an_empty_grid_launches_nothing():
     backend.launch(None, (0, 3), torch.ones(1))
 
 
+def test_a_launch_passes_grid_arguments_and_options_and_no_more_stages_than_amd_has_room_for(monkeypatch):
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, args, options))
+
+    x = torch.ones(1)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend.launch(Kernel(), (2,), None, x, 5, BM=16, num_stages=3)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    backend.launch(Kernel(), (2,), None, x, 5, BM=16, num_stages=3)
+    assert launched == [((2,), (None, x, 5), {"BM": 16, "num_stages": stages}) for stages in (3, 2)]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_the_docstrings_hold(name):
     assert doctest.testmod(importlib.import_module(f"u2a_fast.kernels.{name}")).failed == 0

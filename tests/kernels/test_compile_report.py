@@ -54,7 +54,7 @@ def test_a_broken_budget_is_named(fault, message):
 def test_moving_more_bytes_than_needed_is_named(monkeypatch):
     case = compile_cases.Case("f", "forward", "bf16", compile_cases.linear_lowrank_forward, (8,), lambda s, r: 1000)
     monkeypatch.setattr(compile_report, "CASES", [case])
-    broken = compile_report._bytes_over([])
+    broken = compile_report._bytes_over()
     assert len(broken) == 3 and "times the 1000 bytes it must" in broken[0]
 
 
@@ -74,7 +74,7 @@ def test_a_width_that_is_no_multiple_of_16_bytes_loses_its_wide_loads():
 
 def test_a_launch_is_counted_from_its_tensors_and_sizes():
     shape = compile_cases.VIT_B
-    (launch,) = compile_report.record(lambda: compile_cases.frozen_linear(shape, 8))
+    (launch,) = compile_report.record(lambda: compile_cases.frozen_linear(shape))
     m, k, n = 64 * 197, 768, 3 * 768
     assert launch.bytes == 2 * (m * k + n * k + n + m * n)
     assert launch.flops == 2 * m * n * k

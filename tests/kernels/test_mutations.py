@@ -55,7 +55,7 @@ TILED = linear(TILES, ("bounds", "order"))
 MUTANTS = {
     # which rows and columns
     "weight rows a group's width apart": Mutant(
-        LINEAR, "W + rn[None, :] * K", "W + rn[None, :] * WIDTH", linear(SMALL)
+        LINEAR, "column % WIDTH)[None, :] * K", "column % WIDTH)[None, :] * WIDTH", linear(SMALL)
     ),
     "every group uses the first S": Mutant(LINEAR, "group * R + rr[None, :]", "rr[None, :]", linear(SMALL)),
     "columns counted over all groups": Mutant(LINEAR, "nok = column < WIDTH", "nok = rn < WIDTH", linear(SMALL)),
@@ -66,8 +66,8 @@ MUTANTS = {
     "last rank step dropped": Mutant(LINEAR, "tl.range(0, R, BR", "tl.range(0, R - BR, BR", TILED),
     "last rank step of dX dropped": Mutant(BACKWARD, "tl.range(0, R, BR", "tl.range(0, R - BR, BR", TILED),
     # masks
-    "no tail mask on K": Mutant(LINEAR, "kok = rk < K - k", "kok = rk < K", linear(SMALL)),
-    "no tail mask on N in dX": Mutant(BACKWARD, "nok = rn < N - n", "nok = rn < N", TILED),
+    "no tail mask on K": Mutant(LINEAR, "rk < K - k", "rk < K", linear(SMALL)),
+    "no tail mask on N in dX": Mutant(BACKWARD, "(rn < N - n)", "(rn < N)", TILED),
     "store without the column mask": Mutant(
         LINEAR, "mask=mok[:, None] & nok[None, :])\n\n", "mask=mok[:, None])\n\n", TILED
     ),

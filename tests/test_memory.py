@@ -1,0 +1,331 @@
+"""Bytes are counted right, ours are few, and recomputing them changes no number."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import parity
+import pytest
+import tiny_encoders
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from u2a_fast import U2A, LoraConfig, memory, memory_counts
+from u2a_fast.block import LEAN_ACTIVATIONS
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "low_memory.py"
+ROLES = {
+    "image": r".*(q_proj|k_proj|v_proj|o_proj)",
+    "text": r".*(query|key|value|attention\.output\.dense)",
+}
+
+
+# ------------------------------------------------------------------------------------------------------- counting
+def test_storages_are_counted_once_and_parameters_not_at_all():
+    linear = nn.Linear(8, 4)
+    x = torch.ones(3, 8, requires_grad=True)
+
+    def f():
+        half = x[:2]  # a view: its storage is that of x
+        return linear(x).sum() + linear(half).sum() + (x * x).sum()
+
+    assert memory.saved_bytes(f, linear.parameters()) == 3 * 8 * 4
+    assert memory.saved_bytes(f) == 3 * 8 * 4 + 8 * 4 * 4
+
+
+def test_what_is_freed_before_the_end_is_not_counted():
+    x = torch.ones(5, requires_grad=True)
+
+    def f():
+        x.exp().detach()
+        return x.exp()
+
+    assert memory.saved_bytes(f) == 5 * 4
+
+
+def test_nothing_is_kept_without_gradients():
+    with torch.no_grad():
+        assert memory.saved_bytes(lambda: torch.ones(5, requires_grad=True).exp()) == 0
+
+
+# -------------------------------------------------------------------------------------------------- against PEFT
+def small(depth=1.0):
+    """DINOv2-S on 65 tokens and MiniLM on 16; `depth` shortens both."""
+    sizes = dict(hidden_size=384, num_attention_heads=6)
+    image = transformers.Dinov2Config(num_hidden_layers=int(12 * depth), image_size=112, patch_size=14, **sizes)
+    text = transformers.BertConfig(num_hidden_layers=int(6 * depth), intermediate_size=1536, **sizes)
+    return {"image": transformers.Dinov2Model(image), "text": text_model(text)}, 16
+
+
+def base(depth=1.0):
+    """ViT-B on 197 tokens and BERT-base on 64."""
+    image = transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=int(12 * depth)), add_pooling_layer=False)
+    return {"image": image, "text": text_model(transformers.BertConfig(num_hidden_layers=int(12 * depth)))}, 64
+
+
+def text_model(config):
+    """Without dropout, whose masks would count against PEFT."""
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return transformers.BertModel(config, add_pooling_layer=False)
+
+
+def inputs_of(models, batch, length):
+    side = models["image"].config.image_size
+    return {
+        "image": {"pixel_values": torch.randn(batch, 3, side, side)},
+        "text": {"input_ids": torch.randint(5, 1000, (batch, length))},
+    }
+
+
+def our_step(models, inputs, autocast, **options):
+    encoders = {m: copy.deepcopy(model) if autocast else copy.deepcopy(model).bfloat16() for m, model in models.items()}
+    model = U2A(encoders, num_labels=8, lora=LoraConfig(r=8), modality_dropout=0.0, **options).train()
+    labels = torch.zeros(len(inputs["text"]["input_ids"]), dtype=torch.long)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(**inputs, labels=labels).loss
+
+    return model, step
+
+
+def peft_step(models, inputs):
+    import peft
+
+    adapted = nn.ModuleDict(
+        {
+            m: peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, target_modules=ROLES[m]))
+            for m, model in models.items()
+        }
+    ).train()
+    head = nn.Linear(models["text"].config.hidden_size, 8)
+    labels = torch.zeros(len(inputs["text"]["input_ids"]), dtype=torch.long)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            rows = [adapted[m](**inputs[m]).last_hidden_state[:, 0] for m in adapted]
+            return F.cross_entropy(head(rows[0] + rows[1]), labels)
+
+    return adapted, step
+
+
+@pytest.fixture(scope="module", params=[pytest.param("small"), pytest.param("base", marks=pytest.mark.slow)])
+def against_peft(request):
+    """(models, inputs, bytes that PEFT keeps)"""
+    models, length = {"small": small, "base": base}[request.param](depth=0.5)
+    inputs = inputs_of(models, 8, length)
+    adapted, step = peft_step(models, inputs)
+    return models, inputs, memory.saved_bytes(step, adapted.parameters())
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_step_keeps_at_most_0_60_of_what_peft_keeps(against_peft, autocast):
+    models, inputs, peft_bytes = against_peft
+    model, step = our_step(models, inputs, autocast)
+    assert memory.saved_bytes(step, model.parameters()) <= 0.60 * peft_bytes
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_checkpointing_keeps_at_most_0_20_of_what_peft_keeps(against_peft, autocast):
+    models, inputs, peft_bytes = against_peft
+    model, step = our_step(models, inputs, autocast)
+    model.activation_checkpointing_enable()
+    assert memory.saved_bytes(step, model.parameters()) <= 0.20 * peft_bytes
+
+
+def test_activations_alone_stay_below_0_60_of_pefts():
+    """PEFT under autocast also keeps a bf16 copy of every frozen weight; large batches leave only the activations."""
+    models, length = small(depth=0.5)
+    kept = {}
+    for batch in (4, 8):
+        inputs = inputs_of(models, batch, length)
+        for name, (model, step) in {"peft": peft_step(models, inputs), "ours": our_step(models, inputs, True)}.items():
+            kept[name, batch] = memory.saved_bytes(step, model.parameters())
+    assert kept["ours", 8] - kept["ours", 4] <= 0.60 * (kept["peft", 8] - kept["peft", 4])
+
+
+# -------------------------------------------------------------------------------------------------------- planning
+def test_the_plan_counts_what_peft_and_full_fine_tuning_keep():
+    models, length = small()
+    rows = memory.plan({m: model.config for m, model in models.items()}, batch=2, tokens={"text": length})
+    inputs = inputs_of(models, 2, length)
+    adapted, step = peft_step(models, inputs)
+    measured = memory.saved_bytes(step, adapted.parameters())
+    assert abs(rows[1].activations - measured) < 0.01 * measured
+    assert rows[1].gradients == 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    full = nn.ModuleDict(models).train()
+    measured = memory.saved_bytes(
+        lambda: sum(model(**inputs[m]).last_hidden_state[:, 0].sum() for m, model in full.items()), full.parameters()
+    )
+    assert rows[2].activations == measured
+    assert rows[2].gradients == 4 * sum(p.numel() for p in full.parameters())
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "nf4"])
+def test_the_plan_counts_what_our_model_takes(mode):
+    models, length = small(depth=0.5)
+    configs = {m: model.config for m, model in models.items()}
+    planned = memory.plan(configs, batch=4, tokens={"text": length}, quantization=mode)[0]
+    inputs = inputs_of(models, 4, length)
+    model, step = our_step(models, inputs, autocast=False, quantization=mode)
+    kept = memory.saved_bytes(step, model.parameters())
+    weights = sum(t.numel() * t.itemsize for t in [*model.parameters(), *model.buffers()])
+    assert abs(planned.activations - kept) < 0.01 * kept
+    assert abs(planned.weights - weights) < 0.001 * weights
+
+
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
+def test_every_family_can_be_planned(family):
+    encoder = tiny_encoders.build(family, num_hidden_layers=5).config
+    modality = "text" if family in tiny_encoders.TEXT_FAMILIES else "image"
+    other = {"other": transformers.BertConfig(**tiny_encoders.TEXT)}
+    rows = memory.plan({modality: encoder, **other}, batch=2)
+    assert all(row.activations > 0 and row.weights > 0 for row in rows)
+    assert rows[0].total < rows[2].total
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_further_layers_are_extrapolated_exactly(checkpointing, monkeypatch):
+    configs = {
+        "image": tiny_encoders.build("vit", num_hidden_layers=6).config,
+        "text": tiny_encoders.build("bert", num_hidden_layers=5).config,
+    }
+    extrapolated = memory.plan(configs, batch=2, checkpointing=checkpointing)
+    monkeypatch.setattr(memory_counts, "DEPTHS", (9, 10))
+    assert memory.plan(configs, batch=2, checkpointing=checkpointing) == extrapolated
+
+
+def test_the_plan_of_encoders_larger_than_this_machine_is_quick_and_in_order():
+    image = transformers.ViTConfig(
+        hidden_size=1408, num_hidden_layers=40, num_attention_heads=16, intermediate_size=6144
+    )
+    text = transformers.BertConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=16384
+    )
+    rows = memory.plan({"image": image, "text": text}, batch=64, quantization="int8")
+    assert rows[2].weights > 27 * 2**30 and rows[2].optimizer == 2 * rows[2].gradients
+    assert 0.25 < rows[0].weights / rows[2].weights < 0.28
+    assert rows[0].total < rows[1].total < rows[2].total
+
+
+def test_int8_training_takes_at_most_a_quarter_of_full_fine_tuning():
+    models, length = small()
+    configs = {m: model.config for m, model in models.items()}
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = memory.plan(configs, batch=32, quantization="int8", tokens={"text": length}, dtype=dtype)
+        assert rows[0].total <= 0.25 * rows[2].total
+
+
+def test_tokens_set_the_length_of_images_and_texts():
+    configs = {"image": transformers.ViTConfig(), "text": transformers.BertConfig()}
+    plain, half, short = (
+        memory.plan(configs, batch=1, tokens=tokens)[0].activations for tokens in (None, {"image": 50}, {"text": 64})
+    )
+    assert half < plain and short < plain
+
+
+def test_8_bit_states_take_a_quarter():
+    configs = {"image": transformers.ViTConfig(), "text": transformers.BertConfig()}
+    plain, small_states = (memory.plan(configs, optimizer=name)[2] for name in ("adamw", "adamw_8bit"))
+    assert 0.25 < small_states.optimizer / plain.optimizer < 0.26
+
+
+@pytest.mark.parametrize("options, words", [({"method": "pmf"}, "memory_report"), ({"optimizer": "sgd"}, "adamw")])
+def test_what_cannot_be_planned_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        memory.plan({"image": transformers.ViTConfig(), "text": transformers.BertConfig()}, **options)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_model_reports_itself(quantization, capsys):
+    encoders = {"image": tiny_encoders.build("vit").bfloat16(), "text": tiny_encoders.build("bert").bfloat16()}
+    configs = {m: model.config for m, model in encoders.items()}
+    model = U2A(encoders, num_labels=2, lora=LoraConfig(r=8), quantization=quantization).eval()
+    rows = model.memory_report(batch_size=16, tokens={"text": 7})
+    planned = memory.plan(configs, batch=16, tokens={"text": 7}, quantization=quantization)
+    assert [row.name for row in rows] == [row.name for row in planned]
+    assert rows[1:] == planned[1:]
+    assert rows[0].weights == sum(t.numel() * t.itemsize for t in [*model.parameters(), *model.buffers()])
+    assert 0 <= rows[0].activations - planned[0].activations < 0.1 * planned[0].activations  # fusion, head and loss
+    assert not model.training
+    memory.print_plan(rows)
+    assert "full fine-tuning" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------- recomputation
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("quantization", [None, "int8", "int8_w8a8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_number(dtype, quantization, dropout):
+    pair = {"image": "dinov2", "text": "bert"}
+    encoders = {name: tiny_encoders.build(family).to(dtype) for name, family in pair.items()}
+    lora = LoraConfig(r=2, lora_dropout=dropout)
+    model = U2A(encoders, num_labels=3, lora=lora, quantization=quantization).train()
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            nn.init.normal_(parameter, std=0.1)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(3)
+        present = torch.tensor([[True, True], [False, True], [True, False], [True, True]])
+        out = model(**parity.batch(pair, 4, dtype=torch.float32), modality_mask=present, labels=torch.arange(4) % 3)
+        out.loss.backward()
+        results.append((out.loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (loss, gradients), (again, recomputed) = results
+    assert torch.equal(loss, again)
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in gradients.items())
+    model.activation_checkpointing_disable()
+
+
+@pytest.mark.parametrize("name", LEAN_ACTIVATIONS)
+def test_lean_activations_are_hugging_faces_and_keep_one_tensor(name):
+    x = torch.randn(999, requires_grad=True)
+    plain, lean = (torch.autograd.grad(f(x).sum(), x)[0] for f in (ACT2FN[name], LEAN_ACTIVATIONS[name]))
+    assert torch.allclose(LEAN_ACTIVATIONS[name](x), ACT2FN[name](x), atol=1e-6)
+    assert torch.allclose(plain, lean, atol=1e-6)
+    assert memory.saved_bytes(lambda: LEAN_ACTIVATIONS[name](x)) == 4 * 999
+
+
+def test_an_8_bit_optimizer_trains_through_trainer(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pair = {"image": "vit", "text": "bert"}
+    encoders = {name: tiny_encoders.build(family) for name, family in pair.items()}
+    model = U2A(encoders, num_labels=3, lora=LoraConfig(r=2), quantization="int8")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    rows = [
+        {**parity.batch(pair, 1, seed, dtype=torch.float32), "labels": torch.tensor([seed % 3])} for seed in range(8)
+    ]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), optim="adamw_bnb_8bit", max_steps=3, remove_unused_columns=False, use_cpu=True, report_to="none"
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=join)
+    trainer.train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("lora_a" in name for name in moved)
+    assert all(dict(model.named_parameters())[name].requires_grad for name in moved)
+
+
+def join(samples):
+    first = samples[0]
+    inputs = {m: {k: torch.cat([s[m][k] for s in samples]) for k in first[m]} for m in first if m != "labels"}
+    return {**inputs, "labels": torch.cat([s["labels"] for s in samples])}
+
+
+@pytest.mark.slow
+def test_encoders_larger_than_the_memory_train_within_4_gib():
+    """ViT-H and a BERT of 1.0e9 parameters: the fp32 weights alone would not fit."""
+    run = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, check=True)
+    needed = float(re.search(r"fp32 weights would take ([\d.]+) GiB", run.stdout)[1])
+    peak = float(re.search(r"peak memory of the process: ([\d.]+) GiB", run.stdout)[1])
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout)]
+    assert needed > 6
+    assert peak < 4
+    assert len(losses) == 3 and all(0 < loss < 50 for loss in losses)
