@@ -9,11 +9,11 @@ larger than its noise is reported as no result. Flops and saved bytes are counte
 import pytest
 import torch
 from arms import compare, counted_flops, report, versions
-from u2a_fast.memory import saved_bytes
 
 from u2a_fast import U2A, LoraConfig, MissingPattern
 from u2a_fast.data import dinov2_folder, minilm_folder
 from u2a_fast.encoders import load
+from u2a_fast.memory import saved_bytes
 
 BATCH, RATE, TOKENS, CLASSES = 32, 0.7, 16, 8
 ROUNDS = 15

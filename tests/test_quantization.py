@@ -373,6 +373,25 @@ def test_an_encoder_that_bitsandbytes_loaded_is_taken_as_it_is(saved_bert, used)
     assert u2a.config.arguments["quantization"] == {"text": "int8", "image": None}
 
 
+@pytest.mark.parametrize("override", [{}, {"quantization": "int8_w8a8"}, {"quantization": None}])
+def test_a_model_on_what_bitsandbytes_loaded_comes_back_on_the_same_rows(saved_bert, override, tmp_path):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    text = BertModel.from_pretrained(saved_bert, quantization_config=config, dtype=torch.float32)
+    model = U2A({"image": tiny_encoders.build("vit"), "text": text}, num_labels=3, lora=LoraConfig(r=2))
+    train(model)
+    model.save_pretrained(tmp_path)
+    loaded = U2A.from_pretrained(tmp_path, encoders={"image": tiny_encoders.build("vit")}, **override)
+    wanted = override.get("quantization", "int8")
+    assert mode_of(loaded.encoders["text"]) == wanted
+    rows, scales = (getattr(loaded.encoders["text"].blocks[1].fc1, name) for name in ("weight", "weight_scale"))
+    if wanted is None:
+        assert rows.is_floating_point()
+    else:
+        fc1 = model.encoders["text"].blocks[1].fc1
+        assert torch.equal(rows, fc1.weight) and torch.equal(scales, fc1.weight_scale)
+    assert override or torch.equal(logits(loaded), logits(model))
+
+
 def test_an_encoder_loaded_in_4_bit_is_refused(saved_bert):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = BertModel.from_pretrained(saved_bert, quantization_config=config, dtype=torch.float32)

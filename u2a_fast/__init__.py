@@ -1,13 +1,34 @@
 """Joint fine-tuning of frozen unimodal encoders for multimodal tasks, with any modality missing in any sample."""
 
-from . import encoders, kernels
-from .data import MissingPattern, MultimodalCollator
-from .evaluation import evaluate
-from .kernels import get_backend, set_backend
-from .lora import LoraConfig
-from .methods import PMF, U2A, JointEmbedding, LateFusion, load_model
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import MissingPattern, MultimodalCollator
+    from .evaluation import evaluate
+    from .kernels import get_backend, set_backend
+    from .lora import LoraConfig
+    from .methods import PMF, U2A, JointEmbedding, LateFusion, load_model
 
 __version__ = "0.1.0"
+
+# Loaded when first asked for: the kernels alone need neither transformers nor torchmetrics, which take seconds.
+_HOME = {
+    "PMF": "methods",
+    "U2A": "methods",
+    "JointEmbedding": "methods",
+    "LateFusion": "methods",
+    "LoraConfig": "lora",
+    "MissingPattern": "data",
+    "MultimodalCollator": "data",
+    "evaluate": "evaluation",
+    "get_backend": "kernels",
+    "load_model": "methods",
+    "set_backend": "kernels",
+}
+_MODULES = ("encoders", "kernels")
 
 __all__ = [
     "PMF",
@@ -24,3 +45,15 @@ __all__ = [
     "load_model",
     "set_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

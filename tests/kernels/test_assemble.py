@@ -8,6 +8,7 @@ import torch
 from assemble_cases import LEARNED, SHAPES, clone, operands, outputs_and_gradients, weight_of
 from tolerance import assert_as_exact_as
 from triton_interpreter import interpreted
+
 from u2a_fast.kernels import assemble, assemble_norm_project, set_backend
 
 module = importlib.import_module("u2a_fast.kernels.assemble")  # the package's attribute of that name is the function

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tolerance import assert_as_exact_as
 from triton_interpreter import interpreted
+
 from u2a_fast.kernels import attention, set_backend
 
 module = importlib.import_module("u2a_fast.kernels.attention")  # the package's attribute of that name is the function

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from tolerance import assert_as_exact_as
-from u2a_fast.kernels import attention, attention_project, set_backend
 
+from u2a_fast.kernels import attention, attention_project, set_backend
 from u2a_fast.memory import saved_bytes
 
 CASES = {

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from u2a_fast.kernels import backend
 
 from u2a_fast import kernels
+from u2a_fast.kernels import backend
 
 MODULES = ("backend", "dropout", "linear_backward", "linear_lowrank", "lora_linear", "quantize", "reduce", "tiling")
 

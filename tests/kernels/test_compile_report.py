@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from u2a_fast.kernels import compile_cases, compile_report
 from u2a_fast.kernels.linear_lowrank import linear_lowrank_triton
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from linear_cases import CASES, SEED, Case, assert_right, lowrank_operands, operands, with_gradients
 from triton_interpreter import interpreted
+
 from u2a_fast.kernels import linear_lowrank, lora_linear, quantize_rows, set_backend
 from u2a_fast.kernels.dropout import kept
 

@@ -12,6 +12,7 @@ from linear_cases import DROPOUT, SEED, Case, assert_right, operands, with_gradi
 from mutants import Mutant, copy_of_kernels
 from triton.runtime.errors import InterpreterError
 from triton_interpreter import interpreted
+
 from u2a_fast.kernels.dropout import kept
 
 SANITIZERS = ("bounds", "races", "order")

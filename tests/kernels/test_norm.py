@@ -4,8 +4,8 @@ import pytest
 import torch
 from tolerance import assert_as_exact_as
 from torch.nn import functional as F
-from u2a_fast.kernels import layer_norm, set_backend
 
+from u2a_fast.kernels import layer_norm, set_backend
 from u2a_fast.memory import saved_bytes
 
 

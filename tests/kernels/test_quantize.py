@@ -3,6 +3,7 @@
 import pytest
 import torch
 from triton_interpreter import interpreted
+
 from u2a_fast.kernels import dequantize_rows, quantize_rows, set_backend
 
 OPS = torch.ops.u2a_fast

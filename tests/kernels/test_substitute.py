@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerance import assert_as_exact_as
 from triton_interpreter import interpreted
+
 from u2a_fast.kernels import set_backend, substitute
 
 module = importlib.import_module("u2a_fast.kernels.substitute")  # the package's attribute of that name is the function

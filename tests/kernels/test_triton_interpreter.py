@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from triton_interpreter import f32_to_bf16, install, interpreted
+
 from u2a_fast.kernels import backend
 
 

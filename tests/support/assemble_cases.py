@@ -4,6 +4,7 @@ Data has a non-zero mean: an unmasked tail or a forgotten term hides behind zero
 """
 
 import torch
+
 from u2a_fast.kernels import assemble_norm_project, backend
 
 LEARNED = ("prefix", "suffix", "mask_token", "norm_weight", "norm_bias", "lora_a")

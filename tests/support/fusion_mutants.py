@@ -3,10 +3,11 @@
 import functools
 
 import torch
-import u2a_fast.kernels
 from assemble_cases import clone, operands, outputs_and_gradients
 from mutants import Mutant
 from triton_interpreter import SANITIZERS, interpreted
+
+import u2a_fast.kernels
 
 
 def same_as_reference(kernels, run):

@@ -3,8 +3,8 @@
 import copy
 
 import torch
-from u2a_fast.kernels import dequantize_rows
 
+from u2a_fast.kernels import dequantize_rows
 from u2a_fast.quantization import unpack_nf4
 
 

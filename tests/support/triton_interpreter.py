@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
+
 from u2a_fast.kernels import backend
 
 BF16 = tl.bfloat16

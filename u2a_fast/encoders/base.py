@@ -57,6 +57,7 @@ class Encoder(nn.Module):
     Attributes:
         blocks: `nn.ModuleList` of `Block`.
         width: D. num_layers: number of blocks. config: the Hugging Face config. name_or_path: where it came from.
+        loaded_in_8bit: whether bitsandbytes had quantised it before.
     """
 
     def __init__(self, family: Family, config, stem: nn.ModuleDict, blocks: list[Block], name_or_path: str = ""):
@@ -64,6 +65,7 @@ class Encoder(nn.Module):
         self.family, self.config, self.name_or_path = family, config, name_or_path
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
+        self.loaded_in_8bit = blocks[0].o.storage == "int8"
         self.requires_grad_(False)
 
     @property

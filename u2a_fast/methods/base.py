@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput, cached_file
 
 from .. import encoders as encoders_module
@@ -41,12 +48,14 @@ class MultimodalConfig(PreTrainedConfig):
         modalities: Sequence[str] = (),
         encoders: Mapping[str, str] | None = None,
         encoder_dtypes: Mapping[str, str] | None = None,
+        encoders_in_8bit: Sequence[str] = (),
         arguments: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.modalities = list(modalities)
         self.encoders = dict(encoders or {})
         self.encoder_dtypes = dict(encoder_dtypes or {})
+        self.encoders_in_8bit = list(encoders_in_8bit)  # quantised by bitsandbytes, whose rounding is not quite ours
         self.arguments = dict(arguments or {})
         super().__init__(**kwargs)
 
@@ -99,6 +108,7 @@ class MultimodalModel(PreTrainedModel):
             modalities=list(built),
             encoders={name: encoder.name_or_path for name, encoder in built.items()},
             encoder_dtypes={name: str(encoder.dtype).removeprefix("torch.") for name, encoder in built.items()},
+            encoders_in_8bit=[name for name, encoder in built.items() if encoder.loaded_in_8bit],
             arguments={**arguments, "all_absent": all_absent, "quantization": stored if any(stored.values()) else None},
             num_labels=num_labels,
             problem_type=problem_type,
@@ -338,12 +348,14 @@ class MultimodalModel(PreTrainedModel):
         config = cls.config_class.from_pretrained(name_or_path)
         if config.model_type != cls.config_class.model_type:
             raise ValueError(f"{name_or_path} holds a {config.model_type} model, not {cls.config_class.model_type}")
+        modes = normalise(overrides.get("quantization", config.arguments.get("quantization")), config.modalities)
         built = {}
         for name in config.modalities:
             source = (encoders or {}).get(name, config.encoders[name])
             if not isinstance(source, nn.Module) and not source:
                 raise ValueError(f"the {name} encoder was saved without a name: pass encoders={{{name!r}: ...}}")
-            built[name] = _as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]))
+            in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
+            built[name] = _as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
         model = cls(
             built, num_labels=config.num_labels, problem_type=config.problem_type, **{**config.arguments, **overrides}
         )
@@ -379,13 +391,15 @@ def _overlay(model: MultimodalModel, state: dict[str, torch.Tensor], source: str
     model.load_state_dict(state, strict=False)
 
 
-def _as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None) -> Encoder:
+def _as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_8bit: bool = False) -> Encoder:
     if not name.isidentifier():
         raise ValueError(f"modality name {name!r} must be an identifier, since forward takes it as a keyword")
     if isinstance(given, nn.Module):
         encoder = encoders_module.from_pretrained_model(given)
     elif isinstance(given, (str, os.PathLike)):
         options = {} if dtype is None else {"dtype": dtype}
+        if in_8bit:
+            options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         encoder = encoders_module.from_pretrained_model(encoders_module.load(str(given), name, **options))
     else:
         raise TypeError(f"encoder {name!r} must be a module, a hub id or a folder, not {type(given).__name__}")
