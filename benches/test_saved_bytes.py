@@ -3,8 +3,8 @@
     pytest benches/test_saved_bytes.py --benchmark-only -s
 
 Counted through saved_tensors_hooks, each storage once, parameters not; nothing is timed but the count itself. LoRA of
-rank 8 on q, k, v, o, all samples present, SDPA attention and no dropout in PEFT's arm. Under autocast PEFT also keeps a
-bf16 copy of every frozen weight, whatever the batch; `activations` leaves those out, from the difference of two batches.
+rank 8 on q, k, v, o, all samples present, SDPA attention and no dropout in PEFT's arm. Under autocast PEFT also keeps
+a bf16 copy of every frozen weight, whatever the batch; "activations alone", the difference of two batches, is without.
 """
 
 import copy

@@ -1,14 +1,17 @@
 """Tensor functions that know nothing of models: each in plain PyTorch, in ATen calls and in Triton."""
 
-from .assemble import assemble, assemble_norm_project
-from .attention import attention
-from .attention_project import attention_project
-from .backend import get_backend, set_backend
-from .linear_lowrank import linear_lowrank
-from .lora_linear import lora_linear
-from .norm import layer_norm
-from .quantize import dequantize_rows, quantize_rows
-from .substitute import substitute
+# `python -m ...` from the repository's root puts this folder on the path under a name that transformers imports. Under
+# that name it stays empty: ops that are registered a second time take the first ones' memory with them.
+if __name__ != "kernels":
+    from .assemble import assemble, assemble_norm_project
+    from .attention import attention
+    from .attention_project import attention_project
+    from .backend import get_backend, set_backend
+    from .linear_lowrank import linear_lowrank
+    from .lora_linear import lora_linear
+    from .norm import layer_norm
+    from .quantize import dequantize_rows, quantize_rows
+    from .substitute import substitute
 
 __all__ = [
     "assemble",

@@ -55,3 +55,16 @@ def test_the_wheel_lives_beside_a_distribution_named_kernels(tmp_path):
     names = {path.name for path in (site / "u2a_fast" / "kernels").glob("*.py")}
     assert names == {path.name for path in (ROOT / "kernels").glob("*.py")}
     assert (site / "u2a_fast" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("first, second", [("kernels", "u2a_fast.kernels"), ("u2a_fast.kernels", "kernels")])
+def test_from_the_root_the_folder_registers_its_ops_once(first, second):
+    """`python -m pytest` puts the root on the path, and transformers imports whatever is called kernels there."""
+    probe = f"""
+import sys, {first}, {second}
+import torch
+assert not hasattr(sys.modules["kernels"], "lora_linear")
+x = torch.ones(2, 3)
+print(sys.modules["u2a_fast.kernels"].lora_linear(x, torch.ones(4, 3), None, None, None, 1.0).sum().item())
+"""
+    assert run(sys.executable, "-c", probe, cwd=ROOT) == "24.0"
