@@ -225,6 +225,8 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, d_rows, d_h, d_s, _mean, _rstd):
     kept, mean, rstd, norm_weight, norm_bias, lora_a, present = ctx.saved_tensors
+    # a compiled graph hands over an empty gradient for what was not written
+    d_rows, d_h, d_s = (None if d is None or d.ndim == 1 else d for d in (d_rows, d_h, d_s))
     needs = list(ctx.needs)
     needs[4] = needs[4] and not (d_h is None and d_s is None)
     needs[5] = needs[5] and not (d_h is None and d_s is None)

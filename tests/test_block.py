@@ -1,0 +1,30 @@
+"""A block compiles into one graph and says the same as it does eagerly, gradients included."""
+
+import pytest
+import tiny_encoders
+import torch
+
+from u2a_fast import LoraConfig
+from u2a_fast.encoders import from_pretrained_model
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("family", ["vit", "bert", "dinov2", "clip_text"])
+def test_compiles_without_a_graph_break(family, backend):
+    block = from_pretrained_model(tiny_encoders.build(family)).blocks[0].train()
+    for linear in block.linears:
+        linear.add_adapter(LoraConfig(r=3))
+        if linear.lora_b is not None:
+            torch.nn.init.normal_(linear.lora_b, std=0.1)
+    tokens, suffix = torch.randn(2, 5, 32), torch.randn(2, 32, requires_grad=True)
+    lengths = torch.tensor([5, 3])
+    trained = [suffix, *(p for p in block.parameters() if p.requires_grad)]
+    expected = block(tokens, lengths, suffix)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)(tokens, lengths, suffix)
+    torch.testing.assert_close(compiled, expected)
+    for got, exact in zip(
+        torch.autograd.grad(compiled.square().sum(), trained),
+        torch.autograd.grad(expected.square().sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
