@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from u2a_fast import U2A, LoraConfig, memory, memory_counts
+from u2a_fast import PMF, U2A, LoraConfig, memory, memory_counts
 from u2a_fast.block import LEAN_ACTIVATIONS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "low_memory.py"
@@ -219,6 +219,16 @@ def test_int8_training_takes_at_most_a_quarter_of_full_fine_tuning():
     for dtype in (torch.bfloat16, torch.float32):
         rows = memory.plan(configs, batch=32, quantization="int8", tokens={"text": length}, dtype=dtype)
         assert rows[0].total <= 0.25 * rows[2].total
+
+
+@pytest.mark.parametrize("quantization, limit", [(None, 0.34), ("int8", 0.20)])
+def test_pmf_training_takes_a_fraction_of_full_fine_tuning(quantization, limit):
+    models, length = base()
+    encoders = {name: model.bfloat16() for name, model in models.items()}
+    model = PMF(encoders, num_labels=101, fusion_layers=2, quantization=quantization)
+    for batch in (1, 32):
+        rows = model.memory_report(batch_size=batch, tokens={"text": length})
+        assert rows[0].total <= limit * rows[2].total
 
 
 def test_tokens_set_the_length_of_images_and_texts():

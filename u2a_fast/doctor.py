@@ -9,6 +9,7 @@ import platform
 import torch
 
 from .kernels.backend import interpreting, triton
+from .quantization import int8_path
 
 OPTIONAL = {
     "bitsandbytes": "no nf4 encoders, no 8-bit optimizer, no encoders loaded with BitsAndBytesConfig",
@@ -31,6 +32,7 @@ def findings() -> dict[str, str]:
         "backend": f"auto -> {'triton' if gpu and triton is not None else 'torch'}"
         + (" (Triton's interpreter is on)" if interpreting() else ""),
         "bfloat16": "in hardware" if gpu or torch.cpu._is_avx512_bf16_supported() else "emulated: use float32",
+        "int8 encoders": int8_path(),
     }
     for name, cost in OPTIONAL.items():
         spec = importlib.util.find_spec(name)

@@ -13,26 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
-from .. import encoders as encoders_module
-from ..encoders import Encoder
 from ..lora import LoraConfig
 from ..quantization import check_storage, mode_of, normalise, quantize_encoder, stored_elements
+from .loading import as_encoder, load_processor, overlay, saved_processors
 
 if TYPE_CHECKING:
     from ..memory import MemoryRow
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor}
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -100,7 +91,7 @@ class MultimodalModel(PreTrainedModel):
         if len(encoders) < self.min_modalities:
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
         modes = normalise(quantization, encoders)
-        built = {name: _as_encoder(name, given, None) for name, given in encoders.items()}
+        built = {name: as_encoder(name, given, None) for name, given in encoders.items()}
         for name, encoder in built.items():
             check_storage(encoder, modes[name])
         stored = {name: mode_of(quantize_encoder(encoder, modes[name])) for name, encoder in built.items()}
@@ -244,7 +235,7 @@ class MultimodalModel(PreTrainedModel):
         """
         for name in self.config.modalities:
             if name not in self._processors:
-                self._processors[name] = _load_processor(name, self.config.encoders[name])
+                self._processors[name] = load_processor(name, self.config.encoders[name])
         return {name: self._processors[name] for name in self.config.modalities}
 
     @processors.setter
@@ -355,14 +346,14 @@ class MultimodalModel(PreTrainedModel):
             if not isinstance(source, nn.Module) and not source:
                 raise ValueError(f"the {name} encoder was saved without a name: pass encoders={{{name!r}: ...}}")
             in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
-            built[name] = _as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
+            built[name] = as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
         model = cls(
             built, num_labels=config.num_labels, problem_type=config.problem_type, **{**config.arguments, **overrides}
         )
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         file = cached_file(name_or_path, "model.safetensors")
-        _overlay(model, load_file(file), str(name_or_path))
-        model._processors = _saved_processors(Path(file).parent, config.modalities)
+        overlay(model, load_file(file), str(name_or_path))
+        model._processors = saved_processors(Path(file).parent, config.modalities)
         return model.eval()
 
 
@@ -377,47 +368,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     return batch.to(device) if torch.is_tensor(batch) else batch
-
-
-def _overlay(model: MultimodalModel, state: dict[str, torch.Tensor], source: str) -> None:
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    unexpected = sorted(set(state) - set(own))
-    missing = sorted(set(own) - set(state) - model._keys_to_ignore_on_save)
-    reshaped = [name for name in state if name in own and state[name].shape != own[name]]
-    problems = {"unexpected": unexpected, "missing": missing, "of another shape": reshaped}
-    found = ", ".join(f"{kind} {names[:3]}" for kind, names in problems.items() if names)
-    if found:
-        raise ValueError(f"{source} does not fit these encoders: {found}")
-    model.load_state_dict(state, strict=False)
-
-
-def _as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_8bit: bool = False) -> Encoder:
-    if not name.isidentifier():
-        raise ValueError(f"modality name {name!r} must be an identifier, since forward takes it as a keyword")
-    if isinstance(given, nn.Module):
-        encoder = encoders_module.from_pretrained_model(given)
-    elif isinstance(given, (str, os.PathLike)):
-        options = {} if dtype is None else {"dtype": dtype}
-        if in_8bit:
-            options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-        encoder = encoders_module.from_pretrained_model(encoders_module.load(str(given), name, **options))
-    else:
-        raise TypeError(f"encoder {name!r} must be a module, a hub id or a folder, not {type(given).__name__}")
-    return encoder
-
-
-def _load_processor(name: str, source: str) -> Any:
-    if name not in PROCESSORS or not source:
-        raise ValueError(f"no processor for {name!r} is known: set model.processors = {{{name!r}: ...}}")
-    return PROCESSORS[name].from_pretrained(source)
-
-
-def _saved_processors(folder: Path, modalities: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for name in modalities:
-        if name in PROCESSORS and (folder / "processors" / name).is_dir():
-            found[name] = PROCESSORS[name].from_pretrained(folder / "processors" / name)
-    return found
 
 
 def _first_tensor(values: Any) -> torch.Tensor | None:

@@ -1,0 +1,62 @@
+"""Where encoders, processors and trained weights come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from .. import encoders as encoders_module
+from ..encoders import Encoder
+
+PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor}
+
+
+def as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_8bit: bool = False) -> Encoder:
+    """A module, hub id or folder as an `Encoder`; `dtype` and `in_8bit` (by bitsandbytes) hold where it is loaded."""
+    if not name.isidentifier():
+        raise ValueError(f"modality name {name!r} must be an identifier, since forward takes it as a keyword")
+    if isinstance(given, nn.Module):
+        encoder = encoders_module.from_pretrained_model(given)
+    elif isinstance(given, (str, os.PathLike)):
+        options = {} if dtype is None else {"dtype": dtype}
+        if in_8bit:
+            options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        encoder = encoders_module.from_pretrained_model(encoders_module.load(str(given), name, **options))
+    else:
+        raise TypeError(f"encoder {name!r} must be a module, a hub id or a folder, not {type(given).__name__}")
+    return encoder
+
+
+def load_processor(name: str, source: str) -> Any:
+    """The processor in the folder or hub id `source` of the modality `name`."""
+    if name not in PROCESSORS or not source:
+        raise ValueError(f"no processor for {name!r} is known: set model.processors = {{{name!r}: ...}}")
+    return PROCESSORS[name].from_pretrained(source)
+
+
+def saved_processors(folder: Path, modalities: Sequence[str]) -> dict[str, Any]:
+    """Those processors that `save_pretrained` left beside the weights."""
+    found = {}
+    for name in modalities:
+        if name in PROCESSORS and (folder / "processors" / name).is_dir():
+            found[name] = PROCESSORS[name].from_pretrained(folder / "processors" / name)
+    return found
+
+
+def overlay(model: PreTrainedModel, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load what was trained over the encoders; ValueError, before anything changes, where it does not fit them."""
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    unexpected = sorted(set(state) - set(own))
+    missing = sorted(set(own) - set(state) - model._keys_to_ignore_on_save)
+    reshaped = [name for name in state if name in own and state[name].shape != own[name]]
+    problems = {"unexpected": unexpected, "missing": missing, "of another shape": reshaped}
+    found = ", ".join(f"{kind} {names[:3]}" for kind, names in problems.items() if names)
+    if found:
+        raise ValueError(f"{source} does not fit these encoders: {found}")
+    model.load_state_dict(state, strict=False)
