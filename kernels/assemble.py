@@ -8,7 +8,8 @@
 unpacked `tokens` are never used: whatever they hold, NaN included, reaches no output, and their gradient is exactly 0.
 
 Statistics and sums over rows are fp32 (fp64 for fp64). Backward keeps the rows, their mean and 1 / standard deviation,
-and recomputes h. The Triton kernels are in assemble_norm_project.py.
+and recomputes h. The Triton kernel is in assemble_norm_project.py, the backward in
+assemble_backward.py.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .assemble_norm_project import backward_triton, forward_triton
-from .norm_aten import norm_aten, norm_backward_aten
+from .assemble_backward import backward_aten, backward_triton
+from .assemble_norm_project import forward_triton, present_first
+from .norm_aten import norm_aten
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -45,11 +47,6 @@ def _reference(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bi
 
 
 # ----------------------------------------------------------------------------------------------------------------- ATen
-def _order(present: Tensor) -> Tensor:
-    """Sample numbers [B], those present first, each kind in its own order; no device synchronisation."""
-    return torch.argsort(present.to(torch.uint8), descending=True, stable=True)
-
-
 def _aten_assemble(tokens, prefix, suffix, present, mask_token) -> Tensor:
     batch = tokens.shape[0] if present is None else present.shape[0]
     first = 0 if prefix is None else prefix.shape[0]
@@ -67,7 +64,7 @@ def _aten_assemble(tokens, prefix, suffix, present, mask_token) -> Tensor:
     if tokens.shape[0] == batch:
         torch.where(present[:, None, None], tokens, fill, out=middle)
     else:
-        order, packed = _order(present), tokens.shape[0]
+        order, packed = present_first(present), tokens.shape[0]
         middle.index_copy_(0, order[:packed], tokens)
         middle.index_copy_(0, order[packed:], fill.expand(batch - packed, *tokens.shape[1:]))
     return rows
@@ -87,51 +84,6 @@ def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_
     if lora_a is not None:
         s = F.linear(source if h is None else h, lora_a.to(dtype))
     return rows, h, s, mean, rstd
-
-
-def backward_aten(
-    d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
-):
-    """Gradients of (tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a), None where not needed."""
-    d_weight = d_bias = d_a = None
-    if needs[6]:
-        h = rows if norm_weight is None else norm_aten(rows, norm_weight, norm_bias, eps)[0]
-        d_a = d_s.flatten(0, 1).t() @ h.to(d_s.dtype).flatten(0, 1)
-    if d_s is not None and any(needs[:6]):
-        s_a = d_s.flatten(0, 1), lora_a.to(d_s.dtype)
-        flat = torch.mm(*s_a) if d_h is None else torch.addmm(d_h.flatten(0, 1), *s_a)
-        d_h = flat.view(*d_s.shape[:2], lora_a.shape[1])
-    if norm_weight is not None and d_h is not None:
-        mask = [any(needs[:4]), needs[4], needs[5]]
-        d_h, d_weight, d_bias = norm_backward_aten(d_h, rows, mean, rstd, norm_weight, norm_bias, mask)
-    if not any(needs[:4]):
-        return None, None, None, None, d_weight, d_bias, d_a
-    # by now d_h is no argument of this call: it came out of a product, a norm, or is cast here
-    total = d_rows.clone() if d_h is None else d_h.to(dtype)
-    if d_rows is not None and d_h is not None:
-        total.add_(d_rows)
-    return *_aten_split(total, present, packed, first, last, needs), d_weight, d_bias, d_a
-
-
-def _aten_split(d_rows, present, packed, first, last, needs):
-    """d_rows [B, T, D] -> gradients of tokens [packed, S, D], prefix, suffix and mask_token."""
-    wide = backend.wide(d_rows.dtype)
-    d_tokens = d_prefix = d_suffix = d_mask = None
-    middle = d_rows[:, first:last]
-    if needs[0]:
-        if present is None:
-            d_tokens = middle.contiguous()
-        elif packed == present.shape[0]:
-            d_tokens = torch.where(present[:, None, None], middle, 0)
-        else:
-            d_tokens = middle.index_select(0, _order(present)[:packed])
-    if needs[1]:
-        d_prefix = d_rows[:, :first].sum(0, dtype=wide)
-    if needs[2]:
-        d_suffix = d_rows[:, last:].sum(0, dtype=wide)
-    if needs[3]:
-        d_mask = torch.where(present[:, None], 0, middle.sum(1, dtype=wide)).sum(0)
-    return d_tokens, d_prefix, d_suffix, d_mask
 
 
 # ------------------------------------------------------------------------------------------------------------------ ops

@@ -1,12 +1,8 @@
-"""The Triton kernels of `assemble` and `assemble_norm_project` (assemble.py has the formulas and the other backends).
+"""The Triton kernel of `assemble` and `assemble_norm_project` (assemble.py has the formulas and the other backends).
 
-forward      16 rows a program, in pieces of 128 columns: gather, LayerNorm, h and s = h A^T; a row's second reading
-             comes from cache. Which row of which tensor is read is chosen among pointers, so absent tokens are not
-             touched and nothing is copied beforehand.
-backward     32 rows a program: dH = d_h + d_s A, LayerNorm's backward, and fp32 partial sums over the program's rows
-             for what is summed over rows. Learned rows are written per sample and summed over samples afterwards.
-lora_grad    dA = d_s^T h with h normalised again, in row ranges summed in a fixed order. It reads the rows once more:
-             inside `backward`, partial sums of dA for each program would outweigh the rows themselves.
+16 rows a program, in pieces of 128 columns: gather, LayerNorm, h and s = h A^T; a row's second reading comes from
+cache. Which row of which tensor is read is chosen among pointers, so absent tokens are not touched and nothing is
+copied beforehand. The backward is in assemble_backward.py.
 
 M = B * T rows, T = P + N + Q of them in a sample (prefix, tokens, suffix), K columns, R ranks.
 """
@@ -18,11 +14,9 @@ from torch import Tensor
 
 from . import backend
 from .backend import jit, tl
-from .reduce import REDUCE_TILE, launch_sum_parts, splits
 from .tiling import accumulator, dot_precision, rank_tile
 
 FORWARD_TILE = {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 2}
-BACKWARD_TILE = {"BM": 16, "BK": 64, "num_warps": 4, "num_stages": 2}
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -145,6 +139,11 @@ def sources(present: Tensor | None, packed: int) -> Tensor | None:
     return torch.where(present, place, -1).to(torch.int32)
 
 
+def present_first(present: Tensor) -> Tensor:
+    """Sample numbers [B], those present first, each kind in its own order; no device synchronisation."""
+    return torch.argsort(present.to(torch.uint8), descending=True, stable=True)
+
+
 def aligned(width: int, *tensors: Tensor | None) -> bool:
     """Whether every row of every tensor, `width` elements long, starts at a multiple of 16 bytes."""
     return all(t is None or (width * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0) for t in tensors)
@@ -182,215 +181,3 @@ def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, nor
         **FORWARD_TILE,
     )
     return rows, h, s, mean, rstd
-
-
-# ------------------------------------------------------------------------------------------------------------ backward
-@jit
-def normalised_grad(
-    D_H, D_S, A, rm, ok, rk, kok, K, R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a tile of h: d_h + d_s A, [BM, BK]."""
-    g = tl.zeros((BM, BK), ACC)
-    if D_H is not None:
-        at = D_H + rm[:, None].to(tl.int64) * K + rk[None, :]
-        g = tl.load(at, mask=ok[:, None] & kok[None, :], other=0.0).to(ACC)
-    if D_S is not None:
-        for r in tl.static_range(0, R, BR):
-            rr = r + tl.arange(0, BR)
-            at = D_S + rm[:, None].to(tl.int64) * R + rr[None, :]
-            ds = tl.load(at, mask=ok[:, None] & (rr < R)[None, :], other=0.0)
-            a = tl.load(A + rr[:, None] * K + rk[None, :], mask=(rr < R)[:, None] & kok[None, :], other=0.0)
-            g = tl.dot(ds, a, g, out_dtype=ACC, input_precision=PRECISION)
-    return g
-
-
-@jit
-def assemble_norm_project_backward(
-    D_ROWS,  # [M, K] or None
-    D_H,  # [M, K] or None
-    D_S,  # [M, R] or None
-    ROWS,  # [M, K], given with GAMMA
-    MEAN,  # [M], given with GAMMA
-    RSTD,  # [M], given with GAMMA
-    GAMMA,  # [K] or None: no norm
-    A,  # [R, K], given with D_S
-    SOURCE,  # [B] int32: where sample b stands in D_TOKENS, -1 if absent; None: at b
-    D_TOKENS,  # [samples, N, K] or None
-    D_LEARNED,  # [B, P + Q, K] fp32 or None: prefix and suffix of each sample
-    D_MASK,  # [programs, K] fp32 or None
-    D_GAMMA,  # [programs, K] fp32 or None
-    D_BETA,  # [programs, K] fp32 or None
-    M,
-    T,
-    P,
-    N,
-    K,
-    R: tl.constexpr,
-    PACKED: tl.constexpr,  # D_TOKENS has no rows for absent samples
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """First sweep: the two means of LayerNorm's backward. Second, from cache: the gradients."""
-    rm = tl.program_id(0) * BM + tl.arange(0, BM)
-    rk = tl.arange(0, BK)
-    ok = rm < M
-    b = rm // T
-    t = rm % T
-    token = ok & (t >= P) & (t < P + N)
-    absent = rm < 0
-    slot = b
-    if SOURCE is not None:
-        source = tl.load(SOURCE + b, mask=ok, other=0)
-        absent = token & (source < 0)
-        if PACKED:
-            slot = source
-    row = rm[:, None].to(tl.int64) * K
-    part = tl.program_id(0).to(tl.int64) * K
-    token_at = D_TOKENS
-    if D_TOKENS is not None:
-        token_at = D_TOKENS + (slot.to(tl.int64) * N + (t - P))[:, None] * K
-    learned_at = D_LEARNED
-    if D_LEARNED is not None:
-        learned_at = D_LEARNED + (b.to(tl.int64) * (T - N) + tl.where(t < P, t, t - N))[:, None] * K
-    mean = tl.zeros((BM,), ACC)
-    rstd = mean
-    along = mean
-    level = mean
-    if GAMMA is not None:
-        mean = tl.load(MEAN + rm, mask=ok, other=0.0)
-        rstd = tl.load(RSTD + rm, mask=ok, other=0.0)
-        for k in range(0, K, BK):
-            kok = rk < K - k
-            g = normalised_grad(D_H, D_S, A, rm, ok, k + rk, kok, K, R, ACC, PRECISION, BM, BK, BR)
-            g *= tl.load(GAMMA + k + rk, mask=kok, other=0.0).to(ACC)[None, :]
-            x = tl.load(ROWS + row + (k + rk)[None, :], mask=ok[:, None] & kok[None, :], other=0.0).to(ACC)
-            along += tl.sum(g * ((x - mean[:, None]) * rstd[:, None]), 1)
-            level += tl.sum(g, 1)
-    for k in range(0, K, BK):
-        kok = rk < K - k
-        mask = ok[:, None] & kok[None, :]
-        g = normalised_grad(D_H, D_S, A, rm, ok, k + rk, kok, K, R, ACC, PRECISION, BM, BK, BR)
-        if GAMMA is not None:
-            x = tl.load(ROWS + row + (k + rk)[None, :], mask=mask, other=0.0).to(ACC)
-            xhat = (x - mean[:, None]) * rstd[:, None]
-            if D_GAMMA is not None:
-                tl.store(D_GAMMA + part + k + rk, tl.sum(g * xhat, 0), mask=kok)
-            if D_BETA is not None:
-                tl.store(D_BETA + part + k + rk, tl.sum(g, 0), mask=kok)
-            g *= tl.load(GAMMA + k + rk, mask=kok, other=0.0).to(ACC)[None, :]
-            g = (g - (xhat * along[:, None] + level[:, None]) / K) * rstd[:, None]
-        if D_ROWS is not None:
-            g += tl.load(D_ROWS + row + (k + rk)[None, :], mask=mask, other=0.0).to(ACC)
-        if D_TOKENS is not None:
-            wanted = token & ~absent if PACKED else token
-            value = tl.where(absent[:, None], 0.0, g).to(D_TOKENS.dtype.element_ty)
-            tl.store(token_at + (k + rk)[None, :], value, mask=wanted[:, None] & kok[None, :])
-        if D_LEARNED is not None:
-            tl.store(learned_at + (k + rk)[None, :], g, mask=(ok & ~token)[:, None] & kok[None, :])
-        if D_MASK is not None:
-            tl.store(D_MASK + part + k + rk, tl.sum(tl.where(absent[:, None], g, 0.0), 0), mask=kok)
-
-
-@jit
-def assemble_norm_project_lora_grad(
-    D_S,  # [M, R]
-    ROWS,  # [M, K]
-    MEAN,  # [M], given with GAMMA
-    RSTD,  # [M], given with GAMMA
-    GAMMA,  # [K] or None: no norm
-    BETA,  # [K] or None
-    PARTS,  # [SPLIT, R, K] fp32
-    M,
-    K,
-    R: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """Each program owns BC columns, BR ranks and one range of the M rows, and so one place in PARTS."""
-    rc = tl.program_id(0) * BC + tl.arange(0, BC)
-    split = tl.program_id(1)
-    rr = tl.program_id(2) * BR + tl.arange(0, BR)
-    cok = rc < K
-    rows = tl.cdiv(tl.cdiv(M, BM), SPLIT) * BM
-    acc = tl.zeros((BR, BC), ACC)
-    for m in range(split * rows, min((split + 1) * rows, M), BM):
-        rm = m + tl.arange(0, BM)
-        ok = rm < M
-        x = tl.load(ROWS + rm[:, None].to(tl.int64) * K + rc[None, :], mask=ok[:, None] & cok[None, :], other=0.0)
-        mean = tl.zeros((BM,), ACC)
-        rstd = mean
-        if GAMMA is not None:
-            mean = tl.load(MEAN + rm, mask=ok, other=0.0)
-            rstd = tl.load(RSTD + rm, mask=ok, other=0.0)
-        at = D_S + rm[None, :].to(tl.int64) * R + rr[:, None]
-        ds = tl.load(at, mask=ok[None, :] & (rr < R)[:, None], other=0.0)
-        h = normalise(x, mean, rstd, GAMMA, BETA, rc, cok, ACC).to(ds.dtype)
-        acc = tl.dot(ds, h, acc, out_dtype=ACC, input_precision=PRECISION)
-    place = PARTS + split.to(tl.int64) * R * K + rr[:, None] * K + rc[None, :]
-    tl.store(place, acc, mask=(rr < R)[:, None] & cok[None, :])
-
-
-def backward_triton(
-    d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
-):
-    """Gradients of (tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a), None where not needed."""
-    d_rows, d_h, d_s, rows = (None if t is None else t.contiguous() for t in (d_rows, d_h, d_s, rows))
-    d_a = _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias) if needs[6] else None
-    if not any(needs[:6]):
-        return *[None] * 6, d_a
-    given = next(t for t in (d_rows, d_h, d_s) if t is not None)
-    (batch, height), wide = given.shape[:2], backend.wide(dtype)
-    k = given.shape[2] if lora_a is None else lora_a.shape[1]
-    r, programs = 1 if d_s is None else d_s.shape[2], -(-batch * height // BACKWARD_TILE["BM"])
-    norm = None if d_h is None and d_s is None else norm_weight
-
-    def new(wanted, *shape, dtype=wide):
-        return given.new_empty(shape, dtype=dtype) if wanted else None
-
-    d_tokens = new(needs[0], packed, last - first, k, dtype=dtype)
-    d_learned = new(needs[1] or needs[2], batch, first + height - last, k)
-    partial = [new(need, programs, k) for need in needs[3:6]]
-    backend.launch(
-        assemble_norm_project_backward,
-        (programs,),
-        *(d_rows, d_h, d_s, rows, mean, rstd, norm, None if d_s is None else lora_a.to(d_s.dtype).contiguous()),
-        *(sources(present, packed), d_tokens, d_learned, *partial),
-        *(batch * height, height, first, last - first, k),
-        R=r,
-        PACKED=packed != batch,
-        ACC=accumulator(dtype),
-        PRECISION=dot_precision(),
-        BR=rank_tile(r),
-        **BACKWARD_TILE,
-    )
-    d_prefix = d_learned[:, :first].sum(0) if needs[1] else None
-    d_suffix = d_learned[:, first:].sum(0) if needs[2] else None
-    return d_tokens, d_prefix, d_suffix, *(None if t is None else t.sum(0) for t in partial), d_a
-
-
-def _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias):
-    """dA = d_s^T h [R, K]"""
-    r, k = d_s.shape[2], rows.shape[2]
-    m, wide = rows.shape[0] * rows.shape[1], backend.wide(rows.dtype)
-    split, block = splits(m, r), rank_tile(r)
-    parts = rows.new_empty(split, r, k, dtype=wide)
-    backend.launch(
-        assemble_norm_project_lora_grad,
-        (-(-k // REDUCE_TILE["BC"]), split, -(-r // block)),
-        *(d_s, rows, mean, rstd, norm_weight, norm_bias, parts, m, k),
-        R=r,
-        SPLIT=split,
-        ACC=accumulator(rows.dtype),
-        PRECISION=dot_precision(),
-        BR=block,
-        **REDUCE_TILE,
-    )
-    return launch_sum_parts(parts, 1.0, wide)

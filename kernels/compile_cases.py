@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .assemble_norm_project import backward_triton as assemble_backward_triton
+from .assemble_backward import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
 from .attention_small_query import backward_triton as attention_backward_triton
 from .attention_small_query import forward_triton as attention_forward_triton

@@ -59,7 +59,8 @@ def attended(kernels):
     same_as_reference(kernels, lambda which: with_gradients([which.attention(q, k, v, lengths, suffix=3)], (q, k, v)))
 
 
-ASSEMBLE, SUBSTITUTE, ATTENTION = "assemble_norm_project.py", "substitute.py", "attention_small_query.py"
+ASSEMBLE, BACKWARD = "assemble_norm_project.py", "assemble_backward.py"
+SUBSTITUTE, ATTENTION = "substitute.py", "attention_small_query.py"
 JOINED, PACKED = assembled("everything"), assembled("packed")
 WIDE, WIDE_RANK = assembled("no rank"), assembled("wide rank")  # more than one piece of columns, of ranks
 SLIPS = {
@@ -68,10 +69,10 @@ SLIPS = {
     "suffix starts a row late": (ASSEMBLE, "tl.where(t >= P + N, SUF", "tl.where(t > P + N, SUF", JOINED),
     "absent tokens are read": (ASSEMBLE, "tl.where(source < 0, MASK + 0 * t, base)", "base", JOINED),
     "packed samples are not looked up": (ASSEMBLE, "TOKENS + (source.to", "TOKENS + (b.to", PACKED),
-    "packed gradients stored by sample": (ASSEMBLE, "            slot = source", "            slot = b", PACKED),
-    "absent rows pass their gradient on": (ASSEMBLE, "tl.where(absent[:, None], 0.0, g)", "g", JOINED),
-    "the mask token hears present rows": (ASSEMBLE, "tl.where(absent[:, None], g, 0.0)", "g", JOINED),
-    "suffix gradients on the prefix's rows": (ASSEMBLE, "tl.where(t < P, t, t - N)", "t % 2", JOINED),
+    "packed gradients stored by sample": (BACKWARD, "            slot = source", "            slot = b", PACKED),
+    "absent rows pass their gradient on": (BACKWARD, "tl.where(absent[:, None], 0.0, g)", "g", JOINED),
+    "the mask token hears present rows": (BACKWARD, "tl.where(absent[:, None], g, 0.0)", "g", JOINED),
+    "suffix gradients on the prefix's rows": (BACKWARD, "tl.where(t < P, t, t - N)", "t % 2", JOINED),
     # norm and projection
     "LayerNorm's tail enters the variance": (
         ASSEMBLE,
@@ -87,10 +88,10 @@ SLIPS = {
         "rr = tl.arange(0, BR)\n        acc",
         WIDE_RANK,
     ),
-    "LayerNorm's backward without the mean": (ASSEMBLE, " + level[:, None]", "", JOINED),
-    "dH without d_s A": (ASSEMBLE, "    if D_S is not None:", "    if D_S is None:", JOINED),
-    "the residual's gradient forgotten": (ASSEMBLE, "if D_ROWS is not None", "if D_ROWS is None", JOINED),
-    "dA of rows not normalised": (ASSEMBLE, "normalise(x, mean, rstd, GAMMA, BETA, rc, cok, ACC)", "x", JOINED),
+    "LayerNorm's backward without the mean": (BACKWARD, " + level[:, None]", "", JOINED),
+    "dH without d_s A": (BACKWARD, "    if D_S is not None:", "    if D_S is None:", JOINED),
+    "the residual's gradient forgotten": (BACKWARD, "if D_ROWS is not None", "if D_ROWS is None", JOINED),
+    "dA of rows not normalised": (BACKWARD, "normalise(x, mean, rstd, GAMMA, BETA, rc, cok, ACC)", "x", JOINED),
     # class tokens and proxies
     "absent proxies are read": (SUBSTITUTE, "mask=mask & has_m[:, None], other", "mask=mask, other", substituted),
     "stand-ins summed, not averaged": (SUBSTITUTE, "stand_in / sources[:, None]", "stand_in", substituted),
