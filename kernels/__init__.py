@@ -10,10 +10,11 @@ if __name__ != "kernels":
     from .linear_lowrank import linear_lowrank
     from .lora_linear import lora_linear
     from .norm import layer_norm
-    from .quantize import dequantize_rows, quantize_rows
+    from .quantize import QuantizedRows, dequantize_rows, quantize_rows
     from .substitute import substitute
 
 __all__ = [
+    "QuantizedRows",
     "assemble",
     "assemble_norm_project",
     "attention",

@@ -22,6 +22,7 @@ from . import backend
 from .assemble_backward import backward_aten, backward_triton
 from .assemble_norm_project import forward_triton, present_first
 from .norm_aten import norm_aten
+from .quantize import QuantizedRows, quantize_rows_aten, quantize_rows_reference, row_chunks
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -44,6 +45,12 @@ def _reference(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bi
         h = F.layer_norm(rows.to(wide), rows.shape[-1:], norm_weight.to(wide), bias, eps)
     h = h.to(dtype)
     return rows, h, None if lora_a is None else F.linear(h, lora_a.to(dtype))
+
+
+def _quantized_reference(h: Tensor) -> QuantizedRows:
+    """`like` is h itself, which the reference of the product rounds once more in the same way."""
+    q, scale = quantize_rows_reference(h.detach().flatten(0, 1))
+    return QuantizedRows(h, q.view(h.shape), scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------- ATen
@@ -70,8 +77,11 @@ def _aten_assemble(tokens, prefix, suffix, present, mask_token) -> Tensor:
     return rows
 
 
-def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
-    """(rows, h, s, mean, rstd), None for what is not asked for or would equal what is there already."""
+def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
+    """(rows, h, s, mean, rstd, q, scale), None for what is not asked for or would equal what is there already."""
+    if quantize:
+        operands = tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a
+        return _aten_quantized(*operands, eps, dtype)
     rows = h = s = mean = rstd = None
     if prefix is not None or suffix is not None or present is not None:
         rows = _aten_assemble(tokens, prefix, suffix, present, mask_token)
@@ -83,7 +93,29 @@ def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_
         h = source.to(dtype)
     if lora_a is not None:
         s = F.linear(source if h is None else h, lora_a.to(dtype))
-    return rows, h, s, mean, rstd
+    return rows, h, s, mean, rstd, None, None
+
+
+def _aten_quantized(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
+    """As `forward_aten`, with q and scale in place of h, which exists for the rows of a chunk at a time."""
+    joined = not (prefix is None and suffix is None and present is None)
+    source = _aten_assemble(tokens, prefix, suffix, present, mask_token) if joined else tokens
+    lead, rows = source.shape[:2], source.flatten(0, 1)
+    mean, rstd = (rows.new_empty(len(rows), dtype=backend.wide(rows.dtype)) for _ in range(2))
+    s = None if lora_a is None else rows.new_empty(len(rows), lora_a.shape[0], dtype=dtype)
+    q, scale = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), dtype=torch.float32)
+    a = None if lora_a is None else lora_a.to(dtype).t()
+    for chunk in row_chunks(rows):
+        h = rows[chunk]
+        if norm_weight is not None:
+            h, mean[chunk, None], rstd[chunk, None] = norm_aten(h, norm_weight, norm_bias, eps)
+        h = h.to(dtype)
+        if a is not None:
+            torch.mm(h, a, out=s[chunk])
+        q[chunk], scale[chunk] = quantize_rows_aten(h)
+    s = None if s is None else s.unflatten(0, lead)
+    stats = (None, None) if norm_weight is None else (mean, rstd)
+    return source if joined else None, None, s, *stats, q.unflatten(0, lead), scale
 
 
 # ------------------------------------------------------------------------------------------------------------------ ops
@@ -91,35 +123,44 @@ def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_
     "u2a_fast::assemble_norm_project",
     mutates_args=(),
     schema="(Tensor tokens, Tensor? prefix, Tensor? suffix, Tensor? present, Tensor? mask_token, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor? lora_a, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? norm_bias, Tensor? lora_a, float eps, ScalarType dtype, bool quantize) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
-    """rows [B, T, D], h [B, T, D] and s [B, T, R] in `dtype`, mean [B * T], rstd [B * T].
+def _forward(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
+    """rows [B, T, D], h [B, T, D] and s [B, T, R] in `dtype`, mean [B * T], rstd [B * T]; int8 q [B, T, D] and its
+    scale [B * T].
 
-    Empty where there is nothing to write: rows without learned rows, h where it equals the rows.
+    Empty where there is nothing to write: rows without learned rows, h where it equals the rows. With q, h is one zero,
+    expanded: its gradient is that of q * scale.
     """
     forward = forward_triton if backend.resolve(tokens) == "triton" else forward_aten
-    written = forward(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype)
+    operands = tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a
+    written = list(forward(*operands, eps, dtype, quantize))
+    if quantize:
+        written[1] = tokens.new_zeros(1, 1, 1, dtype=dtype).expand(written[5].shape)
     return tuple(tokens.new_empty(0) if t is None else t for t in written)
 
 
 @_forward.register_fake
-def _(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
+def _(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
     learned = prefix is not None or suffix is not None or present is not None
     rank = None if lora_a is None else lora_a.shape[0]
     batch = tokens.shape[0] if present is None else present.shape[0]
     height = tokens.shape[1] + sum(t.shape[0] for t in (prefix, suffix) if t is not None)
-    norm, wide = norm_weight is not None, backend.wide(tokens.dtype)
+    norm, wide, shape = norm_weight is not None, backend.wide(tokens.dtype), (batch, height, tokens.shape[2])
 
     def written(condition, shape, dtype):
         return tokens.new_empty(shape if condition else 0, dtype=dtype)
 
+    h = written(norm or dtype != tokens.dtype, shape, dtype)
     return (
-        written(learned, (batch, height, tokens.shape[2]), tokens.dtype),
-        written(norm or dtype != tokens.dtype, (batch, height, tokens.shape[2]), dtype),
+        written(learned, shape, tokens.dtype),
+        tokens.new_zeros(1, 1, 1, dtype=dtype).expand(shape) if quantize else h,
         written(rank is not None, (batch, height, rank), dtype),
         written(norm, batch * height, wide),
         written(norm, batch * height, wide),
+        written(quantize, shape, torch.int8 if quantize else tokens.dtype),
+        written(quantize, batch * height, torch.float32 if quantize else tokens.dtype),
     )
 
 
@@ -158,10 +199,10 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    tokens, prefix, suffix, present, _, norm_weight, norm_bias, lora_a, ctx.eps, dtype = inputs
-    rows, h, _, mean, rstd = output
+    tokens, prefix, suffix, present, _, norm_weight, norm_bias, lora_a, ctx.eps, dtype, quantize = inputs
+    rows, h, _, mean, rstd, q, _ = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(t for t in output if t.ndim == 1))  # statistics, and what was not written
+    ctx.mark_non_differentiable(q, *(t for t in output if t.ndim == 1))  # statistics, and what was not written
     trained = [i for i in range(8) if i != 3]  # every tensor but `present`
     ctx.needs = [ctx.needs_input_grad[i] for i in trained]
     ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in trained]
@@ -170,12 +211,12 @@ def _setup_context(ctx, inputs, output):
     norm, learned = norm_weight is not None, not (prefix is None and suffix is None and present is None)
     kept = (rows if learned else tokens) if norm or ctx.needs[6] else None
     if kept is not None and dtype.itemsize < kept.dtype.itemsize and any(ctx.needs):
-        kept = kept.to(dtype) if norm else h  # under autocast: kept as narrow as what is computed from it
+        kept = kept.to(dtype) if norm or quantize else h  # under autocast: kept as narrow as what is computed from it
     stats = (mean, rstd) if norm else (None, None)
     ctx.save_for_backward(kept, *stats, norm_weight, norm_bias, lora_a, present)
 
 
-def _gradients(ctx, d_rows, d_h, d_s, _mean, _rstd):
+def _gradients(ctx, d_rows, d_h, d_s, *_):
     kept, mean, rstd, norm_weight, norm_bias, lora_a, present = ctx.saved_tensors
     # a compiled graph hands over an empty gradient for what was not written
     d_rows, d_h, d_s = (None if d is None or d.ndim == 1 else d for d in (d_rows, d_h, d_s))
@@ -184,7 +225,7 @@ def _gradients(ctx, d_rows, d_h, d_s, _mean, _rstd):
     needs[5] = needs[5] and not (d_h is None and d_s is None)
     needs[6] = needs[6] and d_s is not None
     if not any(needs) or (d_rows is None and d_h is None and d_s is None):
-        return (None,) * 10
+        return (None,) * 11
     grads = _backward(
         d_rows,
         d_h,
@@ -204,7 +245,7 @@ def _gradients(ctx, d_rows, d_h, d_s, _mean, _rstd):
         needs,
     )
     grads = [g.to(t) if need else None for g, t, need in zip(grads, ctx.dtypes, needs, strict=True)]
-    return *grads[:3], None, *grads[3:], None, None
+    return *grads[:3], None, *grads[3:], None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -254,7 +295,7 @@ def assemble(
     if prefix is None and suffix is None and present is None:
         return tokens
     fill = None if present is None else mask_token
-    return _forward(tokens, prefix, suffix, present, fill, None, None, None, 0.0, tokens.dtype)[0]
+    return _forward(tokens, prefix, suffix, present, fill, None, None, None, 0.0, tokens.dtype, False)[0]
 
 
 def assemble_norm_project(
@@ -268,7 +309,8 @@ def assemble_norm_project(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     lora_a: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    quantize: bool = False,
+) -> tuple[Tensor | QuantizedRows, Tensor | None, Tensor]:
     """`assemble`, LayerNorm over D and the product with lora_a^T, in one pass over the rows.
 
     Args:
@@ -277,6 +319,7 @@ def assemble_norm_project(
         norm_bias: [D], may be left out.
         eps: added to the variance.
         lora_a: [R, D], cast to the compute dtype; its gradient has its own.
+        quantize: give h as int8 rows, for `linear_lowrank` over an int8 weight (W8A8); s is made from h before.
 
     Returns:
         The normalised rows h [B, T, D], s = h lora_a^T [B, T, R] (None without `lora_a`), and the assembled rows
@@ -293,18 +336,22 @@ def assemble_norm_project(
     operands = tokens, prefix, suffix, present, fill, norm_weight, norm_bias, lora_a, eps, dtype
     if backend.resolve(*operands[:8]) == "reference":
         rows, h, s = _reference(*operands)
-        return h, s, rows
+        return _quantized_reference(h) if quantize else h, s, rows
     learned = prefix is not None or suffix is not None or present is not None
     same = norm_weight is None and dtype == tokens.dtype
-    if same and not learned and lora_a is None:
+    if same and not learned and lora_a is None and not quantize:
         return tokens, None, tokens
     if learned:
-        rows, h, s, _, _ = _forward(*operands)
+        rows, h, s, _, _, q, scale = _forward(*operands, quantize)
     elif torch.is_grad_enabled() and tokens.requires_grad:
-        rows, h, s, _, _ = _WithResidual.apply(*operands)
+        rows, h, s, _, _, q, scale = _WithResidual.apply(*operands, quantize)
     else:
-        rows, h, s = tokens, *_forward(*operands)[1:3]
-    return rows if same else h, None if lora_a is None else s, rows
+        rows, (_, h, s, _, _, q, scale) = tokens, _forward(*operands, quantize)
+    if quantize:
+        h = QuantizedRows(h, q, scale)
+    elif same:
+        h = rows
+    return h, None if lora_a is None else s, rows
 
 
 def _check(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a):

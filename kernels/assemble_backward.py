@@ -34,10 +34,10 @@ def normalised_grad(
         at = D_H + rm[:, None].to(tl.int64) * K + rk[None, :]
         g = tl.load(at, mask=ok[:, None] & kok[None, :], other=0.0).to(ACC)
     if D_S is not None:
-        for r in tl.static_range(0, R, BR):
+        for r in tl.range(0, R, BR, num_stages=1):
             rr = r + tl.arange(0, BR)
-            at = D_S + rm[:, None].to(tl.int64) * R + rr[None, :]
-            ds = tl.load(at, mask=ok[:, None] & (rr < R)[None, :], other=0.0)
+            ds_at = D_S + rm[:, None].to(tl.int64) * R + rr[None, :]
+            ds = tl.load(ds_at, mask=ok[:, None] & (rr < R)[None, :], other=0.0)
             a = tl.load(A + rr[:, None] * K + rk[None, :], mask=(rr < R)[:, None] & kok[None, :], other=0.0)
             g = tl.dot(ds, a, g, out_dtype=ACC, input_precision=PRECISION)
     return g
@@ -252,10 +252,13 @@ def backward_aten(
         d_h, d_weight, d_bias = norm_backward_aten(d_h, rows, mean, rstd, norm_weight, norm_bias, mask)
     if not any(needs[:4]):
         return None, None, None, None, d_weight, d_bias, d_a
-    # by now d_h is no argument of this call: it came out of a product, a norm, or is cast here
-    total = d_rows.clone() if d_h is None else d_h.to(dtype)
-    if d_rows is not None and d_h is not None:
-        total.add_(d_rows)
+    if d_h is None:
+        total = d_rows.clone()
+    else:
+        owned = d_s is not None or norm_weight is not None  # d_h came out of a product or a norm
+        total = d_h.to(dtype) if owned else d_h.to(dtype, copy=True)
+        if d_rows is not None:
+            total.add_(d_rows)
     return *_aten_split(total, present, packed, first, last, needs), d_weight, d_bias, d_a
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import backend
 from .backend import jit, tl
-from .tiling import accumulator, dot_precision, rank_tile
+from .quantize import TINY, round_half_even
+from .tiling import accumulator, dot_precision, element_type, rank_tile
 
 FORWARD_TILE = {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 2}
 
@@ -70,6 +71,21 @@ def normalise(x, mean, rstd, GAMMA, BETA, rk, kok, ACC: tl.constexpr):
 
 
 @jit
+def row_scale(
+    base, ok, mean, rstd, GAMMA, BETA, K, TYPE: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The int8 step of each row of h as it is stored: its largest magnitude / 127."""
+    rk = tl.arange(0, BK)
+    largest = tl.zeros((BM,), tl.float32)
+    for k in range(0, K, BK):
+        kok = rk < K - k
+        x = tl.load(base[:, None] + (k + rk)[None, :], mask=ok[:, None] & kok[None, :], other=0.0)
+        h = normalise(x, mean, rstd, GAMMA, BETA, k + rk, kok, ACC).to(TYPE)  # 0 past the last column
+        largest = tl.maximum(largest, tl.max(tl.abs(h.to(tl.float32)), 1))
+    return largest / 127
+
+
+@jit
 def assemble_norm_project_forward(
     TOKENS,  # [samples, N, K]
     PREFIX,  # [P, K] or None
@@ -81,6 +97,8 @@ def assemble_norm_project_forward(
     A,  # [R, K] or None
     ROWS,  # [M, K] or None
     H,  # [M, K] or None
+    Q,  # [M, K] int8 or None: h in steps of its row's scale
+    SCALE,  # [M] fp32, given with Q
     S,  # [M, R], given with A
     MEAN,  # [M], given with GAMMA
     RSTD,  # [M], given with GAMMA
@@ -92,6 +110,8 @@ def assemble_norm_project_forward(
     K,
     R: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TYPE: tl.constexpr,  # of h
+    TINY: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -111,7 +131,11 @@ def assemble_norm_project_forward(
         mean, rstd = row_statistics(base, ok, K, eps, ACC, BM, BK)
         tl.store(MEAN + rm, mean, mask=ok)
         tl.store(RSTD + rm, rstd, mask=ok)
-    for r in tl.static_range(0, R, BR):
+    scale = mean
+    if Q is not None:
+        scale = row_scale(base, ok, mean, rstd, GAMMA, BETA, K, TYPE, ACC, BM, BK)
+        tl.store(SCALE + rm, scale, mask=ok)
+    for r in tl.range(0, R, BR, num_stages=1):
         rr = r + tl.arange(0, BR)
         acc = tl.zeros((BM, BR), ACC)
         for k in range(0, K, BK):
@@ -120,9 +144,12 @@ def assemble_norm_project_forward(
             x = tl.load(base[:, None] + (k + rk)[None, :], mask=mask, other=0.0)
             if r == 0 and ROWS is not None:
                 tl.store(ROWS + place + (k + rk)[None, :], x, mask=mask)
-            h = normalise(x, mean, rstd, GAMMA, BETA, k + rk, kok, ACC)
+            h = normalise(x, mean, rstd, GAMMA, BETA, k + rk, kok, ACC).to(TYPE)
             if r == 0 and H is not None:
-                tl.store(H + place + (k + rk)[None, :], h.to(H.dtype.element_ty), mask=mask)
+                tl.store(H + place + (k + rk)[None, :], h, mask=mask)
+            if r == 0 and Q is not None:
+                q = round_half_even(h.to(tl.float32) / tl.maximum(scale, TINY)[:, None])
+                tl.store(Q + place + (k + rk)[None, :], q.to(tl.int8), mask=mask)
             if A is not None:
                 a = tl.load(A + rr[None, :] * K + (k + rk)[:, None], mask=(rr < R)[None, :] & kok[:, None], other=0.0)
                 acc = tl.dot(h.to(a.dtype), a, acc, out_dtype=ACC, input_precision=PRECISION)
@@ -149,14 +176,14 @@ def aligned(width: int, *tensors: Tensor | None) -> bool:
     return all(t is None or (width * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0) for t in tensors)
 
 
-def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
-    """(rows, h, s, mean, rstd), None for what is not asked for or would equal what is there already."""
+def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
+    """(rows, h, s, mean, rstd, q, scale), None for what is not asked for or would equal what is there already."""
     (packed, n, k), tokens = tokens.shape, tokens.contiguous()
     if present is not None and mask_token is None:
         mask_token = tokens.new_zeros(k)
     learned = [None if t is None else t.to(tokens.dtype).contiguous() for t in (prefix, suffix, mask_token)]
-    p, q = (0 if t is None else t.shape[0] for t in learned[:2])
-    batch, height = packed if present is None else present.shape[0], p + n + q
+    p, last = (0 if t is None else t.shape[0] for t in learned[:2])
+    batch, height = packed if present is None else present.shape[0], p + n + last
     r, wide = 1 if lora_a is None else lora_a.shape[0], backend.wide(tokens.dtype)
     norm, joined = norm_weight is not None, not (prefix is None and suffix is None and present is None)
 
@@ -164,20 +191,24 @@ def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, nor
         return tokens.new_empty(shape, dtype=dtype) if wanted else None
 
     rows = new(joined, batch, height, k, dtype=tokens.dtype)
-    h = new(norm or dtype != tokens.dtype, batch, height, k, dtype=dtype)
+    h = new(not quantize and (norm or dtype != tokens.dtype), batch, height, k, dtype=dtype)
+    q = new(quantize, batch, height, k, dtype=torch.int8)
+    scale = new(quantize, batch * height, dtype=torch.float32)
     s = new(lora_a is not None, batch, height, r, dtype=dtype)
     mean, rstd = (new(norm, batch * height, dtype=wide) for _ in range(2))
     backend.launch(
         assemble_norm_project_forward,
         (-(-batch * height // FORWARD_TILE["BM"]),),
         *(tokens, learned[0], learned[1], sources(present, packed), learned[2], norm_weight, norm_bias),
-        *(None if lora_a is None else lora_a.to(dtype).contiguous(), rows, h, s, mean, rstd),
+        *(None if lora_a is None else lora_a.to(dtype).contiguous(), rows, h, q, scale, s, mean, rstd),
         *(eps, batch * height, height, p, n, k),
         R=r,
         ALIGNED=aligned(k, tokens, *learned),
+        TYPE=element_type(dtype),
+        TINY=TINY,
         ACC=accumulator(tokens.dtype),
         PRECISION=dot_precision(),
         BR=rank_tile(r),
         **FORWARD_TILE,
     )
-    return rows, h, s, mean, rstd
+    return rows, h, s, mean, rstd, q, scale

@@ -77,12 +77,13 @@ def frozen_linear(shape: Shape):
     linear_lowrank_triton(meta(shape.rows, shape.width), meta(n, shape.width), meta(n), None, None, 1.0, None, 1, False)
 
 
-def linear_lowrank_forward(shape: Shape, rank: int, int8: bool = False, quantize_input: bool = False):
+def linear_lowrank_forward(shape: Shape, rank: int, int8: bool = False, quantized: bool = False):
     k, n = shape.width, GROUPS * shape.width
     weight, scale = _weight(n, k, int8)
     s, lora_b = meta(shape.rows, GROUPS * rank), _adapter(shape, rank)[1]
     h = meta(shape.rows, k)
-    linear_lowrank_triton(h, weight, meta(n), s, lora_b, 2.0, scale, GROUPS, quantize_input)
+    rows = (meta(shape.rows, k, dtype=torch.int8), meta(shape.rows, dtype=torch.float32)) if quantized else None
+    linear_lowrank_triton(h, weight, meta(n), s, lora_b, 2.0, scale, GROUPS, quantized, rows)
 
 
 def linear_lowrank_backward(shape: Shape, rank: int, int8: bool = False):
@@ -118,7 +119,7 @@ def _joined(shape: Shape) -> int:
     return PROMPTS + shape.tokens + 1
 
 
-def assemble_forward(shape: Shape, rank: int, joined: bool = False):
+def assemble_forward(shape: Shape, rank: int, joined: bool = False, quantize: bool = False):
     """LayerNorm and S of a block's input; `joined`: of the first block's, with learned rows and absent samples."""
     k, f = shape.width, torch.float32
     prefix, suffix, mask_token = (meta(*s, dtype=f) if joined else None for s in ((PROMPTS, k), (1, k), (k,)))
@@ -126,13 +127,18 @@ def assemble_forward(shape: Shape, rank: int, joined: bool = False):
     lora_a = _adapter(shape, rank)[0]
     norm = meta(k), meta(k)
     tokens = meta(shape.batch, shape.tokens, k)
-    assemble_forward_triton(tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, torch.bfloat16)
+    assemble_forward_triton(tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, torch.bfloat16, quantize)
 
 
 def assemble_forward_bytes(shape: Shape, rank: int, joined: bool = False) -> int:
     """Tokens in; h, S, mean, 1 / standard deviation and, if joined, the rows out."""
     rows = shape.batch * (_joined(shape) if joined else shape.tokens)
     return 2 * shape.width * (shape.rows + rows * (2 if joined else 1)) + rows * (2 * GROUPS * rank + 8)
+
+
+def quantized_forward_bytes(shape: Shape, rank: int) -> int:
+    """Tokens in; q, its scale, S, mean and 1 / standard deviation out."""
+    return shape.rows * (3 * shape.width + 2 * GROUPS * rank + 12)
 
 
 def assemble_backward(shape: Shape, rank: int, adapter: bool = True, joined: bool = False, bitfit: bool = False):
@@ -193,6 +199,10 @@ CASES = [
     Case(
         *("assemble_norm_project", "forward", "joined", lambda s, r: assemble_forward(s, r, joined=True), (8,)),
         minimum_bytes=lambda s, r: assemble_forward_bytes(s, r, joined=True),
+    ),
+    Case(
+        *("assemble_norm_project", "forward", "int8", lambda s, r: assemble_forward(s, r, quantize=True), (8,)),
+        minimum_bytes=quantized_forward_bytes,
     ),
     Case("assemble_norm_project", "backward", "bf16", assemble_backward),
     Case(

@@ -16,7 +16,14 @@ from torch import Tensor
 from . import backend
 from .backend import jit, tl
 from .linear_backward import as_float, blocks, flat, gradients, save
-from .quantize import TINY, dequantize_rows_reference, launch_quantize_rows, quantize_rows_aten, row_chunks
+from .quantize import (
+    TINY,
+    QuantizedRows,
+    dequantize_rows_reference,
+    launch_quantize_rows,
+    quantize_rows_aten,
+    row_chunks,
+)
 from .tiling import accumulator, check_rows, dot_precision, gemm_tile, rank_tile, tile_index
 
 
@@ -38,6 +45,8 @@ def frozen_linear_reference(h, weight, bias, weight_scale, quantize_input):
 def linear_lowrank_reference(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
     """h [..., K], s [..., groups * r] -> [..., N]"""
     y = frozen_linear_reference(h, weight, bias, weight_scale, quantize_input)
+    if lora_b is None:
+        return y
     s = s.unflatten(-1, (groups, lora_b.shape[1]))
     b = lora_b.to(h.dtype).unflatten(0, (groups, -1))
     return y + scaling * torch.einsum("...gr,gnr->...gn", s, b).flatten(-2)
@@ -113,15 +122,15 @@ def linear_lowrank_forward(
     tl.store(y_at, y.to(Y.dtype.element_ty), mask=mok[:, None] & nok[None, :])
 
 
-def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
-    """h [M, K], s [M, groups * r] or None -> [M, N]"""
+def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, quantized=None):
+    """h [M, K], s [M, groups * r] or None -> [M, N]; quantized: q [M, K] and scale [M] of h, or None"""
     (m, k), n, dtype, h_scale = h.shape, weight.shape[0], h.dtype, None
-    h, weight, s, lora_b = (None if t is None else t.contiguous() for t in (h, weight, s, lora_b))
     check_rows(m)
     r = 0 if lora_b is None else lora_b.shape[1]
     y = h.new_empty(m, n)
     if quantize_input:
-        h, h_scale = launch_quantize_rows(h)
+        h, h_scale = quantized or launch_quantize_rows(h)
+    h, weight, s, lora_b = (None if t is None else t.contiguous() for t in (h, weight, s, lora_b))
     tile = gemm_tile(h.dtype)
     backend.launch(
         linear_lowrank_forward,
@@ -149,9 +158,9 @@ def int8_product(h: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(h, F.pad(weight, (0, -k % 8, 0, -n % 8)).t())[:m, :n]
 
 
-def linear_int8(h, weight, bias, weight_scale):
+def linear_int8(h, weight, bias, weight_scale, quantized):
     """Rows of h [M, K] quantised, times int8 weight [N, K] -> [M, N]; scales and bias while a chunk is in cache."""
-    q, h_scale = quantize_rows_aten(h)
+    q, h_scale = quantized or quantize_rows_aten(h)
     product, wide = int8_product(q, weight), backend.wide(h.dtype)
     y, h_scale, weight_scale = h.new_empty(product.shape), h_scale.to(wide), weight_scale.to(wide)
     bias = None if bias is None else bias.to(wide)
@@ -161,10 +170,10 @@ def linear_int8(h, weight, bias, weight_scale):
     return y
 
 
-def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
-    """h [M, K], s [M, groups * r] or None -> [M, N]; the low-rank product is added in place, block by block."""
+def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, quantized=None):
+    """As `linear_lowrank_triton`; the low-rank product is added in place, block by block."""
     if quantize_input:
-        y = linear_int8(h, weight, bias, weight_scale)
+        y = linear_int8(h, weight, bias, weight_scale, quantized)
     else:
         w = as_float(weight, weight_scale, h.dtype).t()
         y = h @ w if bias is None else torch.addmm(bias.to(h.dtype), h, w)
@@ -179,27 +188,29 @@ def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, group
 @torch.library.custom_op(
     "u2a_fast::linear_lowrank",
     mutates_args=(),
-    schema="(Tensor h, Tensor weight, Tensor? bias, Tensor s, Tensor lora_b, float scaling, "
-    "Tensor? weight_scale, int groups, bool quantize_input) -> Tensor",
+    schema="(Tensor h, Tensor weight, Tensor? bias, Tensor? s, Tensor? lora_b, float scaling, "
+    "Tensor? weight_scale, int groups, bool quantize_input, Tensor? q, Tensor? scale) -> Tensor",
 )
-def _linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
-    forward = linear_lowrank_triton if backend.resolve(h) == "triton" else linear_lowrank_aten
-    y = forward(flat(h), weight, bias, flat(s), lora_b, scaling, weight_scale, groups, quantize_input)
+def _linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
+    """q [..., K] and scale [M]: h, quantised already."""
+    forward = linear_lowrank_triton if backend.resolve(weight) == "triton" else linear_lowrank_aten
+    quantized = None if q is None else (flat(q), scale)
+    y = forward(flat(h), weight, bias, flat(s), lora_b, scaling, weight_scale, groups, quantize_input, quantized)
     return y.view(*h.shape[:-1], y.shape[1])
 
 
 @_linear_lowrank.register_fake
-def _(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
+def _(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
     return h.new_empty(*h.shape[:-1], weight.shape[0])
 
 
 def _save(ctx, inputs, output):
-    h, weight, bias, s, lora_b, ctx.scaling, weight_scale, ctx.groups, _ = inputs
+    h, weight, bias, s, lora_b, ctx.scaling, weight_scale, ctx.groups, *_ = inputs
     ctx.dropout = 0.0
     save(ctx, h, weight, bias, weight_scale, s, None, lora_b, None)
 
 
-_linear_lowrank.register_autograd(lambda ctx, dy: (*gradients(ctx, dy), *[None] * 4), setup_context=_save)
+_linear_lowrank.register_autograd(lambda ctx, dy: (*gradients(ctx, dy), *[None] * 6), setup_context=_save)
 
 
 # ------------------------------------------------------------------------------------------------------------- public
@@ -220,7 +231,7 @@ def check(x, weight, bias, lora_b, weight_scale, groups, quantize_input):
             f"weight_scale {'missing' if weight_scale is None else 'given'}"
         )
     if quantize_input and weight.dtype != torch.int8:
-        raise ValueError(f"quantize_input needs an int8 weight, not {weight.dtype}: see quantize_rows")
+        raise ValueError(f"int8 rows need an int8 weight, not {weight.dtype}: see quantize_rows")
     for name, vector in (("bias", bias), ("weight_scale", weight_scale)):
         if vector is not None and vector.shape != (n,):
             raise ValueError(f"{name} must be [{n}] like the weight's rows, not {tuple(vector.shape)}")
@@ -231,11 +242,11 @@ def check(x, weight, bias, lora_b, weight_scale, groups, quantize_input):
 
 
 def linear_lowrank(
-    h: Tensor,
+    h: Tensor | QuantizedRows,
     weight: Tensor,
     bias: Tensor | None,
-    s: Tensor,
-    lora_b: Tensor,
+    s: Tensor | None,
+    lora_b: Tensor | None,
     scaling: float,
     weight_scale: Tensor | None = None,
     groups: int = 1,
@@ -244,8 +255,9 @@ def linear_lowrank(
     """`lora_linear` with S given: `h W^T + b + scaling S B^T`, [..., N] in the dtype of h or of autocast.
 
     Args:
-        h: [..., K]; not kept for backward unless the weight is trained.
-        s: [..., groups * r], h A^T without the scaling.
+        h: [..., K]; not kept for backward unless the weight is trained. Or int8 rows, from the pass that wrote h
+            (`assemble_norm_project(quantize=True)`), for an int8 weight.
+        s: [..., groups * r], h A^T without the scaling; None together with `lora_b`: the frozen product alone.
         weight, bias, lora_b, scaling, weight_scale, groups, quantize_input: as in `lora_linear`.
 
     Gradients reach h, bias, s, lora_b and a floating weight.
@@ -253,14 +265,19 @@ def linear_lowrank(
     >>> linear_lowrank(torch.ones(1, 2), torch.eye(2), None, torch.full((1, 1), 2.0), torch.ones(2, 1), scaling=0.5)
     tensor([[2., 2.]])
     """
+    q = scale = None
+    if isinstance(h, QuantizedRows):
+        (h, q, scale), quantize_input = h, True
     check(h, weight, bias, lora_b, weight_scale, groups, quantize_input)
-    if s.shape != (*h.shape[:-1], groups * lora_b.shape[1]):
+    if (s is None) != (lora_b is None):
+        raise ValueError("s and lora_b go together: give both or neither")
+    if s is not None and s.shape != (*h.shape[:-1], groups * lora_b.shape[1]):
         raise ValueError(
             f"s must be {[*h.shape[:-1], groups * lora_b.shape[1]]} (the rows of h, groups * r), not {tuple(s.shape)}"
         )
     h = backend.in_autocast_dtype(h)
-    s = s.to(h.dtype)
+    s = None if s is None else s.to(h.dtype)
     operands = (h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
     if backend.resolve(h, weight, bias, s, lora_b, weight_scale) == "reference":
         return linear_lowrank_reference(*operands)
-    return _linear_lowrank(*operands)
+    return _linear_lowrank(*operands, q, scale)

@@ -1,9 +1,12 @@
 """Row-wise absmax int8: w ~= q * scale, scale = absmax(row) / 127 (bitsandbytes' SCB / 127), q [N, K] int8, scale [N].
 
-Both ops are for frozen weights: nothing they return carries a gradient.
+Both ops are for frozen weights: nothing they return carries a gradient. Rows of activations are quantised in the same
+way, where they are written (`assemble_norm_project(quantize=True)`) or where they are multiplied.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +17,17 @@ from .backend import jit, tl
 TINY = 1e-30  # divides an all-zero row without a NaN
 QUANTIZE_TILE = {"BN": 8, "BK": 512, "num_warps": 4}
 CHUNK = 1 << 18  # elements taken in fp32 at a time on a CPU: a second-level cache holds them
+
+
+class QuantizedRows(NamedTuple):
+    """Rows of activations on their way into an int8 product: h ~= q * scale, one scale a row.
+
+    `like` [..., K] stands for h where only its shape, its dtype and its gradient matter: one zero, expanded.
+    """
+
+    like: Tensor
+    q: Tensor  # [..., K] int8
+    scale: Tensor  # [M] fp32, M all leading dimensions
 
 
 def quantize_rows_reference(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +66,12 @@ def dequantize_rows_aten(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
 
 
 @jit
+def round_half_even(x):
+    """x, fp32 within +-2**22, to the nearest integer."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: what is left has no fraction
+
+
+@jit
 def quantize_rows_kernel(
     W,  # [N, K]
     Q,  # [N, K] int8
@@ -76,8 +96,7 @@ def quantize_rows_kernel(
     for k in range(0, K, BK):
         mask = nok[:, None] & (rk < K - k)[None, :]
         w = tl.load(W + at + k, mask=mask, other=0.0).to(tl.float32) / tl.maximum(scale, TINY)[:, None]
-        w = (w + 12582912.0) - 12582912.0  # 1.5 * 2**23: what is left has no fraction
-        tl.store(Q + at + k, w.to(tl.int8), mask=mask)
+        tl.store(Q + at + k, round_half_even(w).to(tl.int8), mask=mask)
 
 
 def launch_quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:

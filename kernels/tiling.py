@@ -40,6 +40,11 @@ def accumulator(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def element_type(dtype: torch.dtype):
+    """Triton's name of a dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 def dot_precision() -> str:
     """How a GPU multiplies fp32: TF32 where the user has allowed it, else exactly."""
     allowed = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None

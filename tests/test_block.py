@@ -6,12 +6,18 @@ import torch
 
 from u2a_fast import LoraConfig
 from u2a_fast.encoders import from_pretrained_model
+from u2a_fast.quantization import quantize_encoder
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("family", ["vit", "bert", "dinov2", "clip_text"])
-def test_compiles_without_a_graph_break(family, backend):
-    block = from_pretrained_model(tiny_encoders.build(family)).blocks[0].train()
+@pytest.mark.parametrize(
+    "family, mode",
+    [("vit", None), ("bert", None), ("dinov2", None), ("clip_text", None), ("vit", "int8"), ("bert", "int8_w8a8")],
+)
+def test_compiles_without_a_graph_break(family, mode, backend):
+    torch.compiler.reset()  # every family is another graph of the same code, and those are limited
+    encoder = quantize_encoder(from_pretrained_model(tiny_encoders.build(family)), mode)
+    block = encoder.blocks[0].train()
     for linear in block.linears:
         linear.add_adapter(LoraConfig(r=3))
         if linear.lora_b is not None:

@@ -128,6 +128,7 @@ class Block(GradientCheckpointingLayer):
             norm_bias=None if norm is None else norm.bias,
             eps=self.norm1.eps,
             lora_a=self.qkv.lora_before_dropout,
+            quantize=self.qkv.takes_quantized,
         )
         return residual, self.qkv.forward_projected(rows, s)
 
@@ -163,5 +164,6 @@ class Block(GradientCheckpointingLayer):
             norm_bias=None if norm is None else norm.bias,
             eps=self.norm2.eps,
             lora_a=self.fc1.lora_before_dropout,
+            quantize=self.fc1.takes_quantized,
         )
         return self.fc2(self.act(self.fc1.forward_projected(rows, s)))

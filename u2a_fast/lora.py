@@ -226,9 +226,15 @@ class LoraLinear(nn.Module):
             quantize_input=self.quantize_input,
         )
 
-    def forward_projected(self, x: torch.Tensor, s: torch.Tensor | None) -> torch.Tensor:
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether the pass that writes the input may quantise it: dropout would need the input itself."""
+        dropped = self.has_adapter and self.training and self.dropout > 0
+        return self.quantize_input and not dropped
+
+    def forward_projected(self, x: torch.Tensor | kernels.QuantizedRows, s: torch.Tensor | None) -> torch.Tensor:
         """The same with `s = x A^T` [..., G * r] already computed by the pass that wrote `x`."""
-        if s is None:
+        if s is None and torch.is_tensor(x):
             return self(x)
         if self.storage == "nf4":
             return nf4_linear(self, x, s, 0.0)

@@ -203,7 +203,7 @@ class _Nf4Linear(torch.autograd.Function):
     def forward(ctx, x, s, bias, lora_a, lora_b, packed, absmax, shape, scaling, groups, dropout, seed):
         weight = unpack_nf4(packed, absmax, shape, x.dtype)
         if s is not None:
-            y = torch.ops.u2a_fast.linear_lowrank(x, weight, bias, s, lora_b, scaling, None, groups, False)
+            y = torch.ops.u2a_fast.linear_lowrank(x, weight, bias, s, lora_b, scaling, None, groups, False, None, None)
         else:
             operands = (lora_a, lora_b, scaling, None, groups, dropout, seed, False)
             y, s = torch.ops.u2a_fast.lora_linear(x, weight, bias, *operands)

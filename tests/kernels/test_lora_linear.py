@@ -7,7 +7,7 @@ import torch
 from linear_cases import CASES, SEED, Case, assert_right, lowrank_operands, operands, with_gradients
 from triton_interpreter import interpreted
 
-from u2a_fast.kernels import linear_lowrank, lora_linear, quantize_rows, set_backend
+from u2a_fast.kernels import QuantizedRows, linear_lowrank, lora_linear, quantize_rows, set_backend
 from u2a_fast.kernels.dropout import kept
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -48,6 +48,24 @@ def test_lora_linear_is_as_exact_as_plain_low_precision(name, implementation, dt
 def test_linear_lowrank_is_as_exact_as_plain_low_precision(name, implementation, dtype):
     given = lowrank_operands(CASES[name], dtype)
     assert_right(computed(linear_lowrank, given, implementation), given, dtype)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_int8_rows_from_an_earlier_pass_give_the_same(implementation, adapted):
+    given = lowrank_operands(CASES["w8a8"], torch.bfloat16)
+    if not adapted:
+        given |= {"s": None, "lora_b": None}
+    expected = computed(linear_lowrank, given, implementation)
+    q, scale = quantize_rows(given["h"].flatten(0, -2))
+
+    def from_rows(h, quantize_input, **rest):
+        like = h if implementation == "reference" else h - h.detach()  # the gradient of h, not its values
+        return linear_lowrank(QuantizedRows(like, q.view(h.shape), scale), **rest)
+
+    got = computed(from_rows, given, implementation)
+    for name, exact in expected.items():
+        assert torch.equal(got[name], exact), name
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -254,7 +272,10 @@ def test_opcheck_passes_for_lora_linear(name):
 def test_opcheck_passes_for_linear_lowrank(name):
     given = lowrank_operands(CASES[name], torch.float32)
     names = ("h", "weight", "bias", "s", "lora_b", "scaling", "weight_scale", "groups", "quantize_input")
-    torch.library.opcheck(OPS.linear_lowrank, tuple(given[n] for n in names))
+    q, scale = quantize_rows(given["h"].flatten(0, -2)) if given["quantize_input"] else (None, None)
+    torch.library.opcheck(OPS.linear_lowrank, (*(given[n] for n in names), None, None))
+    if q is not None:
+        torch.library.opcheck(OPS.linear_lowrank, (*(given[n] for n in names), q.view(given["h"].shape), scale))
 
 
 @pytest.mark.parametrize("without", [(), ("x",), ("weight",), ("s",), ("x", "weight", "lora_a")])
@@ -317,7 +338,7 @@ WRONG = {
     "A without B": ({"lora_b": None}, ValueError, "go together"),
     "scale of a float weight": ({"weight_scale": torch.ones(24)}, ValueError, "weight_scale goes with an int8 weight"),
     "int8 without a scale": ({"weight": torch.ones(24, 40, dtype=torch.int8)}, ValueError, "weight_scale missing"),
-    "quantised input": ({"quantize_input": True}, ValueError, "needs an int8 weight"),
+    "quantised input": ({"quantize_input": True}, ValueError, "need an int8 weight"),
     "dropout": ({"dropout": 1.0}, ValueError, "below 1, not 1.0"),
     "devices": ({"bias": torch.ones(24, device="meta")}, ValueError, "on one device, not on cpu and meta"),
 }

@@ -102,7 +102,7 @@ MUTANTS = {
         PROJECT, "rm, k + rk, dropped", "rm, rk, dropped", linear(WIDE_DROPPED)
     ),
     # quantisation
-    "rounds down": Mutant("quantize.py", "(w + 12582912.0) - 12582912.0", "w", quantized),
+    "rounds down": Mutant("quantize.py", "(x + 12582912.0) - 12582912.0", "x", quantized),
     "magnitudes of the last piece only": Mutant("quantize.py", "tl.maximum(largest, ", "tl.maximum(0.0, ", quantized),
     "128 steps instead of 127": Mutant("quantize.py", "scale = largest / 127", "scale = largest / 128", quantized),
 } | fusion_mutants.MUTANTS

@@ -39,6 +39,17 @@ def _assembled(case, kernels):
     same_as_reference(kernels, lambda k: outputs_and_gradients(clone(given), k.assemble_norm_project))
 
 
+def quantized(kernels):
+    """A probe: the int8 rows that assemble_norm_project writes, in two pieces of columns."""
+    given = operands("no rank", torch.float32)
+
+    def run(k):
+        (_, q, scale), _, _ = k.assemble_norm_project(**given, quantize=True)
+        return {"q": q.float(), "scale": scale.detach()}
+
+    same_as_reference(kernels, run)
+
+
 def substituted(kernels):
     """A probe: substitute's results and gradients; three modalities, absent rows full of NaN."""
     g = torch.Generator().manual_seed(0)
@@ -92,6 +103,13 @@ SLIPS = {
     "dH without d_s A": (BACKWARD, "    if D_S is not None:", "    if D_S is None:", JOINED),
     "the residual's gradient forgotten": (BACKWARD, "if D_ROWS is not None", "if D_ROWS is None", JOINED),
     "dA of rows not normalised": (BACKWARD, "normalise(x, mean, rstd, GAMMA, BETA, rc, cok, ACC)", "x", JOINED),
+    "int8 steps of the last piece alone": (
+        ASSEMBLE,
+        "largest = tl.maximum(largest, tl.max(tl.abs(h.to(tl.float32)), 1))",
+        "largest = tl.max(tl.abs(h.to(tl.float32)), 1)",
+        quantized,
+    ),
+    "int8 rows not normalised": (ASSEMBLE, "round_half_even(h.to(", "round_half_even(x.to(", quantized),
     # class tokens and proxies
     "absent proxies are read": (SUBSTITUTE, "mask=mask & has_m[:, None], other", "mask=mask, other", substituted),
     "stand-ins summed, not averaged": (SUBSTITUTE, "stand_in / sources[:, None]", "stand_in", substituted),
