@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from . import kernels
 from .quantization import nf4_linear, storage_of
+
+if TYPE_CHECKING:
+    from .encoders import Encoder
 
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
 
@@ -254,3 +257,17 @@ class LoraLinear(nn.Module):
         adapter = f", r={self.lora_b.shape[1]} on {self.adapted}" if self.lora_a is not None else ""
         stored = self.weight.dtype if self.storage == "float" else self.storage
         return f"{self.in_features} -> {'+'.join(self.roles)} {self.out_features}, {stored}{adapter}"
+
+
+def read_lora(lora: Any) -> LoraConfig | None:
+    """A method's `lora` argument: None, ours, PEFT's, or a dictionary."""
+    return None if lora is None else LoraConfig.read(lora)
+
+
+def add_adapters(encoders: Iterable[Encoder], lora: LoraConfig | None) -> None:
+    """Give every block's linears their adapters."""
+    if lora is not None:
+        for encoder in encoders:
+            for block in encoder.blocks:
+                for linear in block.linears:
+                    linear.add_adapter(lora)

@@ -42,6 +42,7 @@ class TrainOptions:
     lora_alpha: float = option(16, "their scaling is alpha / r")
     lora_dropout: float = option(0.0, "dropout inside the adapters")
     modality_dropout: float = option(0.3, "u2a only: chance that a complete sample loses a modality in a step")
+    label_smoothing: float = option(0.2, "of the cross entropy, while training")
     tuning: str = option("bitfit", "joint_embedding only: bitfit or lora")
     quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
     epochs: float = option(10, "passes over the training split")
@@ -131,6 +132,7 @@ def build_model(
         {name: load(source, name, dtype=dtype) for name, source in sources.items()},
         num_labels=len(names),
         quantization=options.quantization,
+        label_smoothing=options.label_smoothing,
         **adaptation(method, options),
     )
     model.config.id2label = dict(enumerate(names))

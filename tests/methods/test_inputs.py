@@ -5,7 +5,7 @@ import pytest
 import tiny_encoders
 import torch
 
-from u2a_fast import U2A, LoraConfig
+from u2a_fast import PMF, U2A, JointEmbedding, LateFusion, LoraConfig
 
 FAMILIES = {"image": "vit", "text": "bert"}
 ALL = torch.ones(3, 2, dtype=torch.bool)
@@ -49,6 +49,7 @@ def test_a_bad_batch_is_refused(model, inputs, change, error, message):
         ({"all_absent": "zero"}, 'all_absent must be one of .*"prior"'),
         ({"problem_type": "ranking"}, "problem_type must be one of"),
         ({"modality_dropout": 1.5}, "modality_dropout must be in"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
     ],
 )
 def test_a_bad_option_is_refused(options, message):
@@ -86,6 +87,17 @@ def test_pefts_lora_config_is_read():
 def test_the_problem_type_follows_the_labels(model, inputs, labels, kind):
     assert model.problem_type(labels) == kind
     assert torch.isfinite(model(**inputs, labels=labels).loss)
+
+
+@pytest.mark.parametrize("method", [U2A, PMF, JointEmbedding, LateFusion])
+def test_labels_are_smoothed_in_training_alone(method, inputs):
+    encoders = {name: tiny_encoders.build(family) for name, family in FAMILIES.items()}
+    model, labels = method(encoders, num_labels=4, label_smoothing=0.3), torch.tensor([0, 3, 1])
+    for training, smoothing in ((True, 0.3), (False, 0.0)):
+        out = model.train(training)(**inputs, labels=labels)
+        expected = torch.nn.functional.cross_entropy(out.logits, labels, label_smoothing=smoothing)
+        torch.testing.assert_close(out.task_loss, expected)
+    assert model.config.arguments["label_smoothing"] == 0.3
 
 
 def test_regression_with_one_label(inputs):

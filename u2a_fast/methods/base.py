@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
-from ..lora import LoraConfig
 from ..quantization import check_storage, mode_of, normalise, quantize_encoder, stored_elements
 from .loading import as_encoder, load_processor, overlay, saved_processors
 
@@ -83,11 +82,14 @@ class MultimodalModel(PreTrainedModel):
         quantization: Any,
         all_absent: str,
         processors: Mapping[str, Any] | None,
+        label_smoothing: float,
         **arguments: Any,
     ):
         check_choice("all_absent", all_absent, ("error", "prior"))
         if problem_type is not None:
             check_choice("problem_type", problem_type, PROBLEM_TYPES)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, not {label_smoothing}")
         if len(encoders) < self.min_modalities:
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
         modes = normalise(quantization, encoders)
@@ -100,13 +102,18 @@ class MultimodalModel(PreTrainedModel):
             encoders={name: encoder.name_or_path for name, encoder in built.items()},
             encoder_dtypes={name: str(encoder.dtype).removeprefix("torch.") for name, encoder in built.items()},
             encoders_in_8bit=[name for name, encoder in built.items() if encoder.loaded_in_8bit],
-            arguments={**arguments, "all_absent": all_absent, "quantization": stored if any(stored.values()) else None},
+            arguments={
+                **arguments,
+                "all_absent": all_absent,
+                "label_smoothing": label_smoothing,
+                "quantization": stored if any(stored.values()) else None,
+            },
             num_labels=num_labels,
             problem_type=problem_type,
         )
         super().__init__(config)
         self.encoders = nn.ModuleDict(built)
-        self.all_absent = all_absent
+        self.all_absent, self.label_smoothing = all_absent, label_smoothing
         self._processors = dict(processors or {})
 
     # -------------------------------------------------------------------------------------------- what a method says
@@ -199,7 +206,7 @@ class MultimodalModel(PreTrainedModel):
             return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
         if self.problem_type(labels) == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
 
     def problem_type(self, labels: torch.Tensor) -> str:
         """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers."""
@@ -379,17 +386,3 @@ def _first_tensor(values: Any) -> torch.Tensor | None:
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {json.dumps(list(choices))}, not {value!r}")
-
-
-def read_lora(lora: Any) -> LoraConfig | None:
-    """The constructor's `lora` argument: None, ours, PEFT's, or a dictionary."""
-    return None if lora is None else LoraConfig.read(lora)
-
-
-def add_adapters(model: MultimodalModel, lora: LoraConfig | None) -> None:
-    """Give every block's linears their adapters."""
-    if lora is not None:
-        for encoder in model.encoders.values():
-            for block in encoder.blocks:
-                for linear in block.linears:
-                    linear.add_adapter(lora)

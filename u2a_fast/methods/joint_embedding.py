@@ -11,8 +11,8 @@ from torch import nn
 
 from ..encoders import Encoder
 from ..encoders.base import key_order, real_rows_first
-from ..lora import LoraConfig
-from .base import MultimodalConfig, MultimodalModel, add_adapters, check_choice, packed_rows, read_lora
+from ..lora import LoraConfig, add_adapters, read_lora
+from .base import MultimodalConfig, MultimodalModel, check_choice, packed_rows
 
 
 class JointEmbeddingConfig(MultimodalConfig):
@@ -48,6 +48,7 @@ class JointEmbedding(MultimodalModel):
         quantization: how frozen linears are stored, see `u2a_fast.quantization`; None: as they came.
         all_absent: `"error"`; there is no `"prior"`, since a prediction needs one modality to start from.
         processors: `{modality: processor}` for raw samples; by default loaded from the encoders' folders.
+        label_smoothing: of the cross entropy, while training; see `U2A`.
 
     Raises:
         ValueError: no prompts, an unknown tuning or fusion, or `all_absent="prior"`.
@@ -81,6 +82,7 @@ class JointEmbedding(MultimodalModel):
         quantization: Any = None,
         all_absent: str = "error",
         processors: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
     ):
         if all_absent != "error":
             raise ValueError(f'all_absent must be "error", not {all_absent!r}: a prediction needs something present')
@@ -97,13 +99,14 @@ class JointEmbedding(MultimodalModel):
             quantization,
             all_absent,
             processors,
+            label_smoothing,
             read_only_prompts=read_only_prompts,
             tuning=lora.to_dict() if lora else "bitfit",
             fusion=fusion,
             vicreg_weight=vicreg_weight,
         )
         self.auxiliary_weight = vicreg_weight
-        add_adapters(self, lora)
+        add_adapters(self.encoders.values(), lora)
         if lora is None:
             train_biases(self.encoders.values())
         widths = {name: encoder.width for name, encoder in self.encoders.items()}

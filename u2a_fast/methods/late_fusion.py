@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora import LoraConfig
-from .base import MultimodalConfig, MultimodalModel, add_adapters, packed_rows, read_lora
+from ..lora import LoraConfig, add_adapters, read_lora
+from .base import MultimodalConfig, MultimodalModel, packed_rows
 
 
 class LateFusionConfig(MultimodalConfig):
@@ -34,12 +34,20 @@ class LateFusion(MultimodalModel):
         quantization: Any = None,
         all_absent: str = "error",
         processors: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
     ):
         lora = read_lora(lora)
         super().__init__(
-            encoders, num_labels, problem_type, quantization, all_absent, processors, lora=lora and lora.to_dict()
+            encoders,
+            num_labels,
+            problem_type,
+            quantization,
+            all_absent,
+            processors,
+            label_smoothing,
+            lora=lora and lora.to_dict(),
         )
-        add_adapters(self, lora)
+        add_adapters(self.encoders.values(), lora)
         self.head = nn.Linear(sum(encoder.width for encoder in self.encoders.values()), num_labels)
         self.post_init()
 

@@ -152,6 +152,7 @@ class PMF(MultimodalModel):
         quantization: how frozen linears are stored, see `u2a_fast.quantization`; None: as they came.
         all_absent: `"error"`; there is no `"prior"`, since a sample with nothing has no logits to average.
         processors: `{modality: processor}` for raw samples; by default loaded from the encoders' folders.
+        label_smoothing: of the cross entropy, while training; see `U2A`.
         feature_cache: a folder that keeps what enters the fusion layers, by content, for later epochs and runs.
 
     Raises:
@@ -186,6 +187,7 @@ class PMF(MultimodalModel):
         quantization: Any = None,
         all_absent: str = "error",
         processors: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
         feature_cache: str | os.PathLike | None = None,
     ):
         if all_absent != "error":
@@ -202,6 +204,7 @@ class PMF(MultimodalModel):
             quantization,
             all_absent,
             processors,
+            label_smoothing,
             train_fusion_context=train_fusion_context,
             **counts,
         )

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..lora import LoraConfig
-from .base import MultimodalConfig, MultimodalModel, add_adapters, check_choice, packed_rows, read_lora
+from ..lora import LoraConfig, add_adapters, read_lora
+from .base import MultimodalConfig, MultimodalModel, check_choice, packed_rows
 
 
 class U2AConfig(MultimodalConfig):
@@ -48,6 +48,8 @@ class U2A(MultimodalModel):
         all_absent: `"error"`, or `"prior"`: a sample with nothing is classified from the mean of the mask tokens.
         absent: `"pack"`: absent rows are not computed; `"where"`: static shapes, for compile and export.
         processors: `{modality: processor}` for raw samples; by default loaded from the encoders' folders.
+        label_smoothing: of the cross entropy, while training. Not Trainer's `label_smoothing_factor`, which takes the
+            labels away from the model and the alignment loss with them.
 
     Source: methods as in the paper's section 3; stop-gradient, unequal widths and more than two modalities are ours.
 
@@ -77,6 +79,7 @@ class U2A(MultimodalModel):
         all_absent: str = "error",
         absent: str = "pack",
         processors: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
     ):
         lora = read_lora(lora)
         check_choice("absent", absent, ("pack", "where"))
@@ -89,13 +92,14 @@ class U2A(MultimodalModel):
             quantization,
             all_absent,
             processors,
+            label_smoothing,
             lora=lora and lora.to_dict(),
             modality_dropout=modality_dropout,
             align_weight=align_weight,
             absent=absent,
         )
         self.modality_dropout, self.auxiliary_weight, self.absent = modality_dropout, align_weight, absent
-        add_adapters(self, lora)
+        add_adapters(self.encoders.values(), lora)
         widths = {name: encoder.width for name, encoder in self.encoders.items()}
         width, others = max(widths.values()), len(widths) - 1
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(others, d) * 0.02) for m, d in widths.items()})
