@@ -41,7 +41,7 @@ class TrainOptions:
     lora_r: int = option(8, "rank of the adapters")
     lora_alpha: float = option(8, "their scaling is alpha / r")
     lora_dropout: float = option(0.0, "dropout inside the adapters")
-    modality_dropout: float = option(0.3, "u2a only: chance that a complete sample loses a modality in a step")
+    modality_dropout: float = option(0.1, "u2a only: chance that a complete sample loses a modality in a step")
     label_smoothing: float = option(0.2, "of the cross entropy, while training")
     tuning: str = option("bitfit", "joint_embedding only: bitfit or lora")
     quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
