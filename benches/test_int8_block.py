@@ -23,7 +23,7 @@ ROUNDS = 15
 class BitsAndBytesLinear(nn.Module):
     """Linear8bitLt where the block expects a linear of ours."""
 
-    lora_before_dropout = None
+    lora_before_dropout, takes_quantized = None, False
 
     def __init__(self, linear):
         super().__init__()

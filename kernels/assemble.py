@@ -22,7 +22,7 @@ from . import backend
 from .assemble_backward import backward_aten, backward_triton
 from .assemble_norm_project import forward_triton, present_first
 from .norm_aten import norm_aten
-from .quantize import QuantizedRows, quantize_rows_aten, quantize_rows_reference, row_chunks
+from .quantize import QuantizedRows, quantize_rows_aten, quantize_rows_reference
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -79,10 +79,7 @@ def _aten_assemble(tokens, prefix, suffix, present, mask_token) -> Tensor:
 
 def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
     """(rows, h, s, mean, rstd, q, scale), None for what is not asked for or would equal what is there already."""
-    if quantize:
-        operands = tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a
-        return _aten_quantized(*operands, eps, dtype)
-    rows = h = s = mean = rstd = None
+    rows = h = s = mean = rstd = q = scale = None
     if prefix is not None or suffix is not None or present is not None:
         rows = _aten_assemble(tokens, prefix, suffix, present, mask_token)
     source = tokens if rows is None else rows
@@ -93,29 +90,11 @@ def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_
         h = source.to(dtype)
     if lora_a is not None:
         s = F.linear(source if h is None else h, lora_a.to(dtype))
-    return rows, h, s, mean, rstd, None, None
-
-
-def _aten_quantized(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
-    """As `forward_aten`, with q and scale in place of h, which exists for the rows of a chunk at a time."""
-    joined = not (prefix is None and suffix is None and present is None)
-    source = _aten_assemble(tokens, prefix, suffix, present, mask_token) if joined else tokens
-    lead, rows = source.shape[:2], source.flatten(0, 1)
-    mean, rstd = (rows.new_empty(len(rows), dtype=backend.wide(rows.dtype)) for _ in range(2))
-    s = None if lora_a is None else rows.new_empty(len(rows), lora_a.shape[0], dtype=dtype)
-    q, scale = torch.empty_like(rows, dtype=torch.int8), rows.new_empty(len(rows), dtype=torch.float32)
-    a = None if lora_a is None else lora_a.to(dtype).t()
-    for chunk in row_chunks(rows):
-        h = rows[chunk]
-        if norm_weight is not None:
-            h, mean[chunk, None], rstd[chunk, None] = norm_aten(h, norm_weight, norm_bias, eps)
-        h = h.to(dtype)
-        if a is not None:
-            torch.mm(h, a, out=s[chunk])
-        q[chunk], scale[chunk] = quantize_rows_aten(h)
-    s = None if s is None else s.unflatten(0, lead)
-    stats = (None, None) if norm_weight is None else (mean, rstd)
-    return source if joined else None, None, s, *stats, q.unflatten(0, lead), scale
+    if quantize:
+        written = source if h is None else h
+        q, scale = quantize_rows_aten(written.flatten(0, 1))
+        q, h = q.view(written.shape), None
+    return rows, h, s, mean, rstd, q, scale
 
 
 # ------------------------------------------------------------------------------------------------------------------ ops

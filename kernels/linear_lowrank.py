@@ -19,6 +19,7 @@ from .linear_backward import as_float, blocks, flat, gradients, save
 from .quantize import (
     TINY,
     QuantizedRows,
+    chunk_buffer,
     dequantize_rows_reference,
     launch_quantize_rows,
     quantize_rows_aten,
@@ -163,9 +164,10 @@ def linear_int8(h, weight, bias, weight_scale, quantized):
     q, h_scale = quantized or quantize_rows_aten(h)
     product, wide = int8_product(q, weight), backend.wide(h.dtype)
     y, h_scale, weight_scale = h.new_empty(product.shape), h_scale.to(wide), weight_scale.to(wide)
-    bias = None if bias is None else bias.to(wide)
-    for s in row_chunks(product):
-        part = product[s].to(wide).mul_(h_scale[s, None])
+    bias, chunks = None if bias is None else bias.to(wide), row_chunks(product)
+    buffer = chunk_buffer(product, chunks, wide)
+    for s in chunks:
+        part = buffer[: len(product[s])].copy_(product[s]).mul_(h_scale[s, None])
         y[s] = part.mul_(weight_scale) if bias is None else torch.addcmul(bias, part, weight_scale, out=part)
     return y
 

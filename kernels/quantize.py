@@ -16,7 +16,7 @@ from .backend import jit, tl
 
 TINY = 1e-30  # divides an all-zero row without a NaN
 QUANTIZE_TILE = {"BN": 8, "BK": 512, "num_warps": 4}
-CHUNK = 1 << 18  # elements taken in fp32 at a time on a CPU: a second-level cache holds them
+CHUNK = 1 << 19  # elements taken in fp32 at a time on a CPU: more fall out of cache, fewer wait for their threads
 
 
 class QuantizedRows(NamedTuple):
@@ -47,12 +47,19 @@ def row_chunks(t: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, t.shape[0], step)]
 
 
+def chunk_buffer(t: Tensor, chunks: list[slice], dtype: torch.dtype) -> Tensor:
+    """Room for the rows of any chunk: one for all, since fresh memory costs more than the arithmetic on it."""
+    return t.new_empty(min(chunks[0].stop, len(t)) if chunks else 0, t.shape[1], dtype=dtype)
+
+
 def quantize_rows_aten(w: Tensor) -> tuple[Tensor, Tensor]:
     """As `quantize_rows_reference`, bit for bit."""
     scale = (w if w.dtype != torch.float64 else w.float()).abs().amax(1).float() / 127
     q, divisor = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format), scale.clamp_min(TINY)
-    for s in row_chunks(w):
-        q[s] = w[s].to(torch.float32, copy=True).div_(divisor[s, None]).round_()
+    chunks = row_chunks(w)
+    buffer = chunk_buffer(w, chunks, torch.float32)
+    for s in chunks:
+        q[s] = buffer[: len(w[s])].copy_(w[s]).div_(divisor[s, None]).round_()
     return q, scale
 
 
