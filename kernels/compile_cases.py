@@ -141,14 +141,15 @@ def quantized_forward_bytes(shape: Shape, rank: int) -> int:
     return shape.rows * (3 * shape.width + 2 * GROUPS * rank + 12)
 
 
-def assemble_backward(shape: Shape, rank: int, adapter: bool = True, joined: bool = False, bitfit: bool = False):
-    k, t, f = shape.width, _joined(shape) if joined else shape.tokens, torch.float32
+def assemble_backward(shape: Shape, rank: int, adapter: bool = True, everything: bool = False):
+    """`everything`: learned rows and absent samples, and a norm that trains (BitFit)."""
+    k, t, f = shape.width, _joined(shape) if everything else shape.tokens, torch.float32
     d_rows, d_h, rows = (meta(shape.batch, t, k) for _ in range(3))
     d_s = meta(shape.batch, t, GROUPS * rank) if adapter else None
     stats = meta(shape.batch * t, dtype=f), meta(shape.batch * t, dtype=f)
-    present = meta(shape.batch, dtype=torch.bool) if joined else None
-    first = PROMPTS if joined else 0
-    needs = [True, joined, joined, joined, bitfit, bitfit, adapter]
+    present = meta(shape.batch, dtype=torch.bool) if everything else None
+    first = PROMPTS if everything else 0
+    needs = [True, *[everything] * 5, adapter]
     assemble_backward_triton(
         *(d_rows, d_h, d_s, rows, *stats, meta(k), meta(k), _adapter(shape, rank)[0] if adapter else None, present),
         *(shape.batch, first, first + shape.tokens, 1e-6, torch.bfloat16, needs),
@@ -209,8 +210,7 @@ CASES = [
         *("assemble_norm_project", "backward", "no adapter", lambda s, r: assemble_backward(s, r, adapter=False), (8,)),
         minimum_bytes=assemble_backward_bytes,
     ),
-    Case("assemble_norm_project", "backward", "joined", lambda s, r: assemble_backward(s, r, joined=True), (8,)),
-    Case("assemble_norm_project", "backward", "BitFit", lambda s, r: assemble_backward(s, r, bitfit=True), (8,)),
+    Case("assemble_norm_project", "backward", "all", lambda s, r: assemble_backward(s, r, everything=True), (8,)),
     Case("substitute", "forward", "bf16", lambda s, _: substitute_forward_triton(*_class_tokens(s)), (8,)),
     Case("substitute", "backward", "bf16", substitute_backward, (8,)),
     Case("attention", "forward", "few queries", lambda s, _: attention_forward_triton(*_few_queries(s), PROMPTS), (8,)),
