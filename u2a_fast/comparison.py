@@ -10,9 +10,9 @@ from pathlib import Path
 
 from .evaluation import Row, plot_report
 from .methods import METHODS
-from .training import TrainOptions, baseline_rows, load_sources, option, run_once
+from .training import BASELINES, TrainOptions, load_sources, option, run_once
 
-LATE_FUSION, UNIMODAL = "late fusion", "unimodal"
+UNIMODAL = "unimodal"
 Cell = tuple[float, float]  # mean and standard deviation of an accuracy over seeds
 
 
@@ -35,10 +35,9 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
     methods, seeds = options.methods or list(METHODS), options.seeds or [0, 1, 2]
     runs: dict[str, list[list[Row]]] = {}
     for seed in seeds:
-        for method in (*methods, *(["baselines"] if options.baselines else [])):
-            rows = _finished(_folder(options, method, seed)) or _run(options, method, seed)
-            for name, part in _split(rows, method).items():
-                runs.setdefault(name, []).append(part)
+        for name in (*methods, *(BASELINES if options.baselines else ())):
+            rows = _finished(_folder(options, name, seed)) or _run(options, name, seed)
+            runs.setdefault(name, []).append(rows)
     table = {name: _cells(reports) for name, reports in runs.items()}
     _write(table, Path(options.output_dir), len(seeds))
     return table
@@ -60,15 +59,15 @@ def verdicts(table: Mapping[str, Mapping[str, Cell]]) -> list[tuple[str, str, st
     return found
 
 
-def _run(options: CompareOptions, method: str, seed: int) -> list[Row]:
-    folder = _folder(options, method, seed)
+def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:
+    folder = _folder(options, name, seed)
     plain = {item.name: getattr(options, item.name) for item in fields(TrainOptions)}
     one = replace(TrainOptions(**plain), seed=seed, output_dir=str(folder), baselines=False, resume=True)
     splits, sources = load_sources(one)
-    if method == "baselines":
-        rows = baseline_rows(one, splits, sources)
+    if name in BASELINES:
+        rows = BASELINES[name](one, splits, sources)
     else:
-        rows = run_once(replace(one, method=method), splits, sources)
+        rows = run_once(replace(one, method=name), splits, sources)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -77,8 +76,8 @@ def _run(options: CompareOptions, method: str, seed: int) -> list[Row]:
     return rows
 
 
-def _folder(options: CompareOptions, method: str, seed: int) -> Path:
-    return Path(options.output_dir) / f"{method}-seed{seed}"
+def _folder(options: CompareOptions, name: str, seed: int) -> Path:
+    return Path(options.output_dir) / f"{name.replace(' ', '_')}-seed{seed}"
 
 
 def _finished(folder: Path) -> list[Row] | None:
@@ -86,17 +85,6 @@ def _finished(folder: Path) -> list[Row] | None:
         return None
     with open(folder / "rows.csv", encoding="utf-8") as file:
         return [{**row, "accuracy": float(row["accuracy"])} for row in csv.DictReader(file)]
-
-
-def _split(rows: Sequence[Row], method: str) -> dict[str, list[Row]]:
-    """The rows of one run by whom they are about; baseline rows carry a name in brackets."""
-    if method != "baselines":
-        return {method: list(rows)}
-    parts: dict[str, list[Row]] = {LATE_FUSION: [], UNIMODAL: []}
-    for row in rows:
-        scenario, _, name = row["scenario"].removesuffix("]").partition(" [")
-        parts[name].append({**row, "scenario": scenario})
-    return parts
 
 
 def _cells(reports: Sequence[Sequence[Row]]) -> dict[str, Cell]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,9 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     _claim_directory(options)
     model = fit(METHODS[options.method], options, splits, sources, Path(options.output_dir), checkpoint)
     rows = evaluate(model, splits["test"], seed=options.seed)
-    if options.baselines:
-        rows += baseline_rows(options, splits, sources)
+    for name, baseline in BASELINES.items() if options.baselines else ():
+        within = replace(options, output_dir=str(Path(options.output_dir) / "baselines"))
+        rows += [{**row, "scenario": f"{row['scenario']} [{name}]"} for row in baseline(within, splits, sources)]
     write_report(rows, options.output_dir)
     write_card(model, asdict(options), rows, missing_pattern(options, "train"), len(merged_training_split(splits)))
     print_report(rows, title=f"{options.method} on {options.data}, seed {options.seed}")
@@ -218,26 +219,25 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def baseline_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
-    """Late fusion with zeros for what is missing, and a unimodal model per modality.
+def late_fusion_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
+    """Late fusion with zeros for what is missing, under every scenario."""
+    model = fit(LateFusion, options, splits, sources, Path(options.output_dir) / "late_fusion")
+    return evaluate(model, splits["test"], seed=options.seed)
 
-    A unimodal model trains on those samples that keep its modality under the same missing table: what remains.
-    """
-    folder = Path(options.output_dir) / "baselines"
-    model = fit(LateFusion, options, splits, sources, folder / "late_fusion")
-    rows = [_named(row, "late fusion") for row in evaluate(model, splits["test"], seed=options.seed)]
-    pool = merged_training_split(splits)
+
+def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
+    """A model per modality, trained on those samples that keep it under the same missing table: what remains."""
+    pool, rows = merged_training_split(splits), []
     table = missing_pattern(options, "train").table(len(pool), list(sources))
     for i, (name, source) in enumerate(sources.items()):
         there = [row for row, value in enumerate(pool[name]) if value is not None and table[row, i]]
         remains = {"train": pool.select(there), "test": splits["test"]}
-        model = fit(LateFusion, options, remains, {name: source}, folder / name)
-        rows += [_named({**row, "scenario": f"{name} only"}, "unimodal") for row in evaluate(model, splits["test"])]
+        model = fit(LateFusion, options, remains, {name: source}, Path(options.output_dir) / f"{name}_only")
+        rows += [{**row, "scenario": f"{name} only"} for row in evaluate(model, splits["test"])]
     return rows
 
 
-def _named(row: Row, baseline: str) -> Row:
-    return {**row, "scenario": f"{row['scenario']} [{baseline}]"}
+BASELINES = {"late fusion": late_fusion_rows, "unimodal": unimodal_rows}
 
 
 def _check_directory(options: TrainOptions) -> str | None:
