@@ -8,8 +8,7 @@
 unpacked `tokens` are never used: whatever they hold, NaN included, reaches no output, and their gradient is exactly 0.
 
 Statistics and sums over rows are fp32 (fp64 for fp64). Backward keeps the rows, their mean and 1 / standard deviation,
-and recomputes h. The Triton kernel is in assemble_norm_project.py, the backward in
-assemble_backward.py.
+and recomputes h. The Triton kernel is in assemble_norm_project.py, the backward in assemble_backward.py.
 """
 
 from __future__ import annotations
