@@ -52,9 +52,15 @@ def chunk_buffer(t: Tensor, chunks: list[slice], dtype: torch.dtype) -> Tensor:
     return t.new_empty(min(chunks[0].stop, len(t)) if chunks else 0, t.shape[1], dtype=dtype)
 
 
+def absmax(w: Tensor) -> Tensor:
+    """Largest magnitude of each row of w [N, K]; without their sign, floats have the order of their bits."""
+    bits, magnitude = (torch.int16, 0x7FFF) if w.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
+    return (w.view(bits) & magnitude).amax(1).view(w.dtype)
+
+
 def quantize_rows_aten(w: Tensor) -> tuple[Tensor, Tensor]:
     """As `quantize_rows_reference`, bit for bit."""
-    scale = (w if w.dtype != torch.float64 else w.float()).abs().amax(1).float() / 127
+    scale = absmax(w if w.dtype != torch.float64 else w.float()).float() / 127
     q, divisor = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format), scale.clamp_min(TINY)
     chunks = row_chunks(w)
     buffer = chunk_buffer(w, chunks, torch.float32)

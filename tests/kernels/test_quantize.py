@@ -49,6 +49,14 @@ def test_a_row_of_zeros_stays_a_row_of_zeros(implementation):
     assert torch.equal(dequantize_rows(q, scale, torch.bfloat16), torch.zeros(2, 5, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_what_is_not_finite_shows_in_the_scale_of_its_row_alone(implementation, dtype):
+    w = torch.tensor([[1.0, -2.0], [float("nan"), 2.0], [3.0, float("-inf")]], dtype=dtype)
+    _, scale = quantized(w, implementation)
+    assert scale[0] == torch.tensor(2.0) / 127 and scale[1].isnan() and scale[2].isinf()
+
+
 def test_a_transposed_weight_is_read_by_its_rows():
     w = torch.randn(9, 6)
     for implementation in ("torch", "triton"):
