@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import tiny_data
@@ -10,7 +11,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from u2a_fast import load_model
+from u2a_fast.card import data_hash
 from u2a_fast.cli import main
+from u2a_fast.data import load_table
+from u2a_fast.evaluation import scenario_logits
+
+COLOURS = sorted(tiny_data.COLOURS)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def test_train_writes_checkpoint_report_and_card(trained):
     card = (trained / "README.md").read_text(encoding="utf-8")
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "u2a_fast" and metadata["model-index"]
-    assert "Table hash" in card and "Seed 0" in card and "torch 2" in card
+    assert "Data hash" in card and "Table hash" in card and "Seed 0" in card and "torch 2" in card
     assert (trained / "report.png").exists()
 
 
@@ -64,9 +71,40 @@ def test_a_directory_of_another_run_or_model_is_refused(trained, common, root):
         main([*again, "--baselines", "--seed", "3"])
     with pytest.raises(SystemExit, match="holds this run already: pass --resume"):
         main([*again, "--baselines"])
-    with pytest.raises(SystemExit, match=r"holds another model \(bert\)"):
+    with pytest.raises(SystemExit, match=r"holds another model \(config.json\)"):
         main(["train", *common, "--output-dir", str(root / "encoders" / "text")])
     assert (trained / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint-5/trainer_state.json", "adapter_config.json", "pytorch_model.bin"])
+def test_what_others_left_is_not_overwritten(name, common, tmp_path):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with pytest.raises(SystemExit, match="holds another model"):
+        main(["train", *common, "--output-dir", str(tmp_path / "out")])
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
+
+
+def test_evaluate_reads_classes_by_name(trained, common, tmp_path):
+    """A test split without the first class numbers the others anew; the model's numbers are what counts."""
+    with open(common[1], encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    scores = {}
+    for name, kept in {"all": COLOURS, "late": COLOURS[1:]}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        with open(folder / "test.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["image", "text", "label"])
+            writer.writeheader()
+            for row in rows:
+                if row["label"] in kept:
+                    writer.writerow({**row, "image": row["image"] and str(Path(common[1]).parent / row["image"])})
+        model, data = load_model(trained), load_table(folder)["test"]
+        logits, _, labels = scenario_logits(model, data, ["full"], 16, 0)
+        assert [model.config.id2label[i] for i in labels.tolist()] == [r["label"] for r in rows if r["label"] in kept]
+        scores[name] = logits["full"]
+    assert torch.equal(scores["late"], scores["all"][[row["label"] in COLOURS[1:] for row in rows]])
 
 
 def test_an_interrupted_run_goes_on(common, root, monkeypatch):
@@ -82,6 +120,9 @@ def test_an_interrupted_run_goes_on(common, root, monkeypatch):
         patch.setattr(Trainer, "_save_checkpoint", stop_after_saving)
         with pytest.raises(KeyboardInterrupt):
             main([*arguments, "--output-dir", str(root / "halved")])
+    torn = root / "halved" / "checkpoint-999"  # what a kill in the middle of writing leaves
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
     main([*arguments, "--output-dir", str(root / "halved"), "--resume"])
     whole, halved = (load_file(root / name / "model.safetensors") for name in ("whole", "halved"))
     assert whole.keys() == halved.keys() and all(torch.equal(whole[name], halved[name]) for name in whole)
@@ -99,14 +140,37 @@ def test_options_come_from_yaml_and_flags_win(common, root):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--data", "/nowhere/at/all.csv", "--output-dir", "{}"], "nowhere"),
-        (["train", "--method", "magic", "--output-dir", "{}"], "unknown method 'magic': use one of u2a"),
-        (["predict", "--model", "{}", "--input", "/nowhere.jsonl"], "nowhere|not"),
+        (["train", "--data", "/nowhere/at/all.csv"], "nowhere"),
+        (["train", "--method", "magic"], "unknown method 'magic': use one of u2a"),
+        (["train", "--missing-kind", "txt"], "kind must be 'both', 'any' or one of"),
+        (["train", "--dtype", "float3"], "dtype must be one of"),
+        (["train", "--encoders", '{"image": "{encoders}/image", "txt": "{encoders}/text"}'], "unknown modality 'txt'"),
+        (["train", "--encoders", '{"image": "/nowhere", "text": "{encoders}/text"}'], "nowhere"),
+        (["train", "--data", "{tables}/scores.csv"], "needs a label column of class names"),
+        (["train", "--data", "{tables}/unlabelled.csv"], "needs a label column of class names"),
+        (["train", "--data", "{tables}/split"], "has no test split"),
+        (["predict", "--model", "{out}", "--input", "/nowhere.jsonl"], "nowhere|not"),
+        (
+            ["predict", "--model", "/nowhere", "--input", "{tables}/list.jsonl"],
+            "each line of the input must be",
+        ),
+        (["evaluate", "--model", "/nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments, message, tmp_path):
+def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common, root, tmp_path):
+    tables = tmp_path / "tables"
+    (tables / "split").mkdir(parents=True)
+    (tables / "scores.csv").write_text("text,label\nred,0.5\nblue,1.25\n")
+    (tables / "unlabelled.csv").write_text("text\nred\nblue\n")
+    (tables / "split" / "train.csv").write_text("text,label\nred,a\nblue,b\n")
+    (tables / "list.jsonl").write_text("[1]\n")
+    places = {"{out}": tmp_path / "out", "{tables}": tables, "{encoders}": root / "encoders"}
+    for place, path in places.items():
+        arguments = [argument.replace(place, str(path)) for argument in arguments]
+    defaults = [*common, "--output-dir", str(tmp_path / "out")] if arguments[0] == "train" else ["--data", common[1]]
+    given = defaults if arguments[0] != "predict" else []
     with pytest.raises(SystemExit, match=message) as caught:
-        main([a.format(tmp_path / "out") for a in arguments])
+        main([arguments[0], *given, *arguments[1:]])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -115,3 +179,11 @@ def test_doctor_names_what_it_found(capsys):
     main(["doctor"])
     out = capsys.readouterr().out
     assert all(word in out for word in ("torch", "backend", "bfloat16", "bitsandbytes"))
+
+
+def test_the_data_hash_follows_content_and_not_place(tmp_path):
+    tables = {name: load_table(tiny_data.write_table(tmp_path / name, 12))["train"] for name in ("a", "b")}
+    assert data_hash(tables["a"]) == data_hash(tables["b"])
+    Path(tables["b"][0]["image"]["path"]).write_bytes(b"another picture")
+    assert data_hash(tables["a"]) != data_hash(tables["b"])
+    assert data_hash(tables["a"]) != data_hash(tables["a"].select(range(3)))

@@ -2,13 +2,14 @@
 
 import csv
 
+import datasets
 import pytest
 import tiny_data
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
 from u2a_fast import U2A, LateFusion, MissingPattern, MultimodalCollator, evaluate
-from u2a_fast.evaluation import default_scenarios, scenario_mask
+from u2a_fast.evaluation import default_scenarios, scenario_logits, scenario_mask
 
 NAMES = ("text", "image")
 
@@ -103,3 +104,63 @@ def test_multilabel_scores(folders):
     predicted = logits > 0
     assert row["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
     assert row["accuracy"] == pytest.approx((predicted == labels.bool()).float().mean().item())
+
+
+def test_a_map_style_dataset_of_any_kind_is_read_by_its_length(model):
+    class Cycle(torch.utils.data.Dataset):
+        """`__getitem__` never says IndexError."""
+
+        rows = tiny_data.samples(3)
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            return self.rows[i % 3]
+
+    (row,) = evaluate(model, Cycle(), scenarios=["full"])
+    assert row["n"] == 5
+
+
+def test_a_column_that_is_not_there_is_an_absent_modality(model):
+    words = [{"text": row["text"], "label": row["label"]} for row in tiny_data.samples(6)]
+    with_column = [{**row, "image": None} for row in words]
+    scenarios = ["full", "image missing", "rate 0.9"]
+    expected = evaluate(model, with_column, scenarios)
+    assert (
+        evaluate(model, datasets.Dataset.from_list(words), scenarios) == evaluate(model, words, scenarios) == expected
+    )
+    assert [row["n"] for row in evaluate(model, words, ["text missing"])] == [0]
+
+
+def test_what_cannot_be_decoded_counts_as_absent_in_every_scenario(model):
+    words = [{**row, "image": None} for row in tiny_data.samples(12)]
+    broken = [{**row, "image": b"no picture"} for row in words]
+    scenarios = ["full", "rate 0.9"]
+    (expected, present, _), (logits, found, _) = (scenario_logits(model, d, scenarios, 5, 0) for d in (words, broken))
+    assert torch.equal(present, found) and not found[:, 1].any()
+    for name in scenarios:
+        assert torch.equal(logits[name], expected[name]) and torch.equal(logits[name], logits["full"])
+
+
+def test_labels_that_do_not_fit_are_named(model):
+    rows = tiny_data.samples(3)
+    for label in (7, -1):
+        with pytest.raises(ValueError, match=f"label {label} is out of range"):
+            evaluate(model, [*rows, {**rows[0], "label": label}])
+    with pytest.raises(ValueError, match="needs a label in every sample"):
+        evaluate(model, [{"text": "red"}])
+    (row,) = evaluate(model, [*rows, {**rows[0], "label": -100}], scenarios=["full"])
+    assert row["n"] == 3
+
+
+def test_class_names_decide_where_both_sides_have_them(folders):
+    model = U2A(folders, num_labels=3, processors=tiny_data.processors())
+    names = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["red", "green"])})
+    data = datasets.Dataset.from_list([{"text": "red", "label": 0}, {"text": "green", "label": 1}], features=names)
+    assert scenario_logits(model, data, ["full"], 2, 0)[2].tolist() == [0, 1]  # LABEL_0, .. are no names
+    model.config.id2label = {0: "blue", 1: "green", 2: "red"}
+    assert scenario_logits(model, data, ["full"], 2, 0)[2].tolist() == [2, 1]
+    model.config.id2label = {0: "blue", 1: "green", 2: "yellow"}
+    with pytest.raises(ValueError, match="no class 'red': its classes are blue, green, yellow"):
+        evaluate(model, data)

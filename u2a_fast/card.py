@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ Frozen encoders, trained jointly with [u2a-fast](https://pypi.org/project/u2a-fa
 |---|---|---|
 {encoders}
 
+Data hash `{data_hash}` (SHA-256 of the training rows, files included).
 Missing modalities in training: {missing} Table hash `{table_hash}`.
 Protocol: one fixed table per split; results do not compare with those of holes redrawn at every epoch.
 Seed {seed}. {trained:,d} of {total:,d} parameters were trained.
@@ -49,13 +52,13 @@ def write_card(
     options: Mapping[str, Any],
     rows: Sequence[Row],
     pattern: MissingPattern,
-    count: int,
+    train_split: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write `README.md` with Hugging Face's metadata: base models, one metric a scenario, seed, data hash, versions."""
     import yaml
     from huggingface_hub import EvalResult, ModelCardData
 
-    config, folder = model.config, Path(options["output_dir"])
+    config, folder, count = model.config, Path(options["output_dir"]), len(train_split)
     name = folder.resolve().name
     results = [
         EvalResult(
@@ -80,6 +83,7 @@ def write_card(
             f"| {m} | {Path(config.encoders[m]).name or 'given as a module'} | {config.encoder_dtypes[m]} |"
             for m in config.modalities
         ),
+        data_hash=data_hash(train_split),
         missing=pattern.summary(count, config.modalities),
         table_hash=pattern.hash(count, config.modalities),
         seed=options["seed"],
@@ -90,3 +94,15 @@ def write_card(
         versions=", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of what the rows say, in order: a file counts with its content, wherever it lies."""
+    content = hashlib.sha256()
+    for i in range(len(rows)):
+        for name, cell in sorted(rows[i].items()):
+            if isinstance(cell, Mapping):  # an image or a recording, not decoded
+                cell = cell["bytes"] or (Path(cell["path"]).read_bytes() if cell["path"] else b"")
+                cell = hashlib.sha256(cell).hexdigest()
+            content.update(json.dumps([name, cell]).encode())
+    return content.hexdigest()

@@ -66,6 +66,8 @@ def run_evaluate(options: EvaluateOptions) -> None:
 def run_predict(options: PredictOptions) -> None:
     lines = sys.stdin if options.input == "-" else Path(options.input).read_text(encoding="utf-8").splitlines()
     samples = [json.loads(line) for line in lines if line.strip()]
+    if not all(isinstance(sample, dict) for sample in samples):
+        raise ValueError('each line of the input must be one object, for example {"text": "red apple"}')
     model = load_model(options.model)
     written = []
     for logits in model.predict(samples, options.batch_size):
@@ -140,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     values: Namespace = parsed[parsed.command]
     try:
         run(options(**{item.name: values[item.name] for item in fields(options)}))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         if isinstance(error, json.JSONDecodeError):
             error = f"the input is not JSON lines: {error}"
-        sys.exit(f"u2a-fast {parsed.command}: {error}")
+        sentence = next(iter(str(error).splitlines()), repr(error))  # Hugging Face's go on for paragraphs
+        sys.exit(f"u2a-fast {parsed.command}: {sentence}")

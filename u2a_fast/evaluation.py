@@ -12,6 +12,7 @@ from torchmetrics.functional import accuracy, f1_score
 from tqdm.auto import tqdm
 
 from .data import MissingPattern, MultimodalCollator
+from .data.collator import LABELS
 from .methods.base import MultimodalModel, to_device
 
 RATES = (0.3, 0.5, 0.7, 0.9)
@@ -39,18 +40,27 @@ def scenario_mask(scenario: str, natural: torch.Tensor, modalities: Sequence[str
     Raises:
         ValueError: a scenario that is none of `full`, `<modality> missing`, `rate <number>`.
     """
+    return _leave(scenario, natural, scenario_table(scenario, len(natural), modalities, seed))
+
+
+def scenario_table(scenario: str, n: int, modalities: Sequence[str], seed: int = 0) -> torch.Tensor:
+    """What a scenario leaves of n complete samples: bool `[n, M]`."""
+    kept = torch.ones(n, len(modalities), dtype=torch.bool)
     if scenario == "full":
-        return natural
+        return kept
     if scenario.endswith(" missing") and (name := scenario.removesuffix(" missing")) in modalities:
-        kept = natural.clone()
         kept[:, list(modalities).index(name)] = False
         return kept
     if scenario.startswith("rate "):
         pattern = MissingPattern(rate=float(scenario.removeprefix("rate ")), kind="both", seed=seed, split="test")
-        kept = natural & pattern.table(len(natural), modalities)
-        return torch.where(kept.any(dim=1, keepdim=True), kept, natural)
+        return pattern.table(n, modalities)
     known = ", ".join(default_scenarios(modalities))
     raise ValueError(f"unknown scenario {scenario!r}: use one of {known} or another rate")
+
+
+def _leave(scenario: str, natural: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    kept = natural & table
+    return torch.where(kept.any(dim=1, keepdim=True), kept, natural) if scenario.startswith("rate ") else kept
 
 
 def evaluate(
@@ -64,7 +74,8 @@ def evaluate(
     """Accuracy and macro F1 of a classifier under every scenario; each encoder runs once a sample.
 
     Args:
-        dataset: samples with a column for each modality (None where it is missing) and `label`.
+        dataset: samples with a column for each modality (None where it is missing) and `label`. Class names, where
+            both have them (a `ClassLabel` here, `id2label` of the model), decide which class a label means.
         scenarios: names as in `scenario_mask`; None: `default_scenarios`.
         output_dir: where to write `report.csv` and `report.png`.
 
@@ -72,18 +83,19 @@ def evaluate(
         One row a scenario: `{"scenario", "accuracy", "macro_f1", "n"}`, accuracy in 0..1, n the samples that count.
 
     Raises:
-        ValueError: an unknown scenario, or a regression model, which has no accuracy.
+        ValueError: an unknown scenario, a regression model, which has no accuracy, or labels that are absent, out of
+            range, or of a class that the model does not have.
     """
     modalities = model.config.modalities
     scenarios = list(default_scenarios(modalities) if scenarios is None else scenarios)
     for scenario in scenarios:  # before any work: a typing error should not cost a pass over the encoders
-        scenario_mask(scenario, torch.ones(1, len(modalities), dtype=torch.bool), modalities)
+        scenario_table(scenario, 1, modalities)
     logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)
     if model.problem_type(labels) == "regression":
         raise ValueError("evaluate reports accuracy, which a regression model does not have: use Trainer.evaluate")
     rows = []
     for scenario in scenarios:
-        counted = _counted(model, scenario_mask(scenario, natural, modalities, seed))
+        counted = _counted(model, scenario_mask(scenario, natural, modalities, seed), labels)
         rows.append({"scenario": scenario, **_scores(logits[scenario][counted], labels[counted])})
     if output_dir is not None:
         write_report(rows, output_dir)
@@ -96,18 +108,23 @@ def scenario_logits(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """`({scenario: logits [n, C]}, natural presence [n, M], labels [n])`; rows with nothing present hold zeros."""
     modalities, collate, was_training = model.config.modalities, MultimodalCollator(model.processors), model.training
-    encoded, natural, labels, logits = None, [], [], {name: [] for name in scenarios}
-    here = natural_presence(dataset, modalities)
-    masks = {name: scenario_mask(name, here, modalities, seed) for name in scenarios}
+    natural, labels, logits = [], [], {name: [] for name in scenarios}
+    tables = {name: scenario_table(name, len(dataset), modalities, seed) for name in scenarios}
+    classes = class_order(dataset, model)
     model.eval()
     try:
         for start in tqdm(range(0, len(dataset), batch_size), desc="evaluating", unit="batch"):
-            chosen = range(start, min(start + batch_size, len(dataset)))
-            batch = to_device(collate([dataset[i] for i in chosen]), model.device)
-            present, target = batch.pop("modality_mask"), batch.pop("labels")
+            rows = slice(start, min(start + batch_size, len(dataset)))
+            batch = to_device(collate([dataset[i] for i in range(rows.start, rows.stop)]), model.device)
+            present, target = batch.pop("modality_mask"), batch.pop("labels", None)
+            if target is None:
+                raise ValueError("evaluate needs a label in every sample: this data set has none")
+            if classes is not None:  # what is no class is left for the check to name
+                target = torch.where(target < 0, target, classes.to(target.device)[target.clamp(min=0)])
+            model.check_labels(target, len(present))
             encoded = model.encode(batch, present)
             for name in scenarios:
-                mask = masks[name][start : start + batch_size].to(present.device) & present
+                mask = _leave(name, present, tables[name][rows].to(present.device))
                 logits[name].append(model.fuse(encoded, mask)[0].float().cpu())
             natural.append(present.cpu())
             labels.append(target.cpu())
@@ -116,17 +133,22 @@ def scenario_logits(
     return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(natural), torch.cat(labels)
 
 
-def natural_presence(dataset: Any, modalities: Sequence[str]) -> torch.Tensor:
-    """Which cells of the data set are filled: bool `[n, M]`, without decoding any."""
-    columns = []
-    for name in modalities:
-        values = dataset[name] if hasattr(dataset, "column_names") else [sample.get(name) for sample in dataset]
-        columns.append(torch.tensor([value is not None for value in values]))
-    return torch.stack(columns, dim=1)
+def class_order(dataset: Any, model: MultimodalModel) -> torch.Tensor | None:
+    """`[classes of the data set]`: the model's number for each of them; None where one side has no names."""
+    features, known = getattr(dataset, "features", None) or {}, model.config.id2label
+    names = next((features[name].names for name in LABELS if hasattr(features.get(name), "names")), None)
+    if names is None or known == {i: f"LABEL_{i}" for i in range(len(known))}:
+        return None
+    unknown = [name for name in names if name not in known.values()]
+    if unknown:
+        raise ValueError(f"this model has no class {unknown[0]!r}: its classes are {', '.join(known.values())}")
+    numbers = {name: i for i, name in known.items()}
+    return torch.tensor([numbers[name] for name in names])
 
 
-def _counted(model: MultimodalModel, mask: torch.Tensor) -> torch.Tensor:
-    return mask.any(dim=1) if model.all_absent == "error" else torch.ones(len(mask), dtype=torch.bool)
+def _counted(model: MultimodalModel, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    counted = mask.any(dim=1) | (model.all_absent == "prior")
+    return counted & (labels != -100) if labels.dim() == 1 else counted
 
 
 def _scores(logits: torch.Tensor, labels: torch.Tensor) -> Row:

@@ -178,14 +178,17 @@ class LoraLinear(nn.Module):
         """Give every role of `config.target_modules` its factors: A uniform as in PEFT, B zero."""
         self.adapted = tuple(role for role in self.roles if role in config.target_modules)
         if not self.adapted:
-            self.lora_a = self.lora_b = None
-            return
+            return self.remove_adapter()
         rows, width = self.out_features // len(self.roles), self.in_features
         groups, device = len(self.adapted), self.weight.device
         bound = 1 / math.sqrt(width)  # kaiming_uniform_ with a = sqrt(5), as nn.Linear and PEFT do
         self.lora_a = nn.Parameter(torch.empty(groups * config.r, width, device=device).uniform_(-bound, bound))
         self.lora_b = nn.Parameter(torch.zeros(groups * rows, config.r, device=device))
         self.scaling, self.dropout = config.scaling, config.lora_dropout
+
+    def remove_adapter(self) -> None:
+        self.lora_a = self.lora_b = None
+        self.adapted = ()
 
     @property
     def has_adapter(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,8 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedConfig, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainingArguments, set_seed
 
 from . import data as data_module
 from .card import write_card
@@ -19,9 +20,11 @@ from .data import MissingPattern, MultimodalCollator, with_missing
 from .evaluation import Row, evaluate, print_report, write_report
 from .lora import LoraConfig
 from .methods import METHODS, LateFusion
-from .methods.base import MultimodalModel
+from .methods.base import MultimodalModel, check_choice, check_modalities
 
 RUN_FILE = "run.yaml"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
 
 
 def option(default: Any, help: str) -> Any:
@@ -71,16 +74,17 @@ def train(options: TrainOptions) -> list[Row]:
 
 
 def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
-    """`train` on splits and encoders that are loaded already."""
+    """`train` on splits and encoders that are loaded already; what is refused is refused before anything is written."""
     checkpoint = _check_directory(options)
+    trainer = make_trainer(METHODS[options.method], options, splits, sources, Path(options.output_dir))
     _claim_directory(options)
-    model = fit(METHODS[options.method], options, splits, sources, Path(options.output_dir), checkpoint)
+    model = _run_trainer(trainer, checkpoint)
     rows = evaluate(model, splits["test"], seed=options.seed)
     for name, baseline in BASELINES.items() if options.baselines else ():
         within = replace(options, output_dir=str(Path(options.output_dir) / "baselines"))
         rows += [{**row, "scenario": f"{row['scenario']} [{name}]"} for row in baseline(within, splits, sources)]
     write_report(rows, options.output_dir)
-    write_card(model, asdict(options), rows, missing_pattern(options, "train"), len(merged_training_split(splits)))
+    write_card(model, asdict(options), rows, missing_pattern(options, "train"), merged_training_split(splits))
     print_report(rows, title=f"{options.method} on {options.data}, seed {options.seed}")
     return rows
 
@@ -91,27 +95,63 @@ def fit(
     splits: Mapping[str, Any],
     sources: Mapping[str, str],
     folder: Path,
-    checkpoint: str | None = None,
 ) -> MultimodalModel:
     """Train `method` on the train and validation splits with simulated missing modalities; the model, saved."""
-    set_seed(options.seed)
-    model = build_model(method, options, splits, sources)
+    return _run_trainer(make_trainer(method, options, splits, sources, folder))
+
+
+def make_trainer(
+    method: type[MultimodalModel],
+    options: TrainOptions,
+    splits: Mapping[str, Any],
+    sources: Mapping[str, str],
+    folder: Path,
+) -> Trainer:
+    """Model, data with holes, and optimizer, ready to train.
+
+    Raises:
+        ValueError: data or options that the method cannot be trained on.
+    """
+    check_data(options, splits, sources)
     train_split = merged_training_split(splits)
     pattern, modalities = missing_pattern(options, "train"), list(sources)
     if len(modalities) > 1:
         print(pattern.summary(len(train_split), modalities))
         train_split = with_missing(train_split, pattern, modalities)
+    set_seed(options.seed)
+    model = build_model(method, options, splits, sources)
     model.print_trainable_parameters()
-    trainer = Trainer(
+    return Trainer(
         model,
         training_arguments(options, folder),
         train_dataset=train_split,
         data_collator=MultimodalCollator(model.processors),
         optimizers=(make_optimizer(model, options), None),
     )
+
+
+def _run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalModel:
     trainer.train(resume_from_checkpoint=checkpoint)
-    model.save_pretrained(folder)
-    return model
+    trainer.model.save_pretrained(trainer.args.output_dir)
+    return trainer.model
+
+
+def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Refuse what would fail later: a split or a column that is not there, labels without classes, a wrong dtype."""
+    check_choice("dtype", options.dtype, DTYPES)
+    absent = [name for name in ("train", "test") if name not in splits]
+    if absent:
+        raise ValueError(
+            f"{options.data} has no {absent[0]} split: put all rows into one table, which is split by seed, or add one "
+            f"named {absent[0]}"
+        )
+    columns = splits["train"].features
+    if not hasattr(columns.get("label"), "names"):
+        raise ValueError(
+            f"{options.data} needs a label column of class names or whole numbers: for other problems build a model "
+            "with problem_type=... and use Trainer"
+        )
+    check_modalities(sources, [name for name in columns if name not in ("label", "group")])
 
 
 def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim.AdamW:
@@ -250,11 +290,20 @@ def _check_directory(options: TrainOptions) -> str | None:
             raise ValueError(f"{folder} holds another run ({', '.join(changed)} differ): choose another output_dir")
         if not options.resume:
             raise ValueError(f"{folder} holds this run already: pass --resume to go on, or choose another output_dir")
-        return get_last_checkpoint(str(folder))
-    if (folder / "config.json").exists():
-        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type", "unknown")
-        raise ValueError(f"{folder} holds another model ({kind}): choose another output_dir")
+        return _last_checkpoint(folder)
+    found = sorted(path.name for pattern in LEFT_BY_OTHERS for path in folder.glob(pattern))
+    if found:
+        raise ValueError(f"{folder} holds another model ({found[0]}): choose another output_dir")
     return None
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: Trainer writes its state last, and a killed run may have got less far."""
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(json.JSONDecodeError):
+            whole.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
+    return max(whole, default=(0, None))[1]
 
 
 def _claim_directory(options: TrainOptions) -> None:

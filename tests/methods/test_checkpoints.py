@@ -1,5 +1,7 @@
 """What was trained is saved, alone; a reloaded model is the same model; a resumed run is the same run."""
 
+import copy
+
 import pytest
 import tiny_data
 import tiny_encoders
@@ -7,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from u2a_fast import U2A, LateFusion, LoraConfig, MultimodalCollator, load_model
+from u2a_fast import PMF, U2A, JointEmbedding, LateFusion, LoraConfig, MultimodalCollator, load_model
+from u2a_fast.encoders import from_pretrained_model
 
 
 @pytest.fixture
@@ -152,3 +155,59 @@ def test_dropped_columns_are_explained(folders, tmp_path):
         MultimodalCollator(tiny_data.processors())([{"label": 0}])
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         make_model(folders)(labels=torch.tensor([0]))
+
+
+def test_processors_come_back_whatever_a_modality_is_called(folders, tmp_path):
+    names = {"caption": "text", "photo": "image"}
+    processors = {name: tiny_data.processors()[kind] for name, kind in names.items()}
+    encoders = {name: folders[kind] for name, kind in names.items()}
+    loaded = {name: tiny_encoders.build({"text": "bert", "image": "vit"}[kind]) for name, kind in names.items()}
+    U2A(loaded, num_labels=3, processors=processors).save_pretrained(tmp_path / "saved")
+    model = U2A.from_pretrained(tmp_path / "saved", encoders=encoders)
+    assert model.predict([{"caption": "red"}, {"photo": tiny_data.samples(1)[0]["image"]}]).shape == (2, 3)
+
+
+def test_only_what_the_samples_have_needs_a_processor():
+    model = U2A({"text": tiny_encoders.build("bert"), "image": tiny_encoders.build("vit")}, num_labels=3)
+    model.processors = {"text": tiny_data.tokenizer()}
+    alone = model.predict([{"text": "red"}])
+    with pytest.raises(ValueError, match="no processor for 'image' is known"):
+        model.predict(tiny_data.samples(1))
+    model.processors = {"image": tiny_data.image_processor()}  # and the tokenizer stays
+    assert list(model.processors) == ["text", "image"]
+    torch.testing.assert_close(model.predict([{"text": "red"}, *tiny_data.samples(1)])[:1], alone)
+
+
+def test_a_modality_nobody_knows_is_refused_by_name(folders, tmp_path):
+    for wrong in ({"imgae": tiny_data.image_processor()}, {"phto": folders["image"]}):
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=f"unknown modality '{name}': this model has text, image"):
+            U2A(folders, num_labels=3, processors=wrong)
+        model = make_model(folders)
+        with pytest.raises(ValueError, match=f"unknown modality '{name}'"):
+            model.processors = wrong
+        model.save_pretrained(tmp_path / "saved")
+        with pytest.raises(ValueError, match=f"unknown modality '{name}'"):
+            U2A.from_pretrained(tmp_path / "saved", encoders=wrong)
+
+
+def test_an_encoder_object_serves_several_models(folders):
+    """Each model has adapters, biases and storage of its own; the object stays as it was given."""
+    given = {n: from_pretrained_model(tiny_encoders.build(f)) for n, f in (("text", "bert"), ("image", "vit"))}
+    before = {name: copy.deepcopy(encoder.state_dict()) for name, encoder in given.items()}
+    first = make_model(given).eval()
+    expected = first(**batch()).logits
+    second, bitfit = make_model(given, seed=1), JointEmbedding(given, num_labels=3)
+    U2A(given, num_labels=3, quantization="int8"), PMF(given, num_labels=3)
+    for model in (second, bitfit):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(1.0)
+    assert torch.equal(first(**batch()).logits, expected)
+    for name, encoder in given.items():
+        assert encoder.state_dict().keys() == before[name].keys()
+        assert all(torch.equal(value, before[name][key]) for key, value in encoder.state_dict().items())
+        shared = first.encoders[name].blocks[0].qkv.weight
+        assert shared.data_ptr() == encoder.blocks[0].qkv.weight.data_ptr()
+    third = PMF(first.encoders, num_labels=3)
+    assert not any("lora" in name for name, _ in third.named_parameters())

@@ -119,6 +119,29 @@ def test_rows_do_not_see_each_other():
     parity.assert_close(fast(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
 
 
+@pytest.mark.parametrize("families", PAIRS.values(), ids=PAIRS.keys())
+def test_static_shapes_compile_as_one_graph(families):
+    """`absent="where"`, in training, with gradients; aot_eager traces backward too."""
+    torch._dynamo.reset()
+    fast, _, _ = models(families)
+    fast.absent = "where"
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    inputs, labels = parity.batch(families, COUNT), torch.arange(COUNT) % 5
+    for seed in range(2):
+        present = parity.random_presence(COUNT, len(families), seed)
+        results = []
+        for model in (fast, compiled):
+            fast.zero_grad()
+            out = model(**inputs, modality_mask=present, labels=labels)
+            out.loss.backward()
+            gradients = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
+            results.append({"logits": out.logits, "loss": out.loss, **gradients})
+        eager, graph = results
+        assert eager.keys() == graph.keys()
+        for name, value in eager.items():
+            parity.assert_close(graph[name], value, 1e-9, name)
+
+
 def test_prior_for_a_sample_with_nothing():
     families = PAIRS["pre and post norm"]
     fast, reference, names = models(families, unequal=True, all_absent="prior")

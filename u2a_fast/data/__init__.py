@@ -8,6 +8,7 @@ from u2a_fast.data.carriers import MissingPackageError
 from u2a_fast.data.collator import MultimodalCollator
 from u2a_fast.data.emoji import load_emoji
 from u2a_fast.data.holes import MissingDataset, with_missing
+from u2a_fast.data.inputs import is_absent
 from u2a_fast.data.missing import MissingPattern, import_upstream_table
 from u2a_fast.data.pretrained import dinov2_folder, minilm_folder, whisper_folder
 from u2a_fast.data.splits import grouped_split
@@ -23,6 +24,7 @@ __all__ = [
     "fetch_stamps",
     "grouped_split",
     "import_upstream_table",
+    "is_absent",
     "load_emoji",
     "load_stamps",
     "load_table",

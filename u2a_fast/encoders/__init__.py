@@ -1,6 +1,6 @@
 """Hugging Face encoders as `embed -> blocks -> finish`."""
 
 from .base import Encoder, Family
-from .build import from_pretrained_model, load
+from .build import from_pretrained_model, load, without_adapters
 
-__all__ = ["Encoder", "Family", "from_pretrained_model", "load"]
+__all__ = ["Encoder", "Family", "from_pretrained_model", "load", "without_adapters"]

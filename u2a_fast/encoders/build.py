@@ -56,6 +56,15 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
     return encoder.train(model.training)
 
 
+def without_adapters(encoder: Encoder) -> Encoder:
+    """A frozen copy of an encoder without its adapters, for another model; large weights are shared."""
+    copied = _share(encoder)
+    for block in copied.blocks:
+        for linear in block.linears:
+            linear.remove_adapter()
+    return copied.train(encoder.training)
+
+
 def load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
     """The Hugging Face encoder of `modality` from a hub id or a folder, without a pooler.
 
@@ -175,9 +184,9 @@ def _norm(norm: nn.LayerNorm) -> nn.LayerNorm:
 
 
 def _share(module: nn.Module) -> nn.Module:
-    """A copy of the module whose frozen parameters share the caller's storage."""
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, memo)
+    """A frozen copy of the module that shares the caller's matrices, but not the vectors: biases may train."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters() if p.dim() > 1}
+    return copy.deepcopy(module, memo).requires_grad_(False)
 
 
 def _get(module: nn.Module, path: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,7 @@ class MultimodalModel(PreTrainedModel):
             raise ValueError(f"label_smoothing must be at least 0 and below 1, not {label_smoothing}")
         if len(encoders) < self.min_modalities:
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
+        check_modalities(processors or (), list(encoders))
         modes = normalise(quantization, encoders)
         built = {name: as_encoder(name, given, None) for name, given in encoders.items()}
         for name, encoder in built.items():
@@ -152,7 +153,7 @@ class MultimodalModel(PreTrainedModel):
         """
         present = self.presence(inputs, modality_mask)
         if labels is not None:
-            self._check_labels(labels, present.shape[0])
+            self.check_labels(labels, present.shape[0])
         if self.training:
             present = self.drop_modalities(present)
         logits, auxiliary = self.fuse(self.encode(inputs, present), present)
@@ -167,10 +168,9 @@ class MultimodalModel(PreTrainedModel):
     def presence(self, inputs: Mapping[str, Any], modality_mask: torch.Tensor | None) -> torch.Tensor:
         """The checked presence mask of a batch, bool `[B, M]`."""
         modalities = self.config.modalities
-        unknown = [name for name in inputs if name not in modalities]
-        if unknown:
-            raise ValueError(f"unknown modality {unknown[0]!r}: this model has {', '.join(modalities)}")
-        given = {name: tensor for name, values in inputs.items() if (tensor := _first_tensor(values)) is not None}
+        check_modalities(inputs, modalities)
+        given = {name: _first_tensor(values) for name, values in inputs.items()}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
         if not given:
             raise ValueError(
                 f"the batch holds none of {', '.join(modalities)}: if Trainer dropped the columns, "
@@ -216,7 +216,8 @@ class MultimodalModel(PreTrainedModel):
             return "regression"
         return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
-    def _check_labels(self, labels: torch.Tensor, batch: int) -> None:
+    def check_labels(self, labels: torch.Tensor, batch: int) -> None:
+        """Refuse labels that do not fit `batch` samples and the classes of this model; -100 stands for none."""
         count = self.config.num_labels
         if labels.shape[0] != batch:
             raise ValueError(f"{labels.shape[0]} labels were given for {batch} samples")
@@ -237,17 +238,23 @@ class MultimodalModel(PreTrainedModel):
     def processors(self) -> dict[str, Any]:
         """`{modality: processor}` in modality order, loaded from the encoders' own folders where none was given.
 
+        Setting it replaces those that are named and keeps the others.
+
         Raises:
-            ValueError: a modality has no processor and its encoder no folder to load one from.
+            ValueError: a modality has no processor and its encoder no folder to load one from; an unknown modality.
         """
-        for name in self.config.modalities:
-            if name not in self._processors:
-                self._processors[name] = load_processor(name, self.config.encoders[name])
-        return {name: self._processors[name] for name in self.config.modalities}
+        return self._processors_of(self.config.modalities)
 
     @processors.setter
     def processors(self, processors: Mapping[str, Any]) -> None:
-        self._processors = dict(processors)
+        check_modalities(processors, self.config.modalities)
+        self._processors.update(processors)
+
+    def _processors_of(self, names: Sequence[str]) -> dict[str, Any]:
+        for name in names:
+            if name not in self._processors:
+                self._processors[name] = load_processor(name, self.config.encoders[name])
+        return {name: self._processors[name] for name in names}
 
     @torch.no_grad()
     def predict(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 32) -> torch.Tensor:
@@ -256,15 +263,20 @@ class MultimodalModel(PreTrainedModel):
         Raises:
             ValueError: a sample has no modality at all, or there is no processor for one it has.
         """
-        from ..data import MultimodalCollator
+        from ..data import MultimodalCollator, is_absent
 
-        collate, was_training = MultimodalCollator(self.processors), self.training
+        modalities, was_training = self.config.modalities, self.training
+        named = [name for name in modalities if any(not is_absent(sample.get(name)) for sample in samples)]
+        collate = MultimodalCollator(self._processors_of(named or modalities))
         self.eval()
         try:
             logits = []
             for start in range(0, len(samples), batch_size):
                 chosen = samples[start : start + batch_size]
-                batch = collate([{name: sample.get(name) for name in self.config.modalities} for sample in chosen])
+                batch = collate([{name: sample.get(name) for name in named or modalities} for sample in chosen])
+                present = dict(zip(collate.modalities, batch.pop("modality_mask").unbind(1), strict=True))
+                nowhere = torch.zeros(len(chosen), dtype=torch.bool)
+                batch["modality_mask"] = torch.stack([present.get(name, nowhere) for name in modalities], dim=1)
                 logits.append(self(**to_device(batch, self.device)).logits)
         finally:
             self.train(was_training)
@@ -346,6 +358,7 @@ class MultimodalModel(PreTrainedModel):
         config = cls.config_class.from_pretrained(name_or_path)
         if config.model_type != cls.config_class.model_type:
             raise ValueError(f"{name_or_path} holds a {config.model_type} model, not {cls.config_class.model_type}")
+        check_modalities(encoders or (), config.modalities)
         modes = normalise(overrides.get("quantization", config.arguments.get("quantization")), config.modalities)
         built = {}
         for name in config.modalities:
@@ -353,14 +366,15 @@ class MultimodalModel(PreTrainedModel):
             if not isinstance(source, nn.Module) and not source:
                 raise ValueError(f"the {name} encoder was saved without a name: pass encoders={{{name!r}: ...}}")
             in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
-            built[name] = as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
+            encoder = as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
+            built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
         model = cls(
             built, num_labels=config.num_labels, problem_type=config.problem_type, **{**config.arguments, **overrides}
         )
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         file = cached_file(name_or_path, "model.safetensors")
         overlay(model, load_file(file), str(name_or_path))
-        model._processors = saved_processors(Path(file).parent, config.modalities)
+        model._processors = saved_processors(Path(file).parent / "processors")
         return model.eval()
 
 
@@ -381,6 +395,12 @@ def _first_tensor(values: Any) -> torch.Tensor | None:
     if not isinstance(values, Mapping):
         raise TypeError(f"a modality's inputs must be a dictionary of tensors, not {type(values).__name__}")
     return next((value for value in values.values() if torch.is_tensor(value)), None)
+
+
+def check_modalities(names: Iterable[str], modalities: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in modalities]
+    if unknown:
+        raise ValueError(f"unknown modality {unknown[0]!r}: this model has {', '.join(modalities)}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from .. import encoders as encoders_module
-from ..encoders import Encoder
+from ..encoders import Encoder, without_adapters
 
 PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor}
 
@@ -21,7 +21,9 @@ def as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_
     """A module, hub id or folder as an `Encoder`; `dtype` and `in_8bit` (by bitsandbytes) hold where it is loaded."""
     if not name.isidentifier():
         raise ValueError(f"modality name {name!r} must be an identifier, since forward takes it as a keyword")
-    if isinstance(given, nn.Module):
+    if isinstance(given, Encoder):
+        encoder = without_adapters(given)
+    elif isinstance(given, nn.Module):
         encoder = encoders_module.from_pretrained_model(given)
     elif isinstance(given, (str, os.PathLike)):
         options = {} if dtype is None else {"dtype": dtype}
@@ -40,13 +42,19 @@ def load_processor(name: str, source: str) -> Any:
     return PROCESSORS[name].from_pretrained(source)
 
 
-def saved_processors(folder: Path, modalities: Sequence[str]) -> dict[str, Any]:
-    """Those processors that `save_pretrained` left beside the weights."""
-    found = {}
-    for name in modalities:
-        if name in PROCESSORS and (folder / "processors" / name).is_dir():
-            found[name] = PROCESSORS[name].from_pretrained(folder / "processors" / name)
-    return found
+def saved_processors(folder: Path) -> dict[str, Any]:
+    """The processors that `save_pretrained` left, each in a folder named after its modality."""
+    return {path.name: _processor_class(path).from_pretrained(path) for path in sorted(folder.glob("*/"))}
+
+
+def _processor_class(folder: Path) -> Any:
+    """The auto class for a processor's folder: from the modality's name, or else from the files in it."""
+    if folder.name in PROCESSORS:
+        return PROCESSORS[folder.name]
+    if (folder / "tokenizer_config.json").exists():
+        return AutoTokenizer
+    settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    return AutoFeatureExtractor if "feature_extractor_type" in settings else AutoImageProcessor
 
 
 def overlay(model: PreTrainedModel, state: dict[str, torch.Tensor], source: str) -> None:
