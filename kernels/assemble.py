@@ -149,6 +149,7 @@ def _(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_
     "Tensor? norm_bias, Tensor? lora_a, Tensor? present, SymInt packed, SymInt first, SymInt last, float eps, "
     "ScalarType dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+@backend.outside_autocast
 def _backward(
     d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
 ):

@@ -202,6 +202,7 @@ def _(q, k, v, lengths, suffix, causal):
     schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? out, Tensor? lse, SymInt suffix, "
     "bool causal) -> (Tensor, Tensor, Tensor)",
 )
+@backend.outside_autocast
 def _backward(d_out, q, k, v, lengths, out, lse, suffix, causal):
     """dq, dk and dv, each [B, H, S, Dh] laid out as [B, S, H, Dh]. `out` and `lse` are given to the Triton kernel."""
     if lse is not None:
@@ -264,8 +265,8 @@ def attention(
     >>> attention(torch.zeros_like(v), v, v, lengths=torch.tensor([2]))[0, 0, 0]
     tensor([2.])
     """
-    _check(q, k, v, lengths, suffix, read_only, causal)
     q, k, v = (backend.in_autocast_dtype(t) for t in (q, k, v))
+    _check(q, k, v, lengths, suffix, read_only, causal)
     if backend.resolve(q, k, v, lengths) == "reference":
         return _reference(q, k, v, lengths, suffix, read_only, causal)
     if read_only == 0:

@@ -45,6 +45,7 @@ def _(q, k, v, lora_a, lengths, suffix, causal):
     schema="(Tensor d_out, Tensor d_s, Tensor q, Tensor k, Tensor v, Tensor lora_a, Tensor? lengths, SymInt suffix, "
     "bool causal) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@backend.outside_autocast
 def _backward(d_out, d_s, q, k, v, lora_a, lengths, suffix, causal):
     """dq, dk and dv, each [B, H, S, Dh] laid out as [B, S, H, Dh], and dA [R, H * Dh]."""
     batch, heads, rows, head_dim = q.shape

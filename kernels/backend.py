@@ -9,6 +9,7 @@ auto        triton for tensors on a GPU (float64 excepted), torch for all others
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -78,6 +79,18 @@ def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def outside_autocast(function: Callable) -> Callable:
+    """The function of a backward, with autocast off: its dtypes are those of the forward, wherever it is called."""
+
+    @functools.wraps(function)
+    def run(*args):
+        device = next(a for a in args if torch.is_tensor(a)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -230,6 +230,7 @@ def flat(t: Tensor | None) -> Tensor | None:
     schema="(Tensor dy, Tensor? x, Tensor? weight, Tensor? weight_scale, Tensor? s, Tensor? lora_a, Tensor? lora_b, "
     "float scaling, int groups, float dropout, Tensor? seed, bool wants_ds) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@backend.outside_autocast
 def linear_backward(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
     """dX, dS, dA, dB; empty where the operand that stands for it (weight, wants_ds, x, s) is not given."""
     backward = linear_backward_triton if backend.resolve(dy) == "triton" else linear_backward_aten

@@ -185,7 +185,11 @@ def lora_linear(
     elif seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
     elif not torch.is_tensor(seed):
-        seed = torch.full((), seed, dtype=torch.int64, device=x.device)
+        seed = torch.full((), seed & (2**63 - 1), dtype=torch.int64, device=x.device)
+    elif seed.is_floating_point() or seed.numel() != 1:
+        raise ValueError(f"seed must be one whole number, not {seed.dtype} {tuple(seed.shape)}")
+    else:
+        seed = seed.to(torch.int64)  # of fewer bits, its halves would be no halves
     x = backend.in_autocast_dtype(x)
     operands = (x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input)
     if backend.resolve(x, weight, bias, lora_a, lora_b, weight_scale, seed) == "reference":

@@ -223,6 +223,7 @@ def _(class_tokens, proxies, present, stop_gradient):
     schema="(Tensor? d_fused, Tensor? d_align, Tensor class_tokens, Tensor proxies, Tensor present, "
     "bool stop_gradient) -> (Tensor, Tensor)",
 )
+@backend.outside_autocast
 def _backward(d_fused, d_align, class_tokens, proxies, present, stop_gradient):
     """Gradients of class_tokens [M, B, D] and of proxies [M, M, B, D]."""
     backward = backward_triton if backend.resolve(class_tokens) == "triton" else backward_aten
@@ -264,8 +265,8 @@ def substitute(
         stop_gradient: the alignment loss trains the proxies only, not the class tokens they are compared with.
 
     Returns:
-        fused [B, D] in the dtype of class_tokens, and the alignment loss: a scalar in at least fp32, exactly 0 where no
-        sample has two modalities.
+        fused [B, D] in the dtype of class_tokens (under autocast the wider of both dtypes), and the alignment loss: a
+        scalar in at least fp32, exactly 0 where no sample has two modalities.
 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit together.
@@ -274,6 +275,9 @@ def substitute(
     >>> substitute(c, p, torch.tensor([[True, False]]))[0], substitute(c, p, torch.tensor([[True, True]]))[1]
     (tensor([[4.]]), tensor(5.))
     """
+    if torch.is_autocast_enabled(class_tokens.device.type):  # one may come from a linear, the other from a norm
+        dtype = torch.promote_types(class_tokens.dtype, proxies.dtype)
+        class_tokens, proxies = class_tokens.to(dtype), proxies.to(dtype)
     _check(class_tokens, proxies, present)
     if backend.resolve(class_tokens, proxies, present) == "reference":
         return _reference(class_tokens, proxies, present, stop_gradient)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import Trainer
 
 from u2a_fast import load_model
 from u2a_fast.card import data_hash
-from u2a_fast.cli import main
+from u2a_fast.cli import build_parser, main
 from u2a_fast.data import load_table
 from u2a_fast.evaluation import scenario_logits
 
@@ -173,6 +175,14 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common,
         main([arguments[0], *given, *arguments[1:]])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_command_of_the_readme_parses():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"u2a-fast (?:train|evaluate|predict|compare|memory|doctor)[^`#\n]*", text)
+    assert len(commands) > 8
+    for command in commands:
+        build_parser().parse_args(shlex.split(command)[1:])
 
 
 def test_doctor_names_what_it_found(capsys):

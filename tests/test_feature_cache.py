@@ -116,6 +116,23 @@ def test_what_changes_the_result_is_a_miss(change, tmp_path):
     assert count(cache, encoder, 2, inputs) == (3, 0)
 
 
+@pytest.mark.parametrize("option", [{"hidden_act": "relu"}, {"num_attention_heads": 1}, {"layer_norm_eps": 0.1}])
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_equal_weights_under_another_config_are_a_miss(family, option, tmp_path):
+    inputs, cache = tiny_encoders.inputs(family, 2), FeatureCache(tmp_path)
+    cache.lookup(encoder_of(family), 2, inputs)
+    other = encoder_of(family, **option)
+    assert count(cache, other, 2, inputs) == (0, 2)
+    assert same(cache.lookup(other, 2, inputs), computed(other, 2, inputs))
+
+
+def test_a_model_of_inference_mode_can_be_cached(tmp_path):
+    with torch.inference_mode():
+        encoder, inputs, cache = encoder_of("vit"), tiny_encoders.inputs("vit", 2), FeatureCache(tmp_path)
+        assert count(cache, encoder, 2, inputs) == (0, 2)
+        assert count(cache, encoder, 2, inputs) == (2, 0)
+
+
 def test_a_change_of_the_same_encoder_is_noticed(tmp_path):
     encoder, inputs, cache = encoder_of("vit"), tiny_encoders.inputs("vit", 2), FeatureCache(tmp_path)
     cache.lookup(encoder, 2, inputs)

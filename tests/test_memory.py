@@ -267,6 +267,16 @@ def test_a_model_reports_itself(quantization, capsys):
     assert "full fine-tuning" in capsys.readouterr().out
 
 
+def test_a_report_takes_other_lengths_and_leaves_everything_as_it_was(tmp_path):
+    encoders = {"image": tiny_encoders.build("vit"), "text": tiny_encoders.build("bert", vocab_size=3)}
+    model = PMF(encoders, num_labels=2, fusion_layers=1, feature_cache=tmp_path)
+    plain, longer = model.memory_report(4)[0], model.memory_report(4, tokens={"image": 17, "text": 20})[0]
+    assert longer.activations > plain.activations > 0
+    with torch.no_grad():
+        assert model.memory_report(4)[0] == plain
+    assert model.feature_cache is not None and not any(tmp_path.rglob("*.safetensors"))
+
+
 # --------------------------------------------------------------------------------------------------- recomputation
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("quantization", [None, "int8", "int8_w8a8", "nf4"])

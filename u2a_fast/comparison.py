@@ -10,7 +10,17 @@ from pathlib import Path
 
 from .evaluation import Row, plot_report
 from .methods import METHODS
-from .training import BASELINES, TrainOptions, load_sources, option, run_once
+from .methods.base import check_choice
+from .training import (
+    BASELINES,
+    RUN_FILE,
+    TrainOptions,
+    check_directory,
+    claim_directory,
+    load_sources,
+    option,
+    run_once,
+)
 
 UNIMODAL = "unimodal"
 Cell = tuple[float, float]  # mean and standard deviation of an accuracy over seeds
@@ -27,17 +37,19 @@ class CompareOptions(TrainOptions):
 def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
     """Train everything and write `comparison.csv`, `comparison.png` and `comparison.md` into the output directory.
 
-    Each method and seed has a folder of its own with a whole run in it; those that are finished are not run again.
+    Each method and seed has a folder of its own with a whole run in it; those that are finished are not run again, and
+    those of other options are refused.
 
     Returns:
         `{method: {scenario: (mean, standard deviation) of the accuracy over seeds}}`, baselines included.
     """
     methods, seeds = options.methods or list(METHODS), options.seeds or [0, 1, 2]
+    for name in methods:
+        check_choice("methods", name, list(METHODS))
     runs: dict[str, list[list[Row]]] = {}
     for seed in seeds:
         for name in (*methods, *(BASELINES if options.baselines else ())):
-            rows = _finished(_folder(options, name, seed)) or _run(options, name, seed)
-            runs.setdefault(name, []).append(rows)
+            runs.setdefault(name, []).append(_run(options, name, seed))
     table = {name: _cells(reports) for name, reports in runs.items()}
     _write(table, Path(options.output_dir), len(seeds))
     return table
@@ -60,24 +72,25 @@ def verdicts(table: Mapping[str, Mapping[str, Cell]]) -> list[tuple[str, str, st
 
 
 def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:
-    folder = _folder(options, name, seed)
+    """The rows of one method or baseline, from its folder where it is finished."""
+    folder = Path(options.output_dir) / f"{name.replace(' ', '_')}-seed{seed}"
     plain = {item.name: getattr(options, item.name) for item in fields(TrainOptions)}
     one = replace(TrainOptions(**plain), seed=seed, output_dir=str(folder), baselines=False, resume=True)
+    one = one if name in BASELINES else replace(one, method=name)
+    check_directory(one)
+    if (folder / RUN_FILE).exists() and (rows := _finished(folder)):
+        return rows
     splits, sources = load_sources(one)
     if name in BASELINES:
+        claim_directory(one)
         rows = BASELINES[name](one, splits, sources)
     else:
-        rows = run_once(replace(one, method=name), splits, sources)
-    folder.mkdir(parents=True, exist_ok=True)
+        rows = run_once(one, splits, sources)
     with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     return rows
-
-
-def _folder(options: CompareOptions, name: str, seed: int) -> Path:
-    return Path(options.output_dir) / f"{name.replace(' ', '_')}-seed{seed}"
 
 
 def _finished(folder: Path) -> list[Row] | None:

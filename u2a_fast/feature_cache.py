@@ -24,6 +24,7 @@ from torch import Tensor
 from .encoders import Encoder
 
 FORMAT = "1"  # part of every key: raise it when what is stored changes
+NAMES = ("_name_or_path", "architectures", "dtype", "transformers_version")  # parts of a config that compute nothing
 
 
 class FeatureCache:
@@ -81,7 +82,10 @@ class FeatureCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _fingerprint(self, encoder: Encoder, layer: int) -> str:
-        """Hash of everything but the sample that the result depends on; weights are read again once they changed."""
+        """Hash of everything but the sample that the result depends on; weights are read again once they changed.
+
+        A change through `.data`, or of a model made in inference mode, is one that torch does not count either.
+        """
         tensors = dict(_prefix_tensors(encoder, layer))
         trained = next((name for name, tensor in tensors.items() if tensor.requires_grad), None)
         if trained is not None:
@@ -90,10 +94,12 @@ class FeatureCache:
             )
         device = next(iter(tensors.values())).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        setting = (FORMAT, encoder.family.name, layer, str(encoder.dtype), str(autocast))
+        config = {name: value for name, value in encoder.config.to_dict().items() if name not in NAMES}
+        setting = (FORMAT, encoder.family.name, layer, str(encoder.dtype), str(autocast), repr(sorted(config.items())))
         linears = [linear for block in encoder.blocks[:layer] for linear in block.linears]
         setting += tuple((linear.quantize_input, linear.adapter_enabled, linear.scaling) for linear in linears)
-        state = (setting, tuple((t.data_ptr(), t._version) for t in tensors.values()))
+        versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors.values())
+        state = (setting, tuple(zip((tensor.data_ptr() for tensor in tensors.values()), versions, strict=True)))
         known = self._fingerprints.get(encoder)
         if known is None or known[0] != state:
             known = (state, _digest(repr(setting), *tensors.items()))

@@ -10,6 +10,7 @@ the CPU's paths; on a GPU flash attention keeps its result too.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,10 @@ def _saved_by(model: MultimodalModel, configs: Mapping[str, Any], batch: int, to
     """Bytes kept by one training step of the model on dummy inputs, every modality present."""
     inputs = {m: dummy_inputs(with_tokens(c, tokens.get(m)), batch, tokens.get(m)) for m, c in configs.items()}
     inputs = {m: {k: v.to(model.device) for k, v in values.items()} for m, values in inputs.items()}
+    for m, encoder in model.encoders.items():
+        takes = inspect.signature(encoder.stem["embeddings"].forward).parameters if "embeddings" in encoder.stem else ()
+        if tokens.get(m) and "interpolate_pos_encoding" in takes:
+            inputs[m]["interpolate_pos_encoding"] = True
     present = torch.ones(batch, len(configs), dtype=torch.bool, device=model.device)
     labels = torch.zeros(batch, dtype=torch.long, device=model.device)
     if model.problem_type(labels) != "single_label_classification":
@@ -164,13 +169,21 @@ def _saved_by(model: MultimodalModel, configs: Mapping[str, Any], batch: int, to
         return model.task_loss(logits, labels) + auxiliary
 
     autocast = all(encoder.dtype == torch.float32 for encoder in model.encoders.values())
-    was_training = model.training
+    was_training, cache = model.training, getattr(model, "feature_cache", None)
     model.train()
+    if cache is not None:
+        model.feature_cache = None  # dummy samples are nothing to keep
     try:
-        with torch.random.fork_rng(), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(),
+            torch.autocast(model.device.type, torch.bfloat16, enabled=autocast),
+        ):
             return saved_bytes(step, tensors_of(model))
     finally:
         model.train(was_training)
+        if cache is not None:
+            model.feature_cache = cache
 
 
 def print_plan(rows: Sequence[MemoryRow]) -> None:

@@ -136,7 +136,7 @@ def dummy_inputs(config: PreTrainedConfig, batch: int, tokens: int | None = None
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.zeros(batch, config.num_channels, height, width)}
     length = min(tokens or TEXT_TOKENS, config.max_position_embeddings - 2)  # RoBERTa starts its positions at 2
-    return {"input_ids": torch.full((batch, length), 5)}
+    return {"input_ids": torch.full((batch, length), min(5, config.vocab_size - 1))}
 
 
 # ------------------------------------------------------------------------------------------------ the ways to train

@@ -69,15 +69,15 @@ def train(options: TrainOptions) -> list[Row]:
     """
     if options.method not in METHODS:
         raise ValueError(f"unknown method {options.method!r}: use one of {', '.join(METHODS)}")
-    _check_directory(options)
+    check_directory(options)
     return run_once(options, *load_sources(options))
 
 
 def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
     """`train` on splits and encoders that are loaded already; what is refused is refused before anything is written."""
-    checkpoint = _check_directory(options)
+    checkpoint = check_directory(options)
     trainer = make_trainer(METHODS[options.method], options, splits, sources, Path(options.output_dir))
-    _claim_directory(options)
+    claim_directory(options)
     model = _run_trainer(trainer, checkpoint)
     rows = evaluate(model, splits["test"], seed=options.seed)
     for name, baseline in BASELINES.items() if options.baselines else ():
@@ -280,7 +280,7 @@ def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Map
 BASELINES = {"late fusion": late_fusion_rows, "unimodal": unimodal_rows}
 
 
-def _check_directory(options: TrainOptions) -> str | None:
+def check_directory(options: TrainOptions) -> str | None:
     """Refuse a directory that holds something else; the checkpoint to resume from, if that was asked for."""
     folder = Path(options.output_dir)
     if (folder / RUN_FILE).exists():
@@ -306,7 +306,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     return max(whole, default=(0, None))[1]
 
 
-def _claim_directory(options: TrainOptions) -> None:
+def claim_directory(options: TrainOptions) -> None:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN_FILE).write_text(yaml.safe_dump(_run(options), sort_keys=False), encoding="utf-8")

@@ -318,7 +318,20 @@ def test_autocast_decides_the_dtype(implementation):
     qkv = buffer("suffix", torch.float32).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = attention(*qkv.permute(2, 0, 3, 1, 4), **options("suffix"))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = attention(q.bfloat16(), k, v.bfloat16(), **options("suffix"))  # from a linear, and from a norm
     assert out.dtype == torch.bfloat16 and torch.autograd.grad(out.sum(), qkv)[0].dtype == torch.float32
+    assert torch.equal(mixed, out)
+
+
+def test_autocast_around_backward_alone_changes_nothing():
+    qkv = buffer("suffix", torch.float32).requires_grad_()
+    grads = []
+    for enabled in (False, True):
+        out = attention(*qkv.permute(2, 0, 3, 1, 4), **options("suffix"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(out.sum(), qkv)[0])
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize(

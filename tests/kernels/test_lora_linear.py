@@ -155,7 +155,13 @@ def test_the_seed_comes_from_torchs_generator_unless_it_is_given():
     torch.manual_seed(0)
     assert torch.equal(lora_linear(**given), first)
     assert not torch.equal(first, second)
-    assert torch.equal(lora_linear(**given | {"seed": 3}), lora_linear(**given | {"seed": torch.tensor(3)}))
+    for seed in (torch.tensor(3), torch.tensor(3, dtype=torch.int32)):
+        assert torch.equal(lora_linear(**given | {"seed": 3}), lora_linear(**given | {"seed": seed}))
+    assert not torch.equal(lora_linear(**given | {"seed": 3}), lora_linear(**given | {"seed": 4}))
+    lora_linear(**given | {"seed": 2**64 - 1})
+    for seed in (torch.tensor(3.0), torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="seed must be one whole number"):
+            lora_linear(**given | {"seed": seed})
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
@@ -324,6 +330,17 @@ def test_autocast_decides_the_compute_dtype_and_casts_no_parameter(function, dty
     low = given | {n: given[n].to(dtype) for n in ("x", "h", "s") if n in given}
     assert torch.equal(y, function(**low))
     assert {"weight", "lora_b"} <= names
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_autocast_around_backward_alone_changes_nothing(dropout):
+    given = operands(Case(dropout=dropout), torch.float32)
+    leaves = [t for t in given.values() if torch.is_tensor(t) and t.requires_grad]
+    expected = torch.autograd.grad(lora_linear(**given).sum(), leaves)
+    y = lora_linear(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y.sum(), leaves)
+    assert len(leaves) >= 3 and all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -232,3 +232,13 @@ def test_what_does_not_fit_is_refused(change, error, message):
     }
     with pytest.raises(error, match=message):
         substitute(**given | change)
+
+
+def test_under_autocast_the_wider_dtype_counts():
+    class_tokens, proxies, present = operands(2, 5, 7, torch.float32, absent=0.0)
+    expected = substitute(class_tokens.bfloat16().float(), proxies, present)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = substitute(class_tokens.bfloat16(), proxies, present)
+    assert got[0].dtype == torch.float32 and all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    with pytest.raises(TypeError, match="one floating point dtype"):
+        substitute(class_tokens.bfloat16(), proxies, present)

@@ -211,6 +211,29 @@ def test_autocast_trains(dtype):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad and p.grad is not None)
 
 
+def test_a_backward_inside_autocast_follows_its_forward_outside():
+    families = PAIRS["pre and post norm"]
+    built = {name: tiny_encoders.build(family) for name, family in families.items()}
+    torch.manual_seed(0)
+    lora = LoraConfig(r=3, lora_dropout=0.1, target_modules=("q", "v", "fc2"))
+    model = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0)
+    inputs = {name: tiny_encoders.inputs(family, COUNT) for name, family in families.items()}
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = model(**inputs, labels=torch.arange(COUNT) % 5).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, around = gradients
+    lora = [name for name in plain if "lora" in name]
+    assert lora and all(p.isfinite().all() for p in around.values())
+    assert plain.keys() == around.keys()
+    for name in lora:
+        torch.testing.assert_close(around[name], plain[name], rtol=0.05, atol=1e-3)
+
+
 def test_frozen_weights_stay_bitwise_the_same_through_training():
     encoders = {name: tiny_encoders.build(f).bfloat16() for name, f in PAIRS["three"].items()}
     model = U2A(encoders, num_labels=5)

@@ -255,6 +255,13 @@ class PMF(MultimodalModel):
         logits = logits / present.sum(dim=1, keepdim=True).clamp(min=1)
         return logits, logits.new_zeros(())
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any):
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "PMF needs use_reentrant=False: reentrant checkpoints would not train prompts and messages"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+
     def export_parameters(self) -> dict[str, torch.Tensor]:
         """All but the encoders: `layers.{i}.{modality}.*` (0: the lowest fusion layer) and `head.{modality}.*`."""
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("encoders.")}
