@@ -148,6 +148,8 @@ def test_labels_that_do_not_fit_are_named(model):
     for label in (7, -1):
         with pytest.raises(ValueError, match=f"label {label} is out of range"):
             evaluate(model, [*rows, {**rows[0], "label": label}])
+    with pytest.raises(ValueError, match="this data set is empty"):
+        evaluate(model, [])
     with pytest.raises(ValueError, match="needs a label in every sample"):
         evaluate(model, [{"text": "red"}])
     (row,) = evaluate(model, [*rows, {**rows[0], "label": -100}], scenarios=["full"])

@@ -90,6 +90,8 @@ def evaluate(
     scenarios = list(default_scenarios(modalities) if scenarios is None else scenarios)
     for scenario in scenarios:  # before any work: a typing error should not cost a pass over the encoders
         scenario_table(scenario, 1, modalities)
+    if len(dataset) == 0:
+        raise ValueError("evaluate needs samples: this data set is empty")
     logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)
     if model.problem_type(labels) == "regression":
         raise ValueError("evaluate reports accuracy, which a regression model does not have: use Trainer.evaluate")
