@@ -78,7 +78,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     checkpoint = check_directory(options)
     trainer = make_trainer(METHODS[options.method], options, splits, sources, Path(options.output_dir))
     claim_directory(options)
-    model = _run_trainer(trainer, checkpoint)
+    model = run_trainer(trainer, checkpoint)
     rows = evaluate(model, splits["test"], seed=options.seed)
     for name, baseline in BASELINES.items() if options.baselines else ():
         within = replace(options, output_dir=str(Path(options.output_dir) / "baselines"))
@@ -89,17 +89,6 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     return rows
 
 
-def fit(
-    method: type[MultimodalModel],
-    options: TrainOptions,
-    splits: Mapping[str, Any],
-    sources: Mapping[str, str],
-    folder: Path,
-) -> MultimodalModel:
-    """Train `method` on the train and validation splits with simulated missing modalities; the model, saved."""
-    return _run_trainer(make_trainer(method, options, splits, sources, folder))
-
-
 def make_trainer(
     method: type[MultimodalModel],
     options: TrainOptions,
@@ -107,7 +96,7 @@ def make_trainer(
     sources: Mapping[str, str],
     folder: Path,
 ) -> Trainer:
-    """Model, data with holes, and optimizer, ready to train.
+    """A model of `method`, the train and validation splits with simulated holes, and the optimizer, ready to train.
 
     Raises:
         ValueError: data or options that the method cannot be trained on.
@@ -130,7 +119,8 @@ def make_trainer(
     )
 
 
-def _run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalModel:
+def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalModel:
+    """Train to the end, from a checkpoint where one is given; the model, saved."""
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.model.save_pretrained(trainer.args.output_dir)
     return trainer.model
@@ -261,7 +251,7 @@ def fast_dtype() -> torch.dtype:
 
 def late_fusion_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
     """Late fusion with zeros for what is missing, under every scenario."""
-    model = fit(LateFusion, options, splits, sources, Path(options.output_dir) / "late_fusion")
+    model = run_trainer(make_trainer(LateFusion, options, splits, sources, Path(options.output_dir) / "late_fusion"))
     return evaluate(model, splits["test"], seed=options.seed)
 
 
@@ -272,7 +262,8 @@ def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Map
     for i, (name, source) in enumerate(sources.items()):
         there = [row for row, value in enumerate(pool[name]) if value is not None and table[row, i]]
         remains = {"train": pool.select(there), "test": splits["test"]}
-        model = fit(LateFusion, options, remains, {name: source}, Path(options.output_dir) / f"{name}_only")
+        folder = Path(options.output_dir) / f"{name}_only"
+        model = run_trainer(make_trainer(LateFusion, options, remains, {name: source}, folder))
         rows += [{**row, "scenario": f"{name} only"} for row in evaluate(model, splits["test"])]
     return rows
 
