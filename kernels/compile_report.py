@@ -128,7 +128,7 @@ def compile_launch(launch: Launch, target: str) -> dict:
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
     names = launch.kernel.arg_names
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in launch.divisible}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in launch.divisible}
     options = dict(launch.options) | {"enable_fp_fusion": True}
     if amd and "num_stages" in options:
         options["num_stages"] = min(options["num_stages"], backend.MOST_AMD_STAGES)

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,6 +74,19 @@ def test_a_width_that_is_no_multiple_of_16_bytes_loses_its_wide_loads():
     """The check on loads can fail: rows of 769 elements cannot be read 16 bytes at a time."""
     assert compiled(4096, 768, 768)["loop_loads16"] > 0
     assert compiled(4096, 769, 768)["loop_loads16"] == 0
+
+
+def test_another_process_finds_what_was_compiled(tmp_path):
+    """Names are hashed differently in every process; the compiler's key must not depend on it."""
+    program = (
+        "from u2a_fast.kernels import compile_cases as cases, compile_report as report\n"
+        "launches = report.record(lambda: cases.substitute_backward(cases.VIT_B, 8))\n"
+        "report.compile_launch(*launches, 'sm_80')"
+    )
+    for hash_seed in "12":
+        environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONHASHSEED": hash_seed}
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert len([*tmp_path.glob("*/*.cubin")]) == 1
 
 
 def test_a_launch_is_counted_from_its_tensors_and_sizes():
