@@ -180,7 +180,8 @@ def backward_triton(
     d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
 ):
     """Gradients of (tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a), None where not needed."""
-    d_rows, d_h, d_s, rows = (None if t is None else t.contiguous() for t in (d_rows, d_h, d_s, rows))
+    d_rows, d_h, d_s, rows = backend.contiguous(d_rows, d_h, d_s, rows)
+    norm_weight, norm_bias = backend.contiguous(norm_weight, norm_bias)
     d_a = _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias) if needs[6] else None
     if not any(needs[:6]):
         return *[None] * 6, d_a

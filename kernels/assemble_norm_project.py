@@ -178,7 +178,8 @@ def aligned(width: int, *tensors: Tensor | None) -> bool:
 
 def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
     """(rows, h, s, mean, rstd, q, scale), None for what is not asked for or would equal what is there already."""
-    (packed, n, k), tokens = tokens.shape, tokens.contiguous()
+    packed, n, k = tokens.shape
+    tokens, norm_weight, norm_bias = backend.contiguous(tokens, norm_weight, norm_bias)
     if present is not None and mask_token is None:
         mask_token = tokens.new_zeros(k)
     learned = [None if t is None else t.to(tokens.dtype).contiguous() for t in (prefix, suffix, mask_token)]

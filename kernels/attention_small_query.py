@@ -193,7 +193,7 @@ def forward_triton(q, k, v, lengths, suffix):
     """out, laid out as [B, Sq, H, Dh], and the row log-sum-exp."""
     q, k, v = _unit_stride(q, k, v)
     out, lse = rows_first(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=backend.wide(q.dtype))
-    tensors = q, k, v, lengths, out, lse
+    tensors = q, k, v, *backend.contiguous(lengths), out, lse
     _launch(attention_small_query_forward, tensors, (q, k, v, out), q.shape, k.shape[2], suffix, FORWARD_TILE)
     return out, lse
 
@@ -203,7 +203,7 @@ def backward_triton(d_out, q, k, v, lengths, out, lse, suffix):
     d_out, q, k, v = _unit_stride(d_out, q, k, v)
     dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
     out = out if out.stride() == dq.stride() else rows_first(out).copy_(out)
-    tensors = d_out, q, k, v, lengths, out, lse, dq, dk, dv
+    tensors = d_out, q, k, v, *backend.contiguous(lengths), out, lse, dq, dk, dv
     strided = d_out, q, k, v, dq, dk
     tile = BACKWARD_TILE | ({"num_stages": 1} if _tile(q.shape[2]) == 64 else {})  # no registers left to read ahead
     _launch(attention_small_query_backward, tensors, strided, q.shape, k.shape[2], suffix, tile)

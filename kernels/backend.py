@@ -108,11 +108,16 @@ def jit(function: Callable) -> Callable:
     return function if triton is None else triton.jit(function)
 
 
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The operands of a kernel that knows no strides."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def launch(kernel: Callable, grid: tuple[int, ...], *args, **options) -> None:
     """Run `kernel[grid](*args, **options)`; an empty grid runs nothing.
 
     Triton's own interpreter multiplies the raw bit patterns of bfloat16, so under it a launch computes in fp32 and
-    rounds what it wrote on return.
+    rounds what it wrote, and nothing else, on return.
     """
     if 0 in grid:
         return
@@ -122,12 +127,20 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args, **options) -> None:
         with torch.cuda.device_of(next(a for a in args if torch.is_tensor(a))):
             kernel[grid](*args, **options)
         return
-    narrow = [torch.is_tensor(a) and a.dtype == torch.bfloat16 for a in args]
-    wide = [
-        torch.empty_strided(a.shape, a.stride(), dtype=torch.float32).copy_(a) if n else a  # strides are arguments too
-        for a, n in zip(args, narrow, strict=True)
-    ]
+    wide = [_widened(a) if torch.is_tensor(a) and a.dtype == torch.bfloat16 else a for a in args]
     kernel[grid](*wide, **options)
-    for original, computed, n in zip(args, wide, narrow, strict=True):
-        if n:
+    for original, computed in zip(args, wide, strict=True):
+        if computed is not original and not _same_bits(computed, original.float()):
             original.copy_(computed)
+
+
+def _widened(t: torch.Tensor) -> torch.Tensor:
+    """A copy of t in fp32, strides included, which may be arguments of a kernel too; expanded ones may overlap."""
+    if t.numel() == 0:
+        return t.float()
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((last + 1,), (1,)).float().as_strided(t.shape, t.stride(), 0)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))  # NaN equals itself

@@ -170,7 +170,7 @@ def launch_input(dy, weight, weight_scale, g, lora_a, dropout, seed):
 
 def linear_backward_triton(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
     """As `linear_backward_aten`."""
-    x, weight, s, lora_a, lora_b = (None if t is None else t.contiguous() for t in (x, weight, s, lora_a, lora_b))
+    x, weight, weight_scale, s, lora_a, lora_b = backend.contiguous(x, weight, weight_scale, s, lora_a, lora_b)
     dx = g = da = db = None
     if lora_b is not None:
         g, db = launch_low_rank(dy, s, lora_b, scaling, groups)

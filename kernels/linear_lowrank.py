@@ -131,7 +131,8 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
     y = h.new_empty(m, n)
     if quantize_input:
         h, h_scale = quantized or launch_quantize_rows(h)
-    h, weight, s, lora_b = (None if t is None else t.contiguous() for t in (h, weight, s, lora_b))
+    h, h_scale, weight, weight_scale = backend.contiguous(h, h_scale, weight, weight_scale)
+    bias, s, lora_b = backend.contiguous(bias, s, lora_b)
     tile = gemm_tile(h.dtype)
     backend.launch(
         linear_lowrank_forward,
@@ -152,6 +153,7 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
 # ---------------------------------------------------------------------------------------------------------------- ATen
 def int8_product(h: Tensor, weight: Tensor) -> Tensor:
     """h [M, K] int8, weight [N, K] int8 -> [M, N] int32. On a GPU ATen wants more than 16 rows and multiples of 8."""
+    h, weight = backend.contiguous(h, weight)  # rows of stride 0 are read past their end
     if h.device.type == "cpu":
         return torch._int_mm(h, weight.t())
     (m, k), n = h.shape, weight.shape[0]
@@ -216,14 +218,16 @@ _linear_lowrank.register_autograd(lambda ctx, dy: (*gradients(ctx, dy), *[None] 
 
 
 # ------------------------------------------------------------------------------------------------------------- public
-def check(x, weight, bias, lora_b, weight_scale, groups, quantize_input):
+def check(x, weight, bias, lora_a, lora_b, weight_scale, groups, quantize_input):
     """Refuse what `linear_lowrank` and `lora_linear` cannot compute."""
-    if not x.is_floating_point():
-        raise TypeError(f"the input must be floating, not {x.dtype}: convert it first")
-    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"weight must be [N, {x.shape[-1]}] for an input of {x.shape[-1]} columns, not {tuple(weight.shape)}"
-        )
+    operands = {"the input": x, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "weight_scale": weight_scale}
+    if weight.dtype != torch.int8:
+        operands["weight"] = weight
+    for name, operand in operands.items():
+        if operand is not None and not operand.is_floating_point():
+            raise TypeError(f"{name} must be floating, not {operand.dtype}: convert it first")
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"weight must be [N, K] for an input [..., K], not {tuple(weight.shape)} for {tuple(x.shape)}")
     n = weight.shape[0]
     if weight.numel() >= 2**31:
         raise ValueError(f"weight {tuple(weight.shape)} has 2**31 elements or more: split it by rows")
@@ -270,7 +274,7 @@ def linear_lowrank(
     q = scale = None
     if isinstance(h, QuantizedRows):
         (h, q, scale), quantize_input = h, True
-    check(h, weight, bias, lora_b, weight_scale, groups, quantize_input)
+    check(h, weight, bias, None, lora_b, weight_scale, groups, quantize_input)
     if (s is None) != (lora_b is None):
         raise ValueError("s and lora_b go together: give both or neither")
     if s is not None and s.shape != (*h.shape[:-1], groups * lora_b.shape[1]):

@@ -85,7 +85,7 @@ def project_triton(x, lora_a, dropout, seed):
     backend.launch(
         lora_linear_project,
         (-(-m // tile["BM"]), -(-r // block)),
-        *(x.contiguous(), lora_a.contiguous(), seed, s, threshold(dropout), 1 / (1 - dropout), m, k),
+        *(*backend.contiguous(x, lora_a), seed, s, threshold(dropout), 1 / (1 - dropout), m, k),
         R=r,
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(),
@@ -171,7 +171,7 @@ def lora_linear(
     >>> lora_linear(torch.ones(1, 2), torch.eye(2), None, torch.ones(1, 2), torch.ones(2, 1), scaling=0.5)
     tensor([[2., 2.]])
     """
-    check(x, weight, bias, lora_b, weight_scale, groups, quantize_input)
+    check(x, weight, bias, lora_a, lora_b, weight_scale, groups, quantize_input)
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b go together: give both or neither")
     if lora_a is not None and lora_a.shape != (groups * lora_b.shape[1], x.shape[-1]):

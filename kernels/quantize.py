@@ -158,8 +158,8 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([[   1, -127],
             [   0,    0]], dtype=torch.int8), tensor([1., 0.]))
     """
-    if w.dim() != 2 or not w.is_floating_point():
-        raise ValueError(f"quantize_rows takes a floating [N, K] matrix, not {w.dtype} {tuple(w.shape)}")
+    if w.dim() != 2 or not w.is_floating_point() or w.shape[1] == 0:
+        raise ValueError(f"quantize_rows takes a floating [N, K] matrix, K at least 1, not {w.dtype} {tuple(w.shape)}")
     implementation = quantize_rows_reference if backend.resolve(w) == "reference" else _quantize_rows
     return implementation(w.detach())
 

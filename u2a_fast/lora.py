@@ -59,8 +59,8 @@ class LoraConfig:
         unknown = [t for t in targets if t not in ROLES]
         if unknown or not targets:
             raise ValueError(f"target_modules must name roles out of {', '.join(ROLES)}, not {unknown or 'nothing'}")
-        if self.r < 1:
-            raise ValueError(f"r must be at least 1, not {self.r}")
+        if self.r < 1 or self.r != int(self.r):
+            raise ValueError(f"r must be a whole number of at least 1, not {self.r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
 

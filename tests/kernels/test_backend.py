@@ -142,3 +142,18 @@ def test_everything_works_where_triton_is_not_installed():
 def test_tritons_own_interpreter_runs_bfloat16_kernels():
     code = LINEAR.format(dtype="torch.bfloat16", names=("triton", "torch"), limit=0.01)
     assert python(code, TRITON_INTERPRET="1") == "the same\n"
+
+
+def test_tritons_own_interpreter_writes_nothing_but_results():
+    """Inputs that are views of each other, expanded or kept for backward would notice."""
+    code = """
+import torch
+from u2a_fast import kernels
+kernels.set_backend("triton")
+q, k, v = torch.randn(3, 1, 2, 6, 8).bfloat16().requires_grad_(True).unbind()
+kernels.attention(q.expand(2, -1, -1, -1), *(t.expand(2, -1, -1, -1) for t in (k, v)), read_only=2).sum().backward()
+weight = torch.full((8, 8), float("nan")).bfloat16()
+kernels.lora_linear(torch.ones(3, 8).bfloat16(), weight, None, None, None, 1.0)
+print(weight._version)
+"""
+    assert python(code, TRITON_INTERPRET="1") == "0\n"

@@ -346,8 +346,13 @@ def test_autocast_around_backward_alone_changes_nothing(dropout):
 # --------------------------------------------------------------------------------------------------------------- errors
 WRONG = {
     "x of integers": ({"x": torch.ones(3, 40, dtype=torch.int64)}, TypeError, "must be floating"),
-    "columns": ({"x": torch.ones(3, 41)}, ValueError, r"weight must be \[N, 41\]"),
-    "weight of one dimension": ({"weight": torch.ones(40)}, ValueError, r"weight must be \[N, 40\]"),
+    "columns": ({"x": torch.ones(3, 41)}, ValueError, r"weight must be \[N, K\] .* not \(24, 40\) for \(3, 41\)"),
+    "weight of one dimension": ({"weight": torch.ones(40)}, ValueError, r"weight must be \[N, K\] .* not \(40,\)"),
+    "x without dimensions": ({"x": torch.tensor(1.0)}, ValueError, r"weight must be \[N, K\] .* for \(\)"),
+    "packed weight": ({"weight": torch.ones(24, 40, dtype=torch.uint8)}, TypeError, "weight must be floating"),
+    "bias of integers": ({"bias": torch.ones(24, dtype=torch.int64)}, TypeError, "bias must be floating"),
+    "A of integers": ({"lora_a": torch.ones(6, 40, dtype=torch.int64)}, TypeError, "lora_a must be floating"),
+    "B of integers": ({"lora_b": torch.ones(24, 6, dtype=torch.int64)}, TypeError, "lora_b must be floating"),
     "bias": ({"bias": torch.ones(25)}, ValueError, r"bias must be \[24\]"),
     "groups": ({"groups": 5}, ValueError, "groups must divide the weight's 24 rows"),
     "rows of A": ({"lora_a": torch.ones(7, 40)}, ValueError, r"lora_a must be \[6, 40\]"),

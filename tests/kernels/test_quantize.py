@@ -103,7 +103,7 @@ def test_compiles_as_one_graph():
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("w", [torch.ones(4), torch.ones(2, 3, dtype=torch.int8)])
+@pytest.mark.parametrize("w", [torch.ones(4), torch.ones(2, 3, dtype=torch.int8), torch.ones(4, 0)])
 def test_what_is_no_floating_matrix_is_refused(w):
     with pytest.raises(ValueError, match=r"floating \[N, K\] matrix"):
         quantize_rows(w)

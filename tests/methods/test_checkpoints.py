@@ -57,6 +57,13 @@ def test_the_file_holds_what_was_trained_and_nothing_else(folders, tmp_path):
     assert not [path for path in (tmp_path / "b").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
+def test_a_model_saved_in_several_files_loads(folders, tmp_path):
+    model = make_model(folders).eval()
+    model.save_pretrained(tmp_path / "saved", max_shard_size="2KB")
+    assert len([*(tmp_path / "saved").glob("*.safetensors")]) > 1
+    assert torch.equal(model(**batch()).logits, load_model(tmp_path / "saved")(**batch()).logits)
+
+
 def test_predict_takes_samples_with_anything_missing(folders, tmp_path):
     model = make_model(folders)
     model.processors = tiny_data.processors()

@@ -27,11 +27,13 @@ def inputs():
         ({"video": {"pixel_values": torch.zeros(3, 1)}}, ValueError, "unknown modality 'video'.*image, text"),
         ({"modality_mask": ALL[:, :1]}, ValueError, r"modality_mask must be \[3, 2\]"),
         ({"modality_mask": ALL[:2]}, ValueError, r"modality_mask must be \[3, 2\]"),
-        ({"modality_mask": ALL.long()}, TypeError, "must be bool"),
+        ({"modality_mask": ALL.long()}, TypeError, "must be a bool tensor .*not torch.int64"),
+        ({"modality_mask": ALL.tolist()}, TypeError, "must be a bool tensor .*not list"),
         ({"modality_mask": ALL & torch.tensor([[1], [0], [1]]).bool()}, ValueError, r"samples \[1\].*all_absent"),
         ({"labels": torch.tensor([0, 4, 1])}, ValueError, "label 4 is out of range: num_labels=4"),
         ({"labels": torch.tensor([0, -1, 1])}, ValueError, "label -1 is out of range"),
         ({"labels": torch.tensor([0, 1])}, ValueError, "2 labels were given for 3 samples"),
+        ({"labels": [0, 1, 2]}, TypeError, "labels must be a tensor of 3 rows"),
         ({"labels": torch.rand(3, 3)}, ValueError, r"labels must be \[3, 4\]"),
         ({"text": {"input_ids": torch.ones(2, 4).long()}}, ValueError, "3 samples but 2 rows of text"),
         ({"text": torch.ones(3, 4)}, TypeError, "dictionary of tensors"),
@@ -58,12 +60,34 @@ def test_a_bad_option_is_refused(options, message):
         U2A(encoders, num_labels=4, **options)
 
 
+@pytest.mark.parametrize("name", ["labels", "modality_mask", "keys", "return_dict"])
+def test_a_modality_is_not_called_what_forward_or_torch_call_something_else(name):
+    with pytest.raises(ValueError, match=f"modality name '{name}' has another meaning"):
+        U2A({name: tiny_encoders.build("vit"), "text": tiny_encoders.build("bert")}, num_labels=4)
+
+
+def test_class_labels_of_any_whole_dtype_are_taken(model, inputs):
+    labels = torch.tensor([0, 3, 1])
+    model.eval()
+    assert len({model(**inputs, labels=labels.to(dtype)).loss.item() for dtype in (torch.int64, torch.int32)}) == 1
+
+
+def test_no_classes_are_refused():
+    with pytest.raises(ValueError, match="num_labels must be at least 1, not 0"):
+        U2A({name: tiny_encoders.build(family) for name, family in FAMILIES.items()}, num_labels=0)
+
+
+def test_predict_wants_a_list(model):
+    with pytest.raises(TypeError, match=r"write predict\(\[sample\]\)"):
+        model.predict({"text": "a single sample"})
+
+
 def test_one_encoder_is_not_enough():
     with pytest.raises(ValueError, match="needs 2 encoders"):
         U2A({"text": tiny_encoders.build("bert")}, num_labels=2)
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ("query",)}, {"r": 0}, {"lora_dropout": 1.0}])
+@pytest.mark.parametrize("options", [{"target_modules": ("query",)}, {"r": 0}, {"r": 2.5}, {"lora_dropout": 1.0}])
 def test_a_bad_lora_config_is_refused(options):
     with pytest.raises(ValueError):
         LoraConfig(**options)

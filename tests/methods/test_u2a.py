@@ -28,7 +28,7 @@ def models(families, unequal=False, targets=("q", "k", "v", "o"), **options):
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=targets)
     fast = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0, **options).double()
     parity.share_factors(fast, reference)
-    names = parity.share_named(fast, reference, ("mask_tokens", "projection", "head"))
+    names = parity.share_named(fast, reference, ("mask_tokens", "translators", "head"))
     return fast, reference, names
 
 

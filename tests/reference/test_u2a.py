@@ -62,10 +62,10 @@ def test_selection_and_alignment_by_hand():
 def test_three_modalities_of_unequal_width_by_hand():
     model = build(TRIO, widths={"text": 48, "audio": 24})
     inputs, mask = batch(TRIO), torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
-    assert set(model.projection) == {"image", "audio"}
+    assert set(model.translators) == {"image", "audio"}
     c, p = {}, {}
     for m in TRIO:
-        project = model.projection[m] if m in model.projection else torch.nn.Identity()
+        project = model.translators[m] if m in model.translators else torch.nn.Identity()
         c[m], rows = (project(x) for x in read(model, m, inputs))
         for index, j in enumerate(j for j in TRIO if j != m):
             p[m, j] = rows[:, index]
@@ -133,7 +133,7 @@ def test_a_sample_with_nothing():
     with pytest.raises(ValueError, match="no modality"):
         build()(batch(), mask)
     model = build(all_absent="prior", widths={"text": 48})
-    tokens = torch.stack([model.projection["image"](model.mask_tokens["image"][0]), model.mask_tokens["text"][0]])
+    tokens = torch.stack([model.translators["image"](model.mask_tokens["image"][0]), model.mask_tokens["text"][0]])
     logits = model(batch(), mask).logits
     torch.testing.assert_close(logits[1], model.head(tokens.mean(dim=0)), rtol=0, atol=1e-12)
     torch.testing.assert_close(logits[[0, 2]], model(batch(), MASK).logits[[0, 2]], rtol=0, atol=1e-12)

@@ -5,59 +5,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers import PreTrainedModel
 
 from ..quantization import check_storage, mode_of, normalise, quantize_encoder, stored_elements
-from .loading import as_encoder, load_processor, overlay, saved_processors
+from .config import MultimodalConfig, MultimodalOutput
+from .loading import as_encoder, load_processor, overlay, saved_processors, saved_state
 
 if TYPE_CHECKING:
     from ..memory import MemoryRow
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-
-
-class MultimodalConfig(PreTrainedConfig):
-    """Config of a multimodal model: the constructor's arguments, and where the encoders come from.
-
-    `modalities` is a list because `config.json` sorts the keys of a dictionary and their order has a meaning.
-    """
-
-    keys_to_ignore_at_inference = ["task_loss", "align_loss"]
-
-    def __init__(
-        self,
-        modalities: Sequence[str] = (),
-        encoders: Mapping[str, str] | None = None,
-        encoder_dtypes: Mapping[str, str] | None = None,
-        encoders_in_8bit: Sequence[str] = (),
-        arguments: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ):
-        self.modalities = list(modalities)
-        self.encoders = dict(encoders or {})
-        self.encoder_dtypes = dict(encoder_dtypes or {})
-        self.encoders_in_8bit = list(encoders_in_8bit)  # quantised by bitsandbytes, whose rounding is not quite ours
-        self.arguments = dict(arguments or {})
-        super().__init__(**kwargs)
-
-
-@dataclass
-class MultimodalOutput(ModelOutput):
-    """`loss` = task loss + weighted `align_loss`; `logits` [B, C]. The losses are None without labels."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    task_loss: torch.Tensor | None = None
-    align_loss: torch.Tensor | None = None
 
 
 class MultimodalModel(PreTrainedModel):
@@ -86,6 +49,8 @@ class MultimodalModel(PreTrainedModel):
         **arguments: Any,
     ):
         check_choice("all_absent", all_absent, ("error", "prior"))
+        if num_labels < 1:
+            raise ValueError(f"num_labels must be at least 1, not {num_labels}")
         if problem_type is not None:
             check_choice("problem_type", problem_type, PROBLEM_TYPES)
         if not 0 <= label_smoothing < 1:
@@ -180,8 +145,9 @@ class MultimodalModel(PreTrainedModel):
         batch, device = first.shape[0], first.device
         if modality_mask is None:
             modality_mask = torch.ones(batch, len(modalities), dtype=torch.bool, device=device)
-        if modality_mask.dtype != torch.bool:
-            raise TypeError(f"modality_mask must be bool (True = present), not {modality_mask.dtype}")
+        if not torch.is_tensor(modality_mask) or modality_mask.dtype != torch.bool:
+            found = getattr(modality_mask, "dtype", type(modality_mask).__name__)
+            raise TypeError(f"modality_mask must be a bool tensor (True = present), not {found}")
         if modality_mask.shape != (batch, len(modalities)):
             raise ValueError(
                 f"modality_mask must be [{batch}, {len(modalities)}] (samples, {', '.join(modalities)}), "
@@ -206,7 +172,7 @@ class MultimodalModel(PreTrainedModel):
             return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
         if self.problem_type(labels) == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
+        return F.cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing if self.training else 0.0)
 
     def problem_type(self, labels: torch.Tensor) -> str:
         """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers."""
@@ -219,6 +185,8 @@ class MultimodalModel(PreTrainedModel):
     def check_labels(self, labels: torch.Tensor, batch: int) -> None:
         """Refuse labels that do not fit `batch` samples and the classes of this model; -100 stands for none."""
         count = self.config.num_labels
+        if not torch.is_tensor(labels) or labels.dim() == 0:
+            raise TypeError(f"labels must be a tensor of {batch} rows, not {labels!r}")
         if labels.shape[0] != batch:
             raise ValueError(f"{labels.shape[0]} labels were given for {batch} samples")
         if self.problem_type(labels) != "single_label_classification":
@@ -265,6 +233,8 @@ class MultimodalModel(PreTrainedModel):
         """
         from ..data import MultimodalCollator, is_absent
 
+        if isinstance(samples, Mapping):
+            raise TypeError("samples must be a list of dictionaries: write predict([sample]) for a single one")
         modalities, was_training = self.config.modalities, self.training
         named = [name for name in modalities if any(not is_absent(sample.get(name)) for sample in samples)]
         collate = MultimodalCollator(self._processors_of(named or modalities))
@@ -372,9 +342,9 @@ class MultimodalModel(PreTrainedModel):
             built, num_labels=config.num_labels, problem_type=config.problem_type, **{**config.arguments, **overrides}
         )
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
-        file = cached_file(name_or_path, "model.safetensors")
-        overlay(model, load_file(file), str(name_or_path))
-        model._processors = saved_processors(Path(file).parent / "processors")
+        state, folder = saved_state(name_or_path)
+        overlay(model, state, str(name_or_path))
+        model._processors = saved_processors(folder / "processors")
         return model.eval()
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from ..encoders import Encoder
 from ..encoders.base import key_order, real_rows_first
 from ..lora import LoraConfig, add_adapters, read_lora
-from .base import MultimodalConfig, MultimodalModel, check_choice, packed_rows
+from .base import MultimodalModel, check_choice, packed_rows
+from .config import MultimodalConfig
 
 
 class JointEmbeddingConfig(MultimodalConfig):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..lora import LoraConfig, add_adapters, read_lora
-from .base import MultimodalConfig, MultimodalModel, packed_rows
+from .base import MultimodalModel, packed_rows
+from .config import MultimodalConfig
 
 
 class LateFusionConfig(MultimodalConfig):

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from .. import encoders as encoders_module
 from ..encoders import Encoder, without_adapters
 
+RESERVED = ("modality_mask", "label", "labels", "return_dict", "self")  # keywords of forward, columns of a sample
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor}
 
 
@@ -21,6 +25,8 @@ def as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_
     """A module, hub id or folder as an `Encoder`; `dtype` and `in_8bit` (by bitsandbytes) hold where it is loaded."""
     if not name.isidentifier():
         raise ValueError(f"modality name {name!r} must be an identifier, since forward takes it as a keyword")
+    if name in RESERVED or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"modality name {name!r} has another meaning: choose a name such as 'image'")
     if isinstance(given, Encoder):
         encoder = without_adapters(given)
     elif isinstance(given, nn.Module):
@@ -55,6 +61,16 @@ def _processor_class(folder: Path) -> Any:
         return AutoTokenizer
     settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     return AutoFeatureExtractor if "feature_extractor_type" in settings else AutoImageProcessor
+
+
+def saved_state(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Path]:
+    """What `save_pretrained` wrote under `source`, a folder or hub id, in one file or several; and the local folder."""
+    file = cached_file(source, WEIGHTS, _raise_exceptions_for_missing_entries=False)
+    if file is not None:
+        return load_file(file), Path(file).parent
+    index = Path(cached_file(source, INDEX))
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return {k: v for shard in shards for k, v in load_file(cached_file(source, shard)).items()}, index.parent
 
 
 def overlay(model: PreTrainedModel, state: dict[str, torch.Tensor], source: str) -> None:

@@ -15,7 +15,8 @@ from .. import kernels
 from ..block import Block
 from ..encoders.base import EmbedResult, key_order, real_rows_first
 from ..feature_cache import FeatureCache
-from .base import MultimodalConfig, MultimodalModel, packed_rows
+from .base import MultimodalModel, packed_rows
+from .config import MultimodalConfig
 
 
 class PMFConfig(MultimodalConfig):

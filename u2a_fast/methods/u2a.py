@@ -11,7 +11,8 @@ from torch import nn
 
 from .. import kernels
 from ..lora import LoraConfig, add_adapters, read_lora
-from .base import MultimodalConfig, MultimodalModel, check_choice, packed_rows
+from .base import MultimodalModel, check_choice, packed_rows
+from .config import MultimodalConfig
 
 
 class U2AConfig(MultimodalConfig):
@@ -103,7 +104,7 @@ class U2A(MultimodalModel):
         widths = {name: encoder.width for name, encoder in self.encoders.items()}
         width, others = max(widths.values()), len(widths) - 1
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(others, d) * 0.02) for m, d in widths.items()})
-        self.projection = nn.ModuleDict({m: nn.Linear(d, width) for m, d in widths.items() if d != width})
+        self.translators = nn.ModuleDict({m: nn.Linear(d, width) for m, d in widths.items() if d != width})
         self.head = nn.Linear(width, num_labels)
         self.post_init()
 
@@ -169,7 +170,7 @@ class U2A(MultimodalModel):
     def _project(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows of encoder `name` in the common width and the head's dtype."""
         rows = rows.to(self.head.weight.dtype).contiguous()  # a view would keep the whole hidden state for backward
-        return self.projection[name](rows) if name in self.projection else rows
+        return self.translators[name](rows) if name in self.translators else rows
 
     def _prior(self) -> torch.Tensor:
         """Mean of all mask tokens in the common width, `[D]`."""

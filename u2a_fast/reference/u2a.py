@@ -16,7 +16,7 @@ class ReferenceU2A(nn.Module):
     """Frozen encoders with LoRA; one mask token per other modality in each; one linear head.
 
     Encoder m carries the mask tokens of the other modalities, in modality order: `mask_tokens[m]` [M - 1, D_m]. The
-    common width d is the largest; a narrower modality gets `projection[m]`, applied to its class token, its proxies
+    common width d is the largest; a narrower modality gets `translators[m]`, applied to its class token, its proxies
     and (all_absent="prior") its mask tokens. LoRA factors: `lora_factors()`.
     """
 
@@ -42,7 +42,7 @@ class ReferenceU2A(nn.Module):
         d = max(widths.values())
         others = len(encoders) - 1
         self.mask_tokens = nn.ParameterDict({m: 0.02 * torch.randn(others, widths[m]) for m in self.modalities})
-        self.projection = nn.ModuleDict({m: nn.Linear(width, d) for m, width in widths.items() if width != d})
+        self.translators = nn.ModuleDict({m: nn.Linear(width, d) for m, width in widths.items() if width != d})
         self.head = nn.Linear(d, num_labels)
         self.align_weight, self.stop_gradient = align_weight, stop_gradient
         self.all_absent, self.problem_type = all_absent, problem_type
@@ -93,7 +93,7 @@ class ReferenceU2A(nn.Module):
     def common(self, m: str, rows: Tensor) -> Tensor:
         """[..., D_m] -> [..., d] in the head's dtype."""
         rows = rows.to(self.head.weight.dtype)
-        return self.projection[m](rows) if m in self.projection else rows
+        return self.translators[m](rows) if m in self.translators else rows
 
     def fuse(self, b: int, classes: dict, proxies: dict) -> Tensor:
         """Sample b -> z [d]; with no modality at all: the mean of all mask tokens."""

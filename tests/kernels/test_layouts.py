@@ -1,0 +1,128 @@
+"""Every op, on every backend, gives what it gives on contiguous operands: for any strides of any of them."""
+
+import contextlib
+
+import pytest
+import torch
+from triton_interpreter import interpreted
+
+from u2a_fast import kernels
+
+K, N, RANK, GROUPS = 20, 24, 5, 2
+
+
+def every_second(t):
+    """t as a view that skips every second element of its last dimension."""
+    if t.ndim == 0:
+        return t
+    wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype).fill_(1)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def transposed(t):
+    return t.mT.contiguous().mT if t.ndim > 1 else every_second(t)
+
+
+def repeated(t):
+    """One element, or one row of the last dimension, for all: stride 0."""
+    return t.flatten()[:1].expand(t.shape) if t.ndim == 1 else t[:1].expand(t.shape)
+
+
+def random(*shape):
+    return torch.randn(shape)
+
+
+def int8(*shape):
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def lora_linear(x, weight, bias, lora_a, lora_b):
+    return kernels.lora_linear(x, weight, bias, lora_a, lora_b, 0.5, groups=GROUPS)
+
+
+def lora_linear_int8(x, weight, bias, lora_a, lora_b, scale, quantize_input=False):
+    return kernels.lora_linear(
+        x, weight, bias, lora_a, lora_b, 0.5, weight_scale=scale, groups=GROUPS, quantize_input=quantize_input
+    )
+
+
+def linear_lowrank(h, weight, bias, s, lora_b):
+    return kernels.linear_lowrank(h, weight, bias, s, lora_b, 0.5, groups=GROUPS)
+
+
+def assemble(tokens, prefix, suffix, mask_token):
+    return kernels.assemble(tokens, prefix, suffix, torch.tensor([True, False, True, True])[::2], mask_token)
+
+
+def assemble_norm_project(tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a):
+    present = torch.tensor([True, True, False, True])[::2]
+    return kernels.assemble_norm_project(
+        tokens=tokens,
+        prefix=prefix,
+        suffix=suffix,
+        present=present,
+        mask_token=mask_token,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        lora_a=lora_a,
+    )
+
+
+def norm_project(tokens, norm_weight, norm_bias, lora_a):
+    names = {"tokens": tokens, "norm_weight": norm_weight, "norm_bias": norm_bias, "lora_a": lora_a}
+    return kernels.assemble_norm_project(**names)
+
+
+def substitute(class_tokens, proxies):
+    return kernels.substitute(class_tokens, proxies, torch.tensor([[True, False, True], [True, True, False]]).t())
+
+
+def attention(q, k, v, lengths):
+    return kernels.attention(q, k, v, lengths, suffix=1, read_only=2)
+
+
+LINEAR = [random(3, 4, K), random(N, K), random(N), random(GROUPS * RANK, K), random(N, RANK)]
+QUANTIZED = [LINEAR[0], int8(N, K), *LINEAR[2:], torch.rand(N)]
+ROWS = [random(2, 3, K), random(2, K), random(1, K), random(K)]
+CASES = {
+    "lora_linear": (lora_linear, LINEAR),
+    "lora_linear int8": (lora_linear_int8, QUANTIZED),
+    "lora_linear int8 x int8": (lambda *operands: lora_linear_int8(*operands, quantize_input=True), QUANTIZED),
+    "linear_lowrank": (linear_lowrank, [*LINEAR[:3], random(3, 4, GROUPS * RANK), LINEAR[4]]),
+    "assemble": (assemble, ROWS),
+    "assemble_norm_project": (assemble_norm_project, [*ROWS, random(K), random(K), random(RANK, K)]),
+    "norm_project": (norm_project, [ROWS[0], random(K), random(K), random(RANK, K)]),
+    "substitute": (substitute, [random(2, 3, K), random(2, 2, 3, K)]),
+    "attention": (attention, [*(random(3, 2, 9, 8) for _ in range(3)), torch.tensor([6, 3, 5])]),
+    "quantize_rows": (kernels.quantize_rows, [random(N, K)]),
+    "dequantize_rows": (lambda q, s: kernels.dequantize_rows(q, s, torch.float32), [int8(N, K), torch.rand(N)]),
+}
+
+
+def results(function, operands):
+    """What the op returns, and the gradients of everything that may have one."""
+    operands = [t.detach().requires_grad_(t.is_floating_point()) for t in operands]
+    out = function(*operands)
+    out = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+    trained = [t for t in out if t.requires_grad]
+    if not trained:
+        return out
+    total = sum((t.double() * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in trained)
+    return [*out, *torch.autograd.grad(total, [t for t in operands if t.requires_grad], allow_unused=True)]
+
+
+@pytest.mark.parametrize("layout", [every_second, transposed, repeated])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_strides_change_nothing(backend, name, layout):
+    function, operands = CASES[name]
+    views = [layout(t) for t in operands]
+    with interpreted() if backend == "triton" else contextlib.nullcontext():
+        if backend != "triton":
+            kernels.set_backend(backend)
+        expected, found = results(function, [t.contiguous() for t in views]), results(function, views)
+    for one, other in zip(expected, found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,46 @@
+"""What every method's model is described by, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
+
+
+class MultimodalConfig(PreTrainedConfig):
+    """Config of a multimodal model: the constructor's arguments, and where the encoders come from.
+
+    `modalities` is a list because `config.json` sorts the keys of a dictionary and their order has a meaning.
+    """
+
+    keys_to_ignore_at_inference = ["task_loss", "align_loss"]
+
+    def __init__(
+        self,
+        modalities: Sequence[str] = (),
+        encoders: Mapping[str, str] | None = None,
+        encoder_dtypes: Mapping[str, str] | None = None,
+        encoders_in_8bit: Sequence[str] = (),
+        arguments: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self.modalities = list(modalities)
+        self.encoders = dict(encoders or {})
+        self.encoder_dtypes = dict(encoder_dtypes or {})
+        self.encoders_in_8bit = list(encoders_in_8bit)  # quantised by bitsandbytes, whose rounding is not quite ours
+        self.arguments = dict(arguments or {})
+        super().__init__(**kwargs)
+
+
+@dataclass
+class MultimodalOutput(ModelOutput):
+    """`loss` = task loss + weighted `align_loss`; `logits` [B, C]. The losses are None without labels."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    task_loss: torch.Tensor | None = None
+    align_loss: torch.Tensor | None = None
