@@ -35,6 +35,9 @@ LEAN_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+FP16_LIMIT = torch.finfo(torch.float16).max - 1000  # Hugging Face's margin
+
+
 class Block(GradientCheckpointingLayer):
     """Self-attention and MLP, each with a residual.
 
@@ -61,15 +64,18 @@ class Block(GradientCheckpointingLayer):
         scale1: torch.Tensor | None = None,
         scale2: torch.Tensor | None = None,
         causal: bool = False,
+        clamps_fp16: bool = False,
     ):
         super().__init__()
         self.qkv, self.o, self.fc1, self.fc2 = qkv, o, fc1, fc2
         self.norm1, self.norm2 = norm1, norm2
         self.scale1 = None if scale1 is None else nn.Parameter(scale1.detach(), requires_grad=False)
         self.scale2 = None if scale2 is None else nn.Parameter(scale2.detach(), requires_grad=False)
-        self.num_heads, self.pre_norm, self.causal = num_heads, pre_norm, causal
+        self.num_heads, self.pre_norm, self.causal, self.clamps_fp16 = num_heads, pre_norm, causal, clamps_fp16
         self.activation = activation
         self.act = LEAN_ACTIVATIONS.get(activation) or ACT2FN[activation]
+        if isinstance(self.act, nn.Module) and [*self.act.parameters()]:
+            raise ValueError(f"the activation {activation!r} has parameters of its own, which our block would not load")
 
     @property
     def linears(self) -> tuple[LoraLinear, LoraLinear, LoraLinear, LoraLinear]:
@@ -151,7 +157,8 @@ class Block(GradientCheckpointingLayer):
             return normalise(self.norm2, x + self._mlp(x, None))
         x = residual + (attended if self.scale1 is None else attended * self.scale1)
         update = self._mlp(x, self.norm2)
-        return x + (update if self.scale2 is None else update * self.scale2)
+        x = x + (update if self.scale2 is None else update * self.scale2)
+        return x.clamp(-FP16_LIMIT, FP16_LIMIT) if self.clamps_fp16 and x.dtype == torch.float16 else x
 
     def _mlp(self, x: torch.Tensor, norm: nn.LayerNorm | None) -> torch.Tensor:
         rows, s, _ = kernels.assemble_norm_project(

@@ -28,6 +28,12 @@ ROLE_OF_NAME = {
     **dict.fromkeys(("fc2", "output_dense", "lin2"), "fc2"),
 }
 
+PEFT_READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+PEFT_WITHOUT_EFFECT = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "megatron_core", "qalora_group_size"),
+)
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -89,12 +95,11 @@ class LoraConfig:
 
     @classmethod
     def _read_peft(cls, config: Any) -> LoraConfig:
-        refused = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
-        asked = [name for name in refused if getattr(config, name, None)]
-        if asked or getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                f"PEFT's LoraConfig asks for {', '.join(asked) or 'bias'}, which u2a_fast does not compute"
-            )
+        default, empty = type(config)(), ([], {})
+        given = {name: value for name, value in vars(config).items() if name not in PEFT_READ + PEFT_WITHOUT_EFFECT}
+        asked = [name for name, value in given.items() if value != getattr(default, name) and value not in empty]
+        if asked:
+            raise ValueError(f"PEFT's LoraConfig asks for {', '.join(asked)}, which u2a_fast does not compute")
         names = config.target_modules or ("q", "k", "v", "o")
         names = ROLES if names == "all-linear" else sorted([names] if isinstance(names, str) else names)
         unknown = [name for name in names if name not in ROLE_OF_NAME]

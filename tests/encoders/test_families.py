@@ -12,9 +12,14 @@ from transformers import (
     Dinov2Model,
     DistilBertConfig,
     DistilBertModel,
+    SiglipConfig,
+    SiglipModel,
+    WhisperConfig,
+    WhisperModel,
 )
 
-from u2a_fast.encoders import Encoder, from_pretrained_model
+from u2a_fast.encoders import Encoder, from_pretrained_model, load
+from u2a_fast.reference import ReferenceEncoder
 
 
 def pair(name, dtype, **overrides):
@@ -47,11 +52,68 @@ def test_padding_anywhere_equals_hugging_face(name, kind):
         mask[1, :3] = mask[2, :1] = 0
     else:
         mask[1, 2] = mask[2, 4] = 0
+    if name == "clip_text":  # which pads with the id that ends a text
+        inputs["input_ids"][mask == 0] = tiny_encoders.END_OF_TEXT
     inputs["attention_mask"] = mask
+    first, last = mask.argmax(dim=1), torch.full((3,), mask.shape[1] - 1)
     with torch.no_grad():
         expected = tiny_encoders.hidden_states(model, name, **inputs)
-        difference = (encoder(**inputs) - expected).abs()[mask.bool()]
-    assert difference.max() < 1e-9
+        tokens, padding_mask = encoder.embed(**inputs)
+        hidden = encoder.finish(encoder.run(tokens, padding_mask))
+        reference = ReferenceEncoder(model)(**inputs)
+    assert torch.equal(padding_mask, mask.bool())
+    assert (hidden - expected).abs()[mask.bool()].max() < 1e-9
+    assert (reference - expected).abs()[mask.bool()].max() < 1e-9
+    read = expected[torch.arange(3), last if name == "clip_text" else first]
+    torch.testing.assert_close(encoder.class_token(hidden, padding_mask), read)
+
+
+def test_an_old_clip_config_means_the_highest_id_by_its_end_of_text():
+    model = tiny_encoders.build("clip_text", eos_token_id=2).double()
+    inputs = tiny_encoders.inputs("clip_text", batch=3, padded=True)
+    _, padding_mask = from_pretrained_model(model).embed(**inputs)
+    assert torch.equal(padding_mask, inputs["attention_mask"].bool())
+    assert torch.equal(ReferenceEncoder(model).embed(**inputs)[1], padding_mask)
+
+
+ACTIVATIONS = (
+    "relu",
+    "gelu",
+    "gelu_new",
+    "gelu_fast",
+    "gelu_python",
+    "gelu_pytorch_tanh",
+    "quick_gelu",
+    "silu",
+    "tanh",
+)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_hugging_faces(activation):
+    model, encoder = pair("bert", torch.float64, hidden_act=activation)
+    inputs = tiny_encoders.inputs("bert", batch=2)
+    assert (encoder(**inputs) - tiny_encoders.hidden_states(model, "bert", **inputs)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", tiny_encoders.SPEECH_FAMILIES)
+def test_a_clip_shorter_than_one_row_makes_one(name):
+    _, encoder = pair(name, torch.float32)
+    clip = torch.randn(2, 3)
+    tokens, padding_mask = encoder.embed(input_values=clip, attention_mask=torch.ones(2, 3).long())
+    assert tokens.shape[1] == 1 and padding_mask.all() and encoder.class_token(tokens, padding_mask).any()
+
+
+def test_whisper_stays_finite_in_fp16_where_hugging_face_does():
+    model = tiny_encoders.build("whisper").half()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.fc2.bias.fill_(60000)
+    inputs = tiny_encoders.inputs("whisper", batch=2, dtype=torch.float16)
+    with torch.no_grad():
+        expected, hidden = model(**inputs).last_hidden_state, from_pretrained_model(model)(**inputs)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(hidden, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", tiny_encoders.FAMILIES)
@@ -82,6 +144,48 @@ def test_casting_the_encoder_leaves_the_model_given_alone():
 def test_poolers_are_dropped():
     _, encoder = pair("bert", torch.float32)
     assert not any("pooler" in name for name, _ in encoder.named_parameters())
+
+
+def settings(name):
+    return tiny_encoders.CONFIGS[name][2]
+
+
+def clip():
+    return CLIPModel(CLIPConfig(text_config=settings("clip_text"), vision_config=settings("clip_vision")))
+
+
+def siglip():
+    return SiglipModel(SiglipConfig(text_config=SMALL | {"vocab_size": 9}, vision_config=settings("siglip_vision")))
+
+
+def whisper():
+    decoder = dict(decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=8, vocab_size=9)
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
+    return WhisperModel(WhisperConfig(**settings("whisper"), **decoder, **ids))
+
+
+@pytest.mark.parametrize(
+    "build, tower, modality, name",
+    [
+        (clip, "text_model", "text", "clip_text"),
+        (clip, "vision_model", "image", "clip_vision"),
+        (siglip, "vision_model", "image", "siglip_vision"),
+        (whisper, "encoder", "audio", "whisper"),
+    ],
+)
+def test_the_tower_of_a_modality_is_loaded_from_a_folder_with_two(tmp_path, build, tower, modality, name):
+    whole = build().eval()
+    whole.save_pretrained(tmp_path)
+    inputs = tiny_encoders.inputs(name, batch=2)
+    with torch.no_grad():
+        expected = whole.get_submodule(tower)(**inputs).last_hidden_state
+        hidden = from_pretrained_model(load(str(tmp_path), modality))(**inputs)
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_encoder_is_loaded_without_its_pooler(tmp_path):
+    tiny_encoders.build("bert").save_pretrained(tmp_path)
+    assert load(str(tmp_path), "text").pooler is None
 
 
 def test_attributes():
@@ -121,6 +225,13 @@ def pruned():
     return model
 
 
+def with_adapters():
+    peft = pytest.importorskip("peft")
+    model = tiny_encoders.build("bert")
+    model.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    return model
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
@@ -132,6 +243,11 @@ def pruned():
         (lambda: CLIPModel(CLIPConfig(text_config=SMALL | {"vocab_size": 9}, vision_config=SMALL)), "two towers"),
         (lambda: Dinov2Model(Dinov2Config(use_swiglu_ffn=True, **SMALL)), "gated MLP"),
         (pruned, "pruned"),
+        (with_adapters, "carries adapters of PEFT: merge them"),
+        (lambda: tiny_encoders.build("bert", is_decoder=True), "is_decoder"),
+        (lambda: tiny_encoders.build("wav2vec2", add_adapter=True), "add_adapter"),
+        (lambda: tiny_encoders.build("wav2vec2_stable", adapter_attn_dim=4), "adapter_attn_dim"),
+        (lambda: tiny_encoders.build("bert", hidden_act="prelu"), "'prelu' has parameters of its own"),
     ],
 )
 def test_unsupported_models_are_refused_in_one_sentence(build, message):

@@ -97,8 +97,31 @@ def test_pefts_lora_config_is_read():
     peft = pytest.importorskip("peft")
     config = LoraConfig.read(peft.LoraConfig(r=6, lora_alpha=12, target_modules=["query", "value"], use_rslora=True))
     assert config == LoraConfig(r=6, lora_alpha=12, target_modules=("q", "v"), use_rslora=True)
-    with pytest.raises(ValueError, match="use_dora"):
-        LoraConfig.read(peft.LoraConfig(target_modules=["query"], use_dora=True))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["pooler"]},
+        {"alpha_pattern": {"query": 4}},
+        {"layers_to_transform": 0},
+        {"exclude_modules": ["layer.0"]},
+        {"init_lora_weights": "pissa"},
+        {"fan_in_fan_out": True},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_what_pefts_lora_config_asks_beyond_ours_is_refused(option):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=f"asks for {next(iter(option))}, which"):
+        LoraConfig.read(peft.LoraConfig(target_modules=["query"], **option))
+
+
+def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank():
+    plain, stable = (LoraConfig(r=16, lora_alpha=8, use_rslora=on) for on in (False, True))
+    assert (plain.scaling, stable.scaling) == (0.5, 2.0)
 
 
 @pytest.mark.parametrize(

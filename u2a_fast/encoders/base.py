@@ -31,6 +31,7 @@ class Family:
         class_token: `"first"` row, `"last"` real row, or the `"mean"` of the real rows.
         scales: paths inside a layer of the two LayerScale vectors, or None.
         causal: whether row i sees rows up to i only (CLIP text).
+        clamps_fp16: whether layers keep their fp16 results finite (Whisper).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Family:
     class_token: str = "first"
     scales: tuple[str, str] | None = None
     causal: bool = False
+    clamps_fp16: bool = False
 
 
 class Encoder(nn.Module):

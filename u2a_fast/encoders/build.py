@@ -27,14 +27,16 @@ TOWERS = {
 
 
 def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Encoder:
-    """A Hugging Face encoder as an `Encoder`; the model given stays as it is, large weights are shared with it.
+    """A Hugging Face encoder as an `Encoder`; the model given stays as it is, and shares its matrices with it: all but
+    those of q, k and v, which become one.
 
     Args:
         model: a `transformers` encoder without a task head; its pooler is dropped. An `Encoder` is returned as it is.
         family: the spec of a family we do not know (see encoders/families.py for examples).
 
     Raises:
-        ValueError: an unsupported family, a task head on top, two towers at once, or a pruned model.
+        ValueError: an unsupported family, a task head on top, two towers at once, PEFT's adapters inside, or a pruned
+            model.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -124,6 +126,10 @@ def _refuse_variants(model: nn.Module, family: Family) -> None:
         raise ValueError(f"{name} has no layers under {family.layers!r}: its family spec does not fit")
     heads = getattr(config, family.heads)
     for i, layer in enumerate(layers):
+        if any(hasattr(_get(layer, path), "base_layer") for path in family.roles.values()):
+            raise ValueError(
+                f"{name} carries adapters of PEFT: merge them (merge_and_unload), or pass the model without them"
+            )
         q, k, o = (_get(layer, family.roles[role]) for role in ("q", "k", "o"))
         width = _get(layer, family.norms[0]).normalized_shape[0]
         if (q.out_features, k.out_features, o.in_features) != (width,) * 3 or width % heads:
@@ -150,6 +156,7 @@ def _block(layer: nn.Module, family: Family, config: Any) -> Block:
         scale1=scale1,
         scale2=scale2,
         causal=family.causal,
+        clamps_fp16=family.clamps_fp16,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, pad
 
 from .base import EmbedResult, Encoder, Family
 
@@ -31,8 +31,9 @@ def embed_clip_text(
     tokens = encoder.stem["embeddings"](input_ids, position_ids=position_ids)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     eos = encoder.config.eos_token_id
-    # Configs from before transformers 4.31 say 2 and mean the highest id. Rows after the end of text are padding.
-    end = input_ids == (input_ids.amax(dim=1, keepdim=True) if eos == 2 else eos)
+    # Configs from before transformers 4.31 say 2 and mean the highest id. Rows after the end of text are padding; so
+    # are those before the text that hold the same id, which CLIP pads with.
+    end = real & (input_ids == (input_ids.amax(dim=1, keepdim=True) if eos == 2 else eos))
     after_end = end.int().cumsum(dim=1) - end.int() > 0
     return tokens, real & ~after_end
 
@@ -52,13 +53,18 @@ def embed_waveform(
     encoder: Encoder, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> EmbedResult:
     stem, config = encoder.stem, encoder.config
+    convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
+    shortest = 1  # samples that make one row
+    for kernel, stride in reversed(convolutions):
+        shortest = (shortest - 1) * stride + kernel
+    input_values = pad(input_values, (0, max(0, shortest - input_values.shape[1])))
     features = stem["feature_extractor"](input_values).transpose(1, 2)  # [B, S, C]
     tokens = stem["feature_projection"](features)
     tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # [B, S, D]
     real = None
     if attention_mask is not None:
-        lengths = attention_mask.sum(dim=1)
-        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        lengths = attention_mask.sum(dim=1).clamp(min=shortest)
+        for kernel, stride in convolutions:
             lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         tokens = torch.where(real[:, :, None], tokens, 0)  # the positional convolution must not see padding
@@ -219,6 +225,7 @@ WHISPER = Family(
     heads="encoder_attention_heads",
     activation="activation_function",
     class_token="mean",
+    clamps_fp16=True,
     embed=embed_whisper,
 )
 

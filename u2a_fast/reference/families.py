@@ -18,15 +18,13 @@ def embed_text(model: nn.Module, attention_mask: Tensor | None = None, **inputs:
 
 
 def embed_clip_text(model: nn.Module, attention_mask: Tensor | None = None, **inputs: Tensor) -> Embedded:
-    """Rows after the first end-of-text token are padding, whether or not the attention mask says so."""
+    """Rows after the first real end-of-text token are padding, whether or not the attention mask says so."""
     ids, end_id = inputs["input_ids"], model.config.eos_token_id
     if end_id == 2:  # configs older than transformers 4.31: the end-of-text token is the highest id of its row
         end_id = ids.amax(dim=1, keepdim=True)
-    is_end = (ids == end_id).long()
-    real = is_end.cumsum(dim=1) - is_end == 0
-    if attention_mask is not None:
-        real = real & attention_mask.bool()
-    return model.embeddings(**inputs), real
+    given = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
+    is_end = (ids == end_id) * given
+    return model.embeddings(**inputs), given.bool() & (is_end.cumsum(dim=1) - is_end == 0)
 
 
 def embed_patches(model: nn.Module, **inputs: Tensor) -> Embedded:
