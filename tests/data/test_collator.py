@@ -160,7 +160,15 @@ def test_without_labels_there_are_none(collate, samples):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([1, None], "1 of 2 samples have no label"), (["dog", "cat"], "ClassLabel"), ([[1], [1, 2]], "same length")],
+    [
+        ([1, None], "1 of 2 samples have no label"),
+        ([1.0, float("nan")], "1 of 2 samples have no label"),
+        (["dog", "cat"], "ClassLabel"),
+        ([[1], [1, 2]], "same length"),
+        ([0.5, float("inf")], "A label holds inf"),
+        ([[1, float("nan")], [0, 1]], "A label holds nan"),
+        ([torch.tensor(float("nan"))], "A label holds nan"),
+    ],
 )
 def test_labels_that_make_no_sense_are_refused(collate, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -192,23 +200,45 @@ def test_texts_are_padded_on_the_right_whatever_the_tokenizer_prefers(tokenizer,
     assert text["attention_mask"][0].tolist() == [1, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_clips_of_different_length_are_padded_together(masked):
+@pytest.mark.parametrize("preferred", [False, True])
+def test_clips_of_different_length_are_padded_together_behind_a_mask(preferred):
     from transformers import Wav2Vec2FeatureExtractor
 
-    collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor(return_attention_mask=masked)})
+    collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor(return_attention_mask=preferred)})
     audio = collate([{"audio": np.ones(400)}, {"audio": np.ones(300)}, {"audio": None}])["audio"]
     assert audio["input_values"].shape == (3, 400)
-    if masked:
-        assert audio["attention_mask"].sum(dim=1).tolist() == [400, 300, 400]
+    assert audio["attention_mask"].sum(dim=1).tolist() == [400, 300, 400]
 
 
-def test_spectrograms_keep_their_window(clip):
+@pytest.mark.parametrize("name", ["wav2vec2_stable", "hubert"])
+def test_the_logits_of_a_clip_do_not_change_beside_a_longer_one(name, tokenizer):
+    import tiny_encoders
+    from transformers import Wav2Vec2FeatureExtractor
+
+    from u2a_fast import U2A
+
+    # With group norm, the default, a convolution already sees the padding.
+    encoders = {
+        "audio": tiny_encoders.build(name, feat_extract_norm="layer", conv_bias=True),
+        "text": tiny_encoders.build("bert"),
+    }
+    processors = {"audio": Wav2Vec2FeatureExtractor(), "text": tokenizer}
+    model = U2A(encoders, num_labels=3, processors=processors)
+    noise = np.random.default_rng(0).standard_normal(3000)
+    alone = model.predict([{"audio": noise[:400]}])
+    beside = model.predict([{"audio": noise[:400]}, {"audio": noise}])
+    torch.testing.assert_close(beside[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_spectrograms_keep_their_window_and_get_no_mask(collate, clip):
     from transformers import ASTFeatureExtractor
 
     pytest.importorskip("scipy")
+    assert list(collate([{"audio": clip}])["audio"]) == ["input_features"]
     collate = MultimodalCollator({"audio": ASTFeatureExtractor(num_mel_bins=16, max_length=32)})
-    assert collate([{"audio": clip}, {"audio": None}])["audio"]["input_values"].shape == (2, 32, 16)
+    audio = collate([{"audio": clip}, {"audio": None}])["audio"]
+    assert list(audio) == ["input_values"]
+    assert audio["input_values"].shape == (2, 32, 16)
 
 
 def test_of_a_combined_processor_the_fitting_part_is_used(image_processor, tokenizer):

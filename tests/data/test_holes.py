@@ -35,12 +35,12 @@ def test_the_data_underneath_and_other_columns_are_left_alone():
 
 @pytest.mark.parametrize("hole", [None, float("nan"), "", {"path": None, "bytes": None}, "no key"])
 def test_natural_holes_stay_and_no_sample_loses_everything(hole):
-    data = samples(2)
-    for row in data:
+    data = samples(3)
+    for row in data[:2]:
         row["image"] = hole
         if hole == "no key":
             del row["image"]
-    table = torch.tensor([[True, False], [False, True]])
+    table = torch.tensor([[True, False], [False, True], [True, True]])
     holed = with_missing(data, table, PAIR)
     for index in range(2):
         assert holed[index]["image"] is None
@@ -81,6 +81,16 @@ def test_accelerate_passes_the_epoch_on():
 def test_simulation_needs_a_pattern():
     with pytest.raises(ValueError, match="MissingPattern"):
         with_missing(samples(), torch.ones(100, 2, dtype=torch.bool), PAIR, simulate=True)
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_a_modality_that_is_no_column_is_refused(simulate):
+    with pytest.raises(ValueError, match="No sample has a column 'txt'; there are image, text, label"):
+        with_missing(samples(), MissingPattern(), ("image", "txt"), simulate)
+
+
+def test_no_samples_need_no_columns():
+    assert len(with_missing([], MissingPattern(), PAIR)) == 0
 
 
 @pytest.mark.parametrize("shape", [(99, 2), (100, 3)])

@@ -3,8 +3,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
+from u2a_fast.data import inputs
 from u2a_fast.data.inputs import DecodeError, is_absent, to_audio, to_image
 
 PNG = io.BytesIO()
@@ -54,7 +55,7 @@ def test_an_image_may_come_in_any_form(tmp_path, form):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV",
-                                  "I;16", "I", "F"])  # fmt: skip
+                                  "I;16", "I"])  # fmt: skip
 def test_an_image_may_have_any_mode(mode):
     image = to_image(Image.new(mode, (5, 3)))
     assert (image.mode, image.size) == ("RGB", (5, 5))
@@ -88,6 +89,44 @@ def test_sixteen_bit_images_keep_their_shades():
     assert np.asarray(to_image(Image.fromarray(shades)))[:, :, 0].tolist() == [[0, 100], [200, 255]]
 
 
+@pytest.mark.parametrize(("dtype", "top"), [(np.int32, 65535), (np.int32, 255), (np.uint8, 255)])
+def test_integer_pictures_keep_their_shades_whatever_their_range(dtype, top):
+    shades = (np.array([[0, 100], [200, 255]]) * (top // 255)).astype(dtype)
+    assert np.asarray(to_image(Image.fromarray(shades)))[:, :, 0].tolist() == [[0, 100], [200, 255]]
+
+
+def test_integers_out_of_range_are_black_or_white():
+    shades = np.array([[-5, 70_000]], np.int32)
+    assert np.asarray(to_image(Image.fromarray(shades)))[0, :, 0].tolist() == [0, 255]
+
+
+def test_a_picture_of_floats_is_refused_in_a_sentence():
+    with pytest.raises(DecodeError, match="mode F does not say which number is white"):
+        to_image(Image.new("F", (2, 2)))
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)])
+def test_an_array_may_have_any_usual_number_of_channels(channels):
+    pixels = np.full((3, 3, *channels), 255, np.uint8)
+    pixels[1, 1] = (9, 9, 9, 255)[: channels[0]] if channels else 9
+    assert np.asarray(to_image(pixels))[:, :, 0].tolist() == [[255] * 3, [255, 9, 255], [255] * 3]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (8, 8, 5), (8,), (2, 8, 8, 3)])
+def test_an_array_of_another_shape_is_refused_in_a_sentence(shape):
+    with pytest.raises(ValueError, match=r"must be \[H, W\]") as caught:
+        to_image(np.zeros(shape, np.uint8))
+    assert not isinstance(caught.value, DecodeError)
+
+
+@pytest.mark.parametrize("size", [(16000, 10), (10, 60000), (5000, 4000)])
+def test_a_picture_with_a_long_side_is_shrunk_before_its_square_is_made(size):
+    file = io.BytesIO()
+    Image.new("L", size, 200).save(file, "png")
+    square = to_image(file.getvalue())
+    assert square.size == (4096, 4096) and square.getpixel((2047, 2047)) == (200, 200, 200)
+
+
 def test_a_camera_that_was_turned_is_turned_back():
     image = Image.new("RGB", (2, 2), "black")
     image.putpixel((0, 0), (255, 0, 0))
@@ -102,6 +141,16 @@ def test_a_camera_that_was_turned_is_turned_back():
 def test_broken_pictures_are_a_decode_error(content):
     with pytest.raises(DecodeError):
         to_image(content)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_a_damaged_avif_is_a_decode_error():
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 80).convert("RGB").save(file, "avif")
+    content = bytearray(file.getvalue())
+    content[-200:] = bytes(200)
+    with pytest.raises(DecodeError):
+        to_image(bytes(content))
 
 
 def test_files_that_do_not_exist_are_a_decode_error(tmp_path):
@@ -148,6 +197,29 @@ def test_clips_are_resampled_to_the_same_tone(rate):
     samples = to_audio({"array": tone, "sampling_rate": rate}, 16000)
     assert len(samples) == 16000
     assert np.abs(np.fft.rfft(samples)).argmax() == 440
+
+
+@pytest.mark.parametrize("rate", [..., None, 0, -1, float("nan"), float("inf")], ids=str)
+def test_an_array_without_its_rate_is_refused_in_a_sentence(rate):
+    clip = {"array": np.ones(100)} | ({} if rate is ... else {"sampling_rate": rate})
+    with pytest.raises(ValueError, match="needs its sampling_rate, in samples a second, not") as caught:
+        to_audio(clip, 16000)
+    assert not isinstance(caught.value, DecodeError)
+
+
+def flac_header(frames=8000, rate=16000):
+    """The start of a mono FLAC file of 16 bits: sizes of blocks, then rate, channels, bits and frames in 64 bits."""
+    sizes = (4096).to_bytes(2) * 2 + bytes(6)
+    return b"fLaC\x80\x00\x00\x22" + sizes + (rate << 44 | 15 << 36 | frames).to_bytes(8) + bytes(16)
+
+
+@pytest.mark.parametrize("claim", [{"frames": 2**36 - 1}, {"rate": 1}, {"rate": 1_000_000}], ids=str)
+def test_a_recording_whose_header_claims_too_much_is_a_decode_error_and_takes_no_memory(claim, monkeypatch):
+    soundfile = pytest.importorskip("soundfile")
+    monkeypatch.setattr(inputs, "MOST_SAMPLES", 10**8)
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(DecodeError, match="are too many"):
+        to_audio(flac_header(**claim), 16000)
 
 
 @pytest.mark.parametrize("layout", ["samples first", "channels first"])

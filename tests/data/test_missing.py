@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,11 @@ def test_tables_stay_the_same_over_versions():
         ({"both_ratio": 2}, "both_ratio must lie"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"seed": 0.5}, "seed must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"seed": np.bool_(True)}, "seed must be a whole number"),
+        ({"seed": np.float64(1)}, "seed must be a whole number"),
+        ({"rate": True}, "rate must lie between 0 and 1, not True"),
+        ({"rate": None}, "rate must lie between 0 and 1, not None"),
     ],
 )
 def test_values_out_of_range_are_refused_in_a_sentence(arguments, message):
@@ -101,13 +107,26 @@ def test_values_out_of_range_are_refused_in_a_sentence(arguments, message):
         (MissingPattern(), 9, ("image",), "two or more"),
         (MissingPattern(), 9, ("image", "image"), "two or more different"),
         (MissingPattern(), 9, ("image", "any"), "must not be called"),
-        (MissingPattern(), -1, PAIR, "-1 samples"),
+        (MissingPattern(), -1, PAIR, "n must be a whole number, 0 or larger, not -1"),
+        (MissingPattern(), 9.0, PAIR, "n must be a whole number"),
+        (MissingPattern(), True, PAIR, "n must be a whole number"),
         (MissingPattern(both_ratio=0.3), 9, TRIPLE, "both_ratio = 0.3 divides two"),
     ],
 )
 def test_tables_that_make_no_sense_are_refused_in_a_sentence(pattern, n, modalities, message):
     with pytest.raises(ValueError, match=message):
         pattern.table(n, modalities)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint8(3)])
+@pytest.mark.parametrize("rate", [np.float32(0.7), np.float64(0.7), 0.7])
+def test_numbers_of_numpy_mean_what_those_of_python_do(tmp_path, rate, seed):
+    pattern, plain = MissingPattern(rate, both_ratio=np.float32(0.3), seed=seed), MissingPattern(0.7, "both", 0.3, 3)
+    assert pattern == plain
+    assert torch.equal(pattern.table(np.int64(90), PAIR), plain.table(90, PAIR))
+    assert pattern.hash(np.int64(90), PAIR) == plain.hash(90, PAIR)
+    pattern.save(tmp_path / "table.safetensors", np.int64(90), PAIR)
+    assert MissingPattern.load(tmp_path / "table.safetensors")[0] == plain
 
 
 def test_the_hash_covers_everything_that_decides_the_table():

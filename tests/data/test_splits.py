@@ -51,7 +51,52 @@ def test_the_seed_fixes_the_split_and_another_one_changes_it():
 
 
 def test_the_split_of_a_seed_stays_the_same_over_versions():
-    assert grouped_split(list("aabbccddee") * 2, range(20), seed=0)["test"].tolist() == [1, 6, 13, 14, 19]
+    assert grouped_split(list("aabbccddee") * 4, range(40), seed=0)["test"].tolist() == [
+        4,
+        13,
+        17,
+        20,
+        27,
+        30,
+        33,
+        35,
+        38,
+        39,
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows_per_group", [1, 6])
+def test_classes_too_small_to_divide_starve_no_split(size, rows_per_group):
+    count = 300 * rows_per_group
+    labels = [f"class {row // (size * rows_per_group)}" for row in range(count)]
+    for name, rows in grouped_split(labels, [row // rows_per_group for row in range(count)]).items():
+        assert len(rows) == pytest.approx(SHARES[name] * count, rel=0.05)
+
+
+def test_of_two_rows_of_a_class_one_is_trained_on_where_possible():
+    labels = [f"class {row // 2}" for row in range(100)]
+    assert len({labels[row] for row in grouped_split(labels, range(100))["train"]}) >= 45
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["all different", "some whole"])
+def test_labels_that_are_measurements_are_not_classes(whole):
+    labels = [row if whole and row % 2 else row / 7 for row in range(100)]
+    split = grouped_split(labels, range(100))
+    assert {name: len(rows) for name, rows in split.items()} == {"train": 65, "validation": 10, "test": 25}
+
+
+@pytest.mark.parametrize("share", [0, 0.05, 0.5])
+def test_the_marks_of_label_vectors_keep_their_shares(share):
+    labels = np.random.default_rng(0).random((400, 8)) < share
+    for name, rows in grouped_split(labels.tolist(), range(400)).items():
+        assert len(rows) == pytest.approx(SHARES[name] * 400, abs=3)
+        np.testing.assert_allclose(labels[rows].sum(0), SHARES[name] * labels.sum(0), atol=3)
+
+
+def test_label_vectors_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="labels differ in length"):
+        grouped_split([[0, 1], [1]], range(2))
 
 
 def test_labels_and_groups_of_different_length_are_refused():

@@ -5,6 +5,8 @@ import pytest
 
 from u2a_fast.data import load_table
 
+NAN = float("nan")
+
 
 def write(folder, name="table.csv", text="text,label\na,x\nb,y\n"):
     (folder / name).write_text(text, encoding="utf-8")
@@ -36,6 +38,37 @@ def test_paths_are_relative_to_the_table_and_empty_cells_are_absent(pictures):
 def test_texts_that_look_like_something_else_stay_texts(tmp_path, text):
     loaded = rows(load_table(write(tmp_path, text=f"text,label\n{text},x\n{text},y\n")))
     assert [row["text"] for row in loaded] == [text, text]
+
+
+def test_nan_is_a_hole_in_every_column(pictures):
+    rows = [{"image": "0.png", "text": "a", "group": "g", "label": 0}, dict.fromkeys(("image", "text", "group"), NAN)]
+    write(pictures, "train.jsonl", "".join(json.dumps({"label": 1} | row) + "\n" for row in rows))
+    train = load_table(pictures)["train"]
+    assert train[1] == {"image": None, "text": None, "group": None, "label": 1}
+    assert train[0]["text"] == "a"
+
+
+@pytest.mark.parametrize("labels", [[0, 1, NAN], [0.5, 1.5, NAN], ["a", "b", NAN]], ids=str)
+def test_a_label_that_is_nan_is_no_label(tmp_path, labels):
+    text = "".join(json.dumps({"text": "t", "label": label}) + "\n" for label in labels)
+    with pytest.raises(ValueError, match="row 3 has no label"):
+        load_table(write(tmp_path, "table.jsonl", text))
+
+
+@pytest.mark.parametrize("label", ["nan", "inf"])
+def test_what_is_not_finite_is_refused_among_numbers_and_a_name_among_names(tmp_path, label):
+    with pytest.raises(ValueError, match=f"1 of the numeric labels are {label}"):
+        load_table(write(tmp_path, text=f"text,label\na,0\nb,1\nc,{label}\n"))
+    write(tmp_path, "train.csv", f"text,label\na,x\nb,{label}\n")
+    assert load_table(tmp_path)["train"].features["label"].names == [label, "x"]
+
+
+@pytest.mark.parametrize("labels", [[row / 7 for row in range(100)], [[row % 2, row % 3] for row in range(100)]],
+                         ids=["numbers", "vectors"])  # fmt: skip
+def test_one_table_without_classes_fills_every_split(tmp_path, labels):
+    text = "".join(json.dumps({"text": "t", "label": label}) + "\n" for label in labels)
+    splits = load_table(write(tmp_path, "table.jsonl", text))
+    assert [len(part) for part in splits.values()] == [pytest.approx(share, abs=2) for share in (65, 10, 25)]
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,13 @@ def pruned():
     return model
 
 
+def of_another_version():
+    model = tiny_encoders.build("vit")
+    model.layers[0].mlp.intermediate = model.layers[0].mlp.fc1
+    del model.layers[0].mlp.fc1
+    return model
+
+
 def with_adapters():
     peft = pytest.importorskip("peft")
     model = tiny_encoders.build("bert")
@@ -243,6 +250,7 @@ def with_adapters():
         (lambda: CLIPModel(CLIPConfig(text_config=SMALL | {"vocab_size": 9}, vision_config=SMALL)), "two towers"),
         (lambda: Dinov2Model(Dinov2Config(use_swiglu_ffn=True, **SMALL)), "gated MLP"),
         (pruned, "pruned"),
+        (of_another_version, "layer 0 of ViTModel has no 'mlp.fc1'"),
         (with_adapters, "carries adapters of PEFT: merge them"),
         (lambda: tiny_encoders.build("bert", is_decoder=True), "is_decoder"),
         (lambda: tiny_encoders.build("wav2vec2", add_adapter=True), "add_adapter"),

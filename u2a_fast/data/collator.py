@@ -30,8 +30,9 @@ class MultimodalCollator:
     counted in `undecodable` ({modality: count}; a DataLoader worker counts for itself) and logged once a file.
 
     Images may be paths, bytes, {"path", "bytes"} records, PIL images or uint8 arrays; clips the same, or arrays and
-    {"array", "sampling_rate"}. Images become white squares, clips mono at the extractor's rate with a peak of 1. Other
-    keys than the modalities, `label` and `labels` are ignored.
+    {"array", "sampling_rate"}. Images become white squares, clips mono at the extractor's rate with a peak of 1. Raw
+    waveforms always get an attention mask; a group norm over time, as in wav2vec2-base, sees the padding all the same.
+    Other keys than the modalities, `label` and `labels` are ignored.
 
     >>> from transformers import Wav2Vec2FeatureExtractor
     >>> collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor()})
@@ -142,8 +143,12 @@ class MultimodalCollator:
             return dict(processor(images=values, return_tensors="pt"))
         if kind == "audio":
             # Whisper and AST pad to a window of their own; the others pad nothing unless told to.
-            padding = inspect.signature(type(processor).__call__).parameters.get("padding")
-            pad = {"padding": True} if padding is not None and padding.default is False else {}
+            options = inspect.signature(type(processor).__call__).parameters
+            pads_only_if_told = "padding" in options and options["padding"].default is False
+            pad = {"padding": True} if pads_only_if_told else {}
+            if pad and "return_attention_mask" in options and processor.model_input_names[0] == "input_values":
+                # Without it the zeros behind a short clip are heard, so that a row depends on its neighbours.
+                pad["return_attention_mask"] = True
             return dict(processor(values, sampling_rate=processor.sampling_rate, return_tensors="pt", **pad))
         return dict(
             processor(
@@ -203,4 +208,6 @@ def _labels(samples: Sequence[Mapping[str, Any]]) -> Tensor | None:
         raise ValueError("The labels of a batch must have the same length; they have not.") from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"Labels must be numbers, not {values[0]!r}: turn names into a datasets.ClassLabel.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"A label holds {array[~np.isfinite(array)][0]}; fill it in or leave its sample out.")
     return torch.from_numpy(array.astype(np.int64 if array.ndim == 1 and array.dtype.kind != "f" else np.float32))

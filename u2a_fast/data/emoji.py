@@ -24,7 +24,8 @@ def load_emoji(seed: int = 0, flags: bool = False) -> "datasets.DatasetDict":
 
     1629 emoji in 8 classes without skin tones; with `flags=True` 1898 in 9. Flags are left out by default because
     they all look alike and are named "flag ..", which makes the task too easy. A group holds near-duplicates (man,
-    woman and person doing the same thing) and lies in one split. Raises MissingPackageError without the packages.
+    woman and person doing the same thing) and lies in one split; mirrored pictures ("facing right") and children (boy,
+    girl, child) are groups of their own and may lie in another. Raises MissingPackageError without the packages.
 
     >>> emoji = load_emoji()  # doctest: +SKIP
     >>> {name: len(part) for name, part in emoji.items()}  # doctest: +SKIP
@@ -56,7 +57,9 @@ def emoji_rows(flags: bool) -> list[Row]:
 
 
 def duplicate_group(code_points: list[str]) -> str:
-    """The code points without those that only change the person shown; "person" when nothing is left.
+    """The code points without man, woman, person and the gender signs; "person" when nothing is left.
+
+    Mirrored pictures ("facing right") and child variants (boy, girl, child) stay groups of their own.
 
     >>> duplicate_group(["1f469", "200d", "1f680"]) == duplicate_group(["1f468", "200d", "1f680"])
     True

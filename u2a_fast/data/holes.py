@@ -27,11 +27,22 @@ class MissingDataset(Dataset):
         if simulate and self.pattern is None:
             raise ValueError("simulate=True draws a table for each epoch: pass a MissingPattern instead of a table.")
         self.table = table if self.pattern is None else self.pattern.table(len(dataset), self.modalities)
+        self._require_columns()
         expected = (len(dataset), len(self.modalities))
         if tuple(self.table.shape) != expected:
             raise ValueError(f"The missing table is {tuple(self.table.shape)}, the data and modalities are {expected}.")
         if simulate:
             self.set_epoch(0)
+
+    def _require_columns(self) -> None:
+        """A misspelt modality would be taken from nobody. Of a good data set one sample is read, or a few."""
+        size = len(self)
+        for modality in self.modalities:
+            if size and not any(modality in self.dataset[index] for index in range(size)):
+                raise ValueError(
+                    f"No sample has a column {modality!r}; there are {', '.join(map(str, self.dataset[0]))}: "
+                    "correct the name, or leave the modality out."
+                )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the table of `epoch` under the simulated protocol; a fixed table stays."""
@@ -58,7 +69,8 @@ def with_missing(
     """Return `dataset` (anything with len and integer indices) with the modalities that `table` drops set to None.
 
     `table` is bool [n, M], True = present, or a MissingPattern, whose table is drawn here. Natural holes stay; where
-    they and the table together would leave nothing, the sample keeps what it has.
+    they and the table together would leave nothing, the sample keeps what it has. Raises ValueError for a modality
+    that is a column of no sample, and for a table of another size.
 
     `simulate=True` is the other protocol, full data with simulated holes: the pattern is drawn anew at every epoch.
     Results under the two protocols do not compare. Workers that persist over epochs do not see the new table.

@@ -8,12 +8,15 @@ import hashlib
 import itertools
 import json
 import math
+import numbers
+import operator
 import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +52,11 @@ class MissingPattern:
     def __post_init__(self) -> None:
         for name in ("rate", "both_ratio"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be a whole number, 0 or larger, not {self.seed!r}.")
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {value!r}.")
+            # By way of its digits: np.float32(0.7) means 0.7, as `_exact` has it, and not 0.699999988.
+            object.__setattr__(self, name, float(str(value) if isinstance(value, np.floating) else value))
+        object.__setattr__(self, "seed", _whole("seed", self.seed))
 
     def table(self, n: int, modalities: Sequence[str], epoch: int | None = None) -> Tensor:
         """Return bool [n, M], True = present, for n samples and M modalities in the order given.
@@ -66,8 +70,7 @@ class MissingPattern:
         (63, [31, 32])
         """
         modalities = tuple(modalities)
-        if n < 0:
-            raise ValueError(f"A table cannot have {n} samples.")
+        n = _whole("n", n)
         incomplete = math.floor(_exact(self.rate) * n)
         present = torch.ones(n, len(modalities), dtype=torch.bool)
         present[self._order(n, epoch)[:incomplete]] = torch.from_numpy(~self._losses(incomplete, modalities))
@@ -112,7 +115,7 @@ class MissingPattern:
     def hash(self, n: int, modalities: Sequence[str]) -> str:
         """Return the SHA-256 of all that decides the table: n, modalities, rate, kind, both_ratio, seed and split."""
         exact = {"rate": str(_exact(self.rate)), "both_ratio": str(_exact(self.both_ratio))}
-        content = {"n": n, "modalities": list(modalities), **asdict(self), **exact}
+        content = {"n": _whole("n", n), "modalities": list(modalities), **asdict(self), **exact}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def summary(self, n: int, modalities: Sequence[str]) -> str:
@@ -188,6 +191,13 @@ def import_upstream_table(path: str | Path, modalities: Sequence[str] = ("image"
     for modality, code in UPSTREAM_LOST.items():
         present[:, list(modalities).index(modality)] = table != code
     return present
+
+
+def _whole(name: str, value: Any) -> int:
+    """The value as an int, whichever package's whole number it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name} must be a whole number, 0 or larger, not {value!r}.")
+    return operator.index(value)
 
 
 def _exact(number: float) -> Fraction:

@@ -1,6 +1,7 @@
 """From rows to a `datasets.DatasetDict`: one seeded split that never separates near-duplicates."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,44 +15,70 @@ SHARES = {"train": 0.65, "validation": 0.10, "test": 0.25}
 Row = dict[str, Any]
 
 
-def grouped_split(labels: Sequence[Hashable], groups: Sequence[Hashable], seed: int = 0) -> dict[str, np.ndarray]:
+def grouped_split(labels: Sequence[Any], groups: Sequence[Hashable], seed: int = 0) -> dict[str, np.ndarray]:
     """Return the row numbers of train (65%), validation (10%) and test (25%), ascending, each row in exactly one.
 
-    Rows of one group stay together, and every class keeps its share in every split as far as that allows. The same
-    labels, groups and seed always give the same split.
+    Rows of one group stay together, and every class keeps its share in every split as far as that allows. Labels are
+    names or whole numbers (classes), vectors (each mark is a class) or other numbers (only the sizes are kept). The
+    same labels, groups and seed always give the same split.
 
-    The groups come in random order, larger ones first, and each goes where its classes are furthest behind.
+    The groups come in random order, larger ones first, and each goes where its classes are furthest behind; a class
+    with too few groups for every split goes only where rows are short. Raises ValueError for vectors of different
+    length, and where labels and groups differ in number.
 
     >>> split = grouped_split(labels=["a", "b"] * 20, groups=range(40))
     >>> {name: len(rows) for name, rows in split.items()}
     {'train': 26, 'validation': 4, 'test': 10}
     """
-    _, classes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    classes = _classes_of_rows(labels)
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(groups):
         members.setdefault(group, []).append(row)
     if len(classes) != sum(map(len, members.values())):
         raise ValueError(f"There are {len(classes)} labels for {sum(map(len, members.values()))} groups of rows.")
 
-    totals = np.bincount(classes)
-    target = np.outer(list(SHARES.values()), totals)
+    def count(rows: Iterable[int]) -> np.ndarray:
+        return np.bincount(np.fromiter(chain.from_iterable(classes[row] for row in rows), int), minlength=size)
+
+    shares = np.array(list(SHARES.values()))
+    blocks = list(members.values())
+    size = 1 + max(map(max, classes), default=-1)
+    totals = count(range(len(classes)))
+    scarce = sum((count(block) > 0 for block in blocks), np.zeros(size)) < 0.5 / shares.min()
+    target = np.outer(shares, np.maximum(totals, 1))
     placed = np.zeros_like(target)
     rows: list[list[int]] = [[] for _ in SHARES]
     # Ranks from raw bits instead of `permutation`: NumPy promises that the former never change.
     shuffled = np.argsort(np.random.PCG64(seed).random_raw(len(members)), kind="stable")
-    blocks = list(members.values())
     for block in sorted((blocks[index] for index in shuffled), key=len, reverse=True):
-        added = np.bincount(classes[block], minlength=len(totals))
+        added = count(block)
         behind = (added * (target - placed - added / 2) / target).sum(axis=1)
+        if added[scarce].any():
+            # By its classes alone it would never go to validation, where less than half a group of them is due.
+            short = shares * len(classes) - [len(part) for part in rows]
+            behind[short < min(len(block) / 2, short.max())] = -np.inf
         chosen = int(behind.argmax())
         placed[chosen] += added
         rows[chosen].extend(block)
     return {name: np.array(sorted(part), dtype=np.int64) for name, part in zip(SHARES, rows, strict=True)}
 
 
+def _classes_of_rows(labels: Sequence[Any]) -> Sequence[Sequence[int]]:
+    """The classes that each row counts for: its own one, or the marks of its vector and one that all rows share."""
+    try:
+        values = np.asarray(labels)
+    except ValueError as error:
+        raise ValueError("The labels differ in length; make all of them vectors of one length, or none.") from error
+    if values.ndim > 1:
+        return [np.flatnonzero([1, *vector]) for vector in values]
+    if values.dtype.kind == "f":
+        return np.zeros((len(values), 1), int)
+    return np.unique(values.astype(str), return_inverse=True)[1][:, None]
+
+
 def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
     """Split rows by their "label" and "group"; a row without a group is a group of its own."""
-    labels = [str(row.get("label")) for row in rows]
+    labels = [row.get("label") for row in rows]
     groups = [index if row.get("group") is None else row["group"] for index, row in enumerate(rows)]
     return {name: [rows[index] for index in part] for name, part in grouped_split(labels, groups, seed).items()}
 

@@ -3,9 +3,11 @@
 import csv
 import json
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from u2a_fast.data.inputs import is_absent
 from u2a_fast.data.splits import MODALITIES, SHARES, Row, file_cell, make_dataset, split_rows
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ def load_table(path: str | Path, seed: int = 0) -> "datasets.DatasetDict":
     together); named files are taken as they are.
 
     Columns: any of image, text and audio; `label`; optionally `group`. Others are ignored. Images and recordings are
-    paths relative to their table, and are not decoded here. An empty cell, or a file that does not exist, means that
-    the modality is absent. Labels that are strings or whole numbers become a ClassLabel (numbers in numeric order);
-    other numbers, and lists of numbers, stay as they are. A table without a label column loads without labels.
+    paths relative to their table, and are not decoded here. A blank or NaN cell, or a file that does not exist, means
+    that the modality is absent. Labels that are strings or whole numbers become a ClassLabel (numbers in numeric
+    order); other numbers, and lists of numbers, stay as they are. A table without a label column loads without labels.
 
     Raises FileNotFoundError when nothing is there, ValueError when a table cannot be used.
 
@@ -39,9 +41,10 @@ def load_table(path: str | Path, seed: int = 0) -> "datasets.DatasetDict":
     """
     files = _find_tables(Path(path))
     splits = {name: _known_columns(_read_rows(file), file) for name, file in files.items()}
+    class_names = _settle_labels([row for rows in splits.values() for row in rows if "label" in row])
     if list(splits) == ["all"]:
         splits = split_rows(splits["all"], seed)
-    return make_dataset(splits, _settle_labels([row for rows in splits.values() for row in rows if "label" in row]))
+    return make_dataset(splits, class_names)
 
 
 def _find_tables(path: Path) -> dict[str, Path]:
@@ -94,7 +97,7 @@ def _known_columns(rows: list[Row], path: Path) -> list[Row]:
     columns = [column for column in COLUMNS if column in given]
     if not given.intersection(MODALITIES):
         raise ValueError(f"{path} has the columns {sorted(given)}; it needs at least one of {', '.join(MODALITIES)}.")
-    known = [{column: None if row.get(column) == "" else row.get(column) for column in columns} for row in rows]
+    known = [{column: None if is_absent(row.get(column)) else row[column] for column in columns} for row in rows]
     for column in columns:
         if column in ("image", "audio"):
             _resolve_files(known, column, path)
@@ -140,6 +143,9 @@ def _settle_labels(rows: list[Row]) -> list[str] | None:
     for row in rows:
         row["label"] = float(row["label"]) if kind is float else str(row["label"])
     if kind is float:
+        unfit = [row["label"] for row in rows if not math.isfinite(row["label"])]
+        if unfit:
+            raise ValueError(f"{len(unfit)} of the numeric labels are {unfit[0]}; fill them in or leave the rows out.")
         return None
     return sorted({row["label"] for row in rows}, key=kind)
 

@@ -126,6 +126,11 @@ def _refuse_variants(model: nn.Module, family: Family) -> None:
         raise ValueError(f"{name} has no layers under {family.layers!r}: its family spec does not fit")
     heads = getattr(config, family.heads)
     for i, layer in enumerate(layers):
+        unknown = [path for path in (*family.roles.values(), *family.norms) if _get(layer, path) is None]
+        if unknown:
+            raise ValueError(
+                f"layer {i} of {name} has no {unknown[0]!r}: its family spec does not fit this version of transformers"
+            )
         if any(hasattr(_get(layer, path), "base_layer") for path in family.roles.values()):
             raise ValueError(
                 f"{name} carries adapters of PEFT: merge them (merge_and_unload), or pass the model without them"
