@@ -165,9 +165,9 @@ def test_without_labels_there_are_none(collate, samples):
         ([1.0, float("nan")], "1 of 2 samples have no label"),
         (["dog", "cat"], "ClassLabel"),
         ([[1], [1, 2]], "same length"),
-        ([0.5, float("inf")], "A label holds inf"),
-        ([[1, float("nan")], [0, 1]], "A label holds nan"),
-        ([torch.tensor(float("nan"))], "A label holds nan"),
+        ([0.5, float("inf")], "a label holds inf"),
+        ([[1, float("nan")], [0, 1]], "a label holds nan"),
+        ([torch.tensor(float("nan"))], "a label holds nan"),
     ],
 )
 def test_labels_that_make_no_sense_are_refused(collate, labels, message):

@@ -1,5 +1,7 @@
 """From rows with holes to a batch: each modality's own processor runs on the rows that have it."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 from collections import Counter
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from u2a_fast.data.inputs import DecodeError, is_absent, to_audio, to_image
+from .inputs import DecodeError, is_absent, to_audio, to_image
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class MultimodalCollator:
 
     def __init__(self, processors: Mapping[str, Any]) -> None:
         if not processors:
-            raise ValueError("MultimodalCollator needs a processor for each modality, and got none.")
+            raise ValueError("MultimodalCollator needs a processor for each modality, and got none")
         self.processors: dict[str, Any] = {}
         self._kinds: dict[str, str] = {}
         for modality, processor in processors.items():
@@ -58,16 +60,19 @@ class MultimodalCollator:
         return tuple(self.processors)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return {modality: {name: tensor [B, ..]}, .., "modality_mask": bool [B, M], "labels": [B] or [B, C]}.
+        """`{modality: {name: tensor [B, ..]}, .., "modality_mask": bool [B, M], "labels": [B] or [B, C]}`.
 
         Labels are int64 where they are whole numbers, float32 otherwise, and left out where no sample has one. An
         absent row is zeros; an absent text keeps one visible token, and other masks are all ones there, so that no
-        attention is over nothing. Raises ValueError when no sample has a column for any modality.
+        attention is over nothing.
+
+        Raises:
+            ValueError: no sample has a column for any modality.
         """
         if not any(modality in sample for sample in samples for modality in self.processors):
             raise ValueError(
-                f"No sample has a column for {', '.join(self.modalities)}: if Trainer dropped them, pass "
-                "TrainingArguments(remove_unused_columns=False)."
+                f"no sample has a column for {', '.join(self.modalities)}: if Trainer dropped them, pass "
+                "TrainingArguments(remove_unused_columns=False)"
             )
         batch: dict[str, Any] = {}
         masks = []
@@ -89,7 +94,7 @@ class MultimodalCollator:
         kind = self._kinds[modality]
         if kind == "text":
             if not isinstance(value, str):
-                raise TypeError(f"The column {modality} holds a {type(value).__name__}; a text must be a string.")
+                raise TypeError(f"the column {modality} holds a {type(value).__name__}; a text must be a string")
             return value
         try:
             return to_image(value) if kind == "image" else to_audio(value, self.processors[modality].sampling_rate)
@@ -172,8 +177,8 @@ def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
         part = getattr(processor, MEMBERS.get(modality, ""), None)
         if part is None:
             raise ValueError(
-                f"The {type(processor).__name__} given for {modality!r} has several parts; pass the one that reads it "
-                f"({', '.join(MEMBERS.values())})."
+                f"the {type(processor).__name__} given for {modality!r} has several parts; pass the one that reads it "
+                f"({', '.join(MEMBERS.values())})"
             )
         processor = part
     kinds = {"text": PreTrainedTokenizerBase, "image": BaseImageProcessor, "audio": FeatureExtractionMixin}
@@ -181,8 +186,8 @@ def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
         if isinstance(processor, parent):
             return kind, processor
     raise ValueError(
-        f"The processor given for {modality!r} is a {type(processor).__name__}; a Hugging Face tokenizer, image "
-        "processor or feature extractor is needed."
+        f"the processor given for {modality!r} is a {type(processor).__name__}; a Hugging Face tokenizer, image "
+        "processor or feature extractor is needed"
     )
 
 
@@ -201,13 +206,13 @@ def _labels(samples: Sequence[Mapping[str, Any]]) -> Tensor | None:
     if unlabelled == len(values):
         return None
     if unlabelled:
-        raise ValueError(f"{unlabelled} of {len(values)} samples have no label; label all of them, or none.")
+        raise ValueError(f"{unlabelled} of {len(values)} samples have no label; label all of them, or none")
     try:
         array = np.asarray([value.tolist() if hasattr(value, "tolist") else value for value in values])
     except ValueError as error:
-        raise ValueError("The labels of a batch must have the same length; they have not.") from error
+        raise ValueError("the labels of a batch must have the same length; they have not") from error
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"Labels must be numbers, not {values[0]!r}: turn names into a datasets.ClassLabel.")
+        raise ValueError(f"labels must be numbers, not {values[0]!r}: turn names into a datasets.ClassLabel")
     if not np.isfinite(array).all():
-        raise ValueError(f"A label holds {array[~np.isfinite(array)][0]}; fill it in or leave its sample out.")
+        raise ValueError(f"a label holds {array[~np.isfinite(array)][0]}; fill it in or leave its sample out")
     return torch.from_numpy(array.astype(np.int64 if array.ndim == 1 and array.dtype.kind != "f" else np.float32))

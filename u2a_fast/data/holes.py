@@ -1,13 +1,15 @@
 """A data set with a missing table laid over it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from u2a_fast.data.inputs import is_absent
-from u2a_fast.data.missing import MissingPattern
+from .inputs import is_absent
+from .missing import MissingPattern
 
 
 class MissingDataset(Dataset):
@@ -25,12 +27,12 @@ class MissingDataset(Dataset):
         self.pattern = table if isinstance(table, MissingPattern) else None
         self.simulate = simulate
         if simulate and self.pattern is None:
-            raise ValueError("simulate=True draws a table for each epoch: pass a MissingPattern instead of a table.")
+            raise ValueError("simulate=True draws a table for each epoch: pass a MissingPattern instead of a table")
         self.table = table if self.pattern is None else self.pattern.table(len(dataset), self.modalities)
         self._require_columns()
         expected = (len(dataset), len(self.modalities))
         if tuple(self.table.shape) != expected:
-            raise ValueError(f"The missing table is {tuple(self.table.shape)}, the data and modalities are {expected}.")
+            raise ValueError(f"the missing table is {tuple(self.table.shape)}, the data and modalities are {expected}")
         if simulate:
             self.set_epoch(0)
 
@@ -40,8 +42,8 @@ class MissingDataset(Dataset):
         for modality in self.modalities:
             if size and not any(modality in self.dataset[index] for index in range(size)):
                 raise ValueError(
-                    f"No sample has a column {modality!r}; there are {', '.join(map(str, self.dataset[0]))}: "
-                    "correct the name, or leave the modality out."
+                    f"no sample has a column {modality!r}; there are {', '.join(map(str, self.dataset[0]))}: "
+                    "correct the name, or leave the modality out"
                 )
 
     def set_epoch(self, epoch: int) -> None:
@@ -66,14 +68,15 @@ class MissingDataset(Dataset):
 def with_missing(
     dataset: Any, table: Tensor | MissingPattern, modalities: Sequence[str], simulate: bool = False
 ) -> MissingDataset:
-    """Return `dataset` (anything with len and integer indices) with the modalities that `table` drops set to None.
+    """`dataset` (anything with len and integer indices) with the modalities that `table` drops set to None.
 
     `table` is bool [n, M], True = present, or a MissingPattern, whose table is drawn here. Natural holes stay; where
-    they and the table together would leave nothing, the sample keeps what it has. Raises ValueError for a modality
-    that is a column of no sample, and for a table of another size.
-
+    they and the table together would leave nothing, the sample keeps what it has.
     `simulate=True` is the other protocol, full data with simulated holes: the pattern is drawn anew at every epoch.
     Results under the two protocols do not compare. Workers that persist over epochs do not see the new table.
+
+    Raises:
+        ValueError: a modality that is a column of no sample, or a table of another size.
 
     >>> rows = [{"image": "a.png", "text": "a", "label": 0}, {"image": None, "text": "b", "label": 1}]
     >>> holed = with_missing(rows, MissingPattern(rate=1.0, kind="text"), ("image", "text"))

@@ -1,5 +1,7 @@
 """One cell of a table as what a processor takes: a square RGB picture, or a mono clip at a given rate."""
 
+from __future__ import annotations
+
 import importlib
 import io
 import math
@@ -41,12 +43,16 @@ def is_absent(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, without importing it
 
 
-def to_image(value: Any) -> "Image.Image":
-    """Return a picture as a square RGB image: transparent pixels and the padding are white.
+def to_image(value: Any) -> Image.Image:
+    """A picture as a square RGB image: transparent pixels and the padding are white.
 
     Takes a path, bytes, {"path", "bytes"}, a PIL image of any mode but F, or an uint8 array [H, W] or [H, W, 1 to 4].
-    Square, because the centre crop of most processors would cut the ends off anything else. Raises DecodeError for a
-    file that cannot be read, TypeError for another kind of value, ValueError for an array of another shape.
+    Square, because the centre crop of most processors would cut the ends off anything else.
+
+    Raises:
+        DecodeError: a file that cannot be read.
+        TypeError: another kind of value.
+        ValueError: an array of another shape.
     """
     from PIL import Image, ImageOps
 
@@ -59,17 +65,17 @@ def to_image(value: Any) -> "Image.Image":
         raise DecodeError(str(error)) from error
 
 
-def _from_array(pixels: np.ndarray) -> "Image.Image":
+def _from_array(pixels: np.ndarray) -> Image.Image:
     from PIL import Image
 
     if pixels.dtype != np.uint8:
-        raise TypeError(f"An image array must be uint8 (0 to 255), not {pixels.dtype}.")
+        raise TypeError(f"an image array must be uint8 (0 to 255), not {pixels.dtype}")
     if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4)):
-        raise ValueError(f"An image array must be [H, W] or [H, W, channels], not {list(pixels.shape)}; transpose it.")
+        raise ValueError(f"an image array must be [H, W] or [H, W, channels], not {list(pixels.shape)}; transpose it")
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
 
 
-def _white_square(image: "Image.Image") -> "Image.Image":
+def _white_square(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode == "F":
@@ -95,11 +101,15 @@ def _white_square(image: "Image.Image") -> "Image.Image":
 
 
 def to_audio(value: Any, rate: int) -> np.ndarray:
-    """Return a clip as float32 [samples] at `rate` samples a second: mono, resampled, scaled to a peak of 1.
+    """A clip as float32 [samples] at `rate` samples a second: mono, resampled, scaled to a peak of 1.
 
     Takes a path, bytes, {"path", "bytes"}, {"array", "sampling_rate"}, or an array, which is taken to be at `rate`
-    already. An array with two axes is averaged over the shorter one. Raises DecodeError for what cannot be read, is
-    empty or not finite, TypeError for another kind of value, ValueError for an array without its rate.
+    already. An array with two axes is averaged over the shorter one.
+
+    Raises:
+        DecodeError: it cannot be read, is empty, or is not finite.
+        TypeError: another kind of value.
+        ValueError: an array without its rate.
     """
     samples, source_rate = _samples(value, rate)
     if samples.ndim == 2:
@@ -135,7 +145,7 @@ def _samples(value: Any, rate: int) -> tuple[np.ndarray, int]:
 def _given_rate(clip: Mapping[str, Any]) -> int:
     rate = clip.get("sampling_rate")
     if not isinstance(rate, numbers.Real) or not 1 <= rate < math.inf:
-        raise ValueError(f"A clip given as an array needs its sampling_rate, in samples a second, not {rate!r}.")
+        raise ValueError(f"a clip given as an array needs its sampling_rate, in samples a second, not {rate!r}")
     return int(rate)
 
 
@@ -143,7 +153,7 @@ def _import_for_audio(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        message = "Recordings are read with soundfile and SciPy; get them with `pip install 'u2a-fast[demo]'`."
+        message = "recordings are read with soundfile and SciPy; get them with `pip install 'u2a-fast[demo]'`"
         raise ModuleNotFoundError(message, name=error.name) from error
 
 
@@ -160,6 +170,6 @@ def _source(value: Any, kind: str) -> str | Path | io.BytesIO:
     if isinstance(value, str | Path):
         return value
     raise TypeError(
-        f"The {kind} column holds a {type(value).__name__}; paths, bytes, arrays and undecoded files are understood "
-        f"(in a data set: cast_column(name, {kind.title()}(decode=False)))."
+        f"the {kind} column holds a {type(value).__name__}; paths, bytes, arrays and undecoded files are understood "
+        f"(in a data set: cast_column(name, {kind.title()}(decode=False)))"
     )

@@ -4,6 +4,8 @@ A rate of 0.7 means that 70% of the *samples* are incomplete. Tables are drawn o
 epochs; every sample keeps at least one modality.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
@@ -53,17 +55,19 @@ class MissingPattern:
         for name in ("rate", "both_ratio"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {value!r}.")
+                raise ValueError(f"{name} must lie between 0 and 1, not {value!r}")
             # By way of its digits: np.float32(0.7) means 0.7, as `_exact` has it, and not 0.699999988.
             object.__setattr__(self, name, float(str(value) if isinstance(value, np.floating) else value))
         object.__setattr__(self, "seed", _whole("seed", self.seed))
 
     def table(self, n: int, modalities: Sequence[str], epoch: int | None = None) -> Tensor:
-        """Return bool [n, M], True = present, for n samples and M modalities in the order given.
+        """The table: bool [n, M], True = present, for n samples and M modalities in the order given.
 
         floor(rate * n) samples are incomplete, in exact arithmetic: 63 of 90 at rate 0.7, not 62. `epoch` draws
-        another table for each epoch, which is another protocol (see `with_missing`). Raises ValueError for fewer than
-        two modalities, and for a kind that does not fit them.
+        another table for each epoch, which is another protocol (see `with_missing`).
+
+        Raises:
+            ValueError: fewer than two modalities, or a kind that does not fit them.
 
         >>> table = MissingPattern(rate=0.7).table(90, ("image", "text"))
         >>> int((~table).any(dim=1).sum()), (~table).sum(dim=0).tolist()
@@ -104,22 +108,22 @@ class MissingPattern:
 
     def _check_kind(self, modalities: tuple[str, ...]) -> None:
         if len(modalities) < 2 or len(set(modalities)) < len(modalities):
-            raise ValueError(f"A missing table needs two or more different modalities, not {modalities}.")
+            raise ValueError(f"a missing table needs two or more different modalities, not {modalities}")
         if {"both", "any"} & set(modalities):
-            raise ValueError(f"A modality must not be called 'both' or 'any', which are kinds; got {modalities}.")
+            raise ValueError(f"a modality must not be called 'both' or 'any', which are kinds; got {modalities}")
         if self.kind not in ("both", "any", *modalities):
-            raise ValueError(f"kind must be 'both', 'any' or one of {modalities}, not {self.kind!r}.")
+            raise ValueError(f"kind must be 'both', 'any' or one of {modalities}, not {self.kind!r}")
         if self.kind == "both" and len(modalities) > 2 and self.both_ratio != 0.5:
-            raise ValueError(f"both_ratio = {self.both_ratio} divides two modalities; there are {len(modalities)}.")
+            raise ValueError(f"both_ratio = {self.both_ratio} divides two modalities; there are {len(modalities)}")
 
     def hash(self, n: int, modalities: Sequence[str]) -> str:
-        """Return the SHA-256 of all that decides the table: n, modalities, rate, kind, both_ratio, seed and split."""
+        """SHA-256 of all that decides the table: n, modalities, rate, kind, both_ratio, seed and split."""
         exact = {"rate": str(_exact(self.rate)), "both_ratio": str(_exact(self.both_ratio))}
         content = {"n": _whole("n", n), "modalities": list(modalities), **asdict(self), **exact}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def summary(self, n: int, modalities: Sequence[str]) -> str:
-        """Return the realised counts in a sentence.
+        """The realised counts in a sentence.
 
         >>> MissingPattern(rate=0.7).summary(90, ("image", "text"))
         '63 of 90 train samples are incomplete: 31 without image, 32 without text (kind both, seed 0).'
@@ -149,10 +153,11 @@ class MissingPattern:
         save_file({"present": table}, path, metadata=metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> tuple["MissingPattern", Tensor, tuple[str, ...]]:
-        """Return the pattern, the table (bool [n, M]) and the modalities of a file that `save` wrote.
+    def load(cls, path: str | Path) -> tuple[MissingPattern, Tensor, tuple[str, ...]]:
+        """The pattern, the table (bool [n, M]) and the modalities of a file that `save` wrote.
 
-        Raises ValueError when the table or its parameters do not have the hashes that were stored with them.
+        Raises:
+            ValueError: the table or its parameters do not have the hashes that were stored with them.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -163,30 +168,33 @@ class MissingPattern:
             pattern = cls(**json.loads(metadata["pattern"]))
             modalities = tuple(json.loads(metadata["modalities"]))
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is not a missing table: MissingPattern.save did not write it.") from error
+            raise ValueError(f"{path} is not a missing table: MissingPattern.save did not write it") from error
         stored = metadata.get("hash"), metadata.get("table_hash")
         if stored != (pattern.hash(len(table), modalities), _table_hash(table)):
-            raise ValueError(f"{path} was altered after it was saved: its content does not fit its hash.")
+            raise ValueError(f"{path} was altered after it was saved: its content does not fit its hash")
         return pattern, table, modalities
 
 
 def import_upstream_table(path: str | Path, modalities: Sequence[str] = ("image", "text")) -> Tensor:
-    """Return a `.pt` table of missing-aware prompts and its successors as bool [n, M], True = present.
+    """A `.pt` table of missing-aware prompts and its successors as bool [n, M], True = present.
 
     In those files 0 means complete, 1 text lost, 2 image lost; `modalities` must name both. Modalities that the file
-    does not know are present. Raises ValueError for anything else.
+    does not know are present.
+
+    Raises:
+        ValueError: the file holds anything else.
     """
     if not {"image", "text"} <= set(modalities):
-        raise ValueError(f"An upstream table is about image and text; modalities are {tuple(modalities)}.")
+        raise ValueError(f"an upstream table is about image and text; modalities are {tuple(modalities)}")
     try:
         table = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a table: it is damaged, or holds more than a tensor.") from error
+        raise ValueError(f"{path} cannot be read as a table: it is damaged, or holds more than a tensor") from error
     if not isinstance(table, Tensor) or table.ndim != 1:
-        raise ValueError(f"{path} does not hold a table: a tensor with one number per sample was expected.")
+        raise ValueError(f"{path} does not hold a table: a tensor with one number per sample was expected")
     unknown = sorted(set(table.tolist()) - {0, *UPSTREAM_LOST.values()})
     if unknown:
-        raise ValueError(f"{path} holds {unknown[0]}; an upstream table holds 0, 1 (text lost) and 2 (image lost).")
+        raise ValueError(f"{path} holds {unknown[0]}; an upstream table holds 0, 1 (text lost) and 2 (image lost)")
     present = torch.ones(len(table), len(modalities), dtype=torch.bool)
     for modality, code in UPSTREAM_LOST.items():
         present[:, list(modalities).index(modality)] = table != code
@@ -196,7 +204,7 @@ def import_upstream_table(path: str | Path, modalities: Sequence[str] = ("image"
 def _whole(name: str, value: Any) -> int:
     """The value as an int, whichever package's whole number it is."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-        raise ValueError(f"{name} must be a whole number, 0 or larger, not {value!r}.")
+        raise ValueError(f"{name} must be a whole number, 0 or larger, not {value!r}")
     return operator.index(value)
 
 

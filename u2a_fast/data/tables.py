@@ -1,5 +1,7 @@
 """A user's own data: a table with any of the columns image, text and audio, and a label."""
 
+from __future__ import annotations
+
 import csv
 import json
 import logging
@@ -7,8 +9,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from u2a_fast.data.inputs import is_absent
-from u2a_fast.data.splits import MODALITIES, SHARES, Row, file_cell, make_dataset, split_rows
+from .inputs import is_absent
+from .splits import MODALITIES, SHARES, Row, file_cell, make_dataset, split_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -19,8 +21,8 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 COLUMNS = (*MODALITIES, "label", "group")
 
 
-def load_table(path: str | Path, seed: int = 0) -> "datasets.DatasetDict":
-    """Load a table, or a folder of tables, into train, validation and test.
+def load_table(path: str | Path, seed: int = 0) -> datasets.DatasetDict:
+    """Train, validation and test out of a table, or a folder of tables.
 
     `path` is a .csv, .jsonl or .parquet file, or a folder that holds either one such file or files named train,
     validation and test. A single table is split by `seed` (65 / 10 / 25%, classes balanced, rows of one `group`
@@ -31,7 +33,9 @@ def load_table(path: str | Path, seed: int = 0) -> "datasets.DatasetDict":
     that the modality is absent. Labels that are strings or whole numbers become a ClassLabel (numbers in numeric
     order); other numbers, and lists of numbers, stay as they are. A table without a label column loads without labels.
 
-    Raises FileNotFoundError when nothing is there, ValueError when a table cannot be used.
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a table cannot be used.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -51,22 +55,22 @@ def _find_tables(path: Path) -> dict[str, Path]:
     """{"all": file}, or {"train": file, ..} in the usual order."""
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path} is not a table: its name must end in {', '.join(SUFFIXES)}.")
+            raise ValueError(f"{path} is not a table: its name must end in {', '.join(SUFFIXES)}")
         return {"all": path}
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a file nor a folder.")
+        raise FileNotFoundError(f"{path} is neither a file nor a folder")
     tables = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     named = {name: [file for file in tables if file.stem == name] for name in SHARES}
     for name, files in named.items():
         if len(files) > 1:
-            raise ValueError(f"{path} holds {len(files)} tables for {name}; keep one of them.")
+            raise ValueError(f"{path} holds {len(files)} tables for {name}; keep one of them")
     found = {name: files[0] for name, files in named.items() if files}
     if found:
         return found
     if len(tables) != 1:
         raise FileNotFoundError(
             f"{path} holds {len(tables)} tables; it should hold one, or train, validation and test "
-            f"({', '.join(SUFFIXES)})."
+            f"({', '.join(SUFFIXES)})"
         )
     return {"all": tables[0]}
 
@@ -84,10 +88,10 @@ def _read_rows(path: Path) -> list[Row]:
         try:
             rows = list(reader)
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}; such a table is safer as .jsonl.") from error
+            raise ValueError(f"{path}, line {reader.line_num}: {error}; such a table is safer as .jsonl") from error
     for number, row in enumerate(rows, start=1):
         if None in row:
-            raise ValueError(f"{path}, row {number} has more cells than the header; quote cells that hold commas.")
+            raise ValueError(f"{path}, row {number} has more cells than the header; quote cells that hold commas")
     return rows
 
 
@@ -96,7 +100,7 @@ def _known_columns(rows: list[Row], path: Path) -> list[Row]:
     given = {key for row in rows for key in row}
     columns = [column for column in COLUMNS if column in given]
     if not given.intersection(MODALITIES):
-        raise ValueError(f"{path} has the columns {sorted(given)}; it needs at least one of {', '.join(MODALITIES)}.")
+        raise ValueError(f"{path} has the columns {sorted(given)}; it needs at least one of {', '.join(MODALITIES)}")
     known = [{column: None if is_absent(row.get(column)) else row[column] for column in columns} for row in rows]
     for column in columns:
         if column in ("image", "audio"):
@@ -112,7 +116,7 @@ def _known_columns(rows: list[Row], path: Path) -> list[Row]:
 def _require_labels(rows: list[Row], path: Path) -> None:
     for number, row in enumerate(rows, start=1):
         if row["label"] is None:
-            raise ValueError(f"{path}, row {number} has no label; fill it in or leave the row out.")
+            raise ValueError(f"{path}, row {number} has no label; fill it in or leave the row out")
 
 
 def _resolve_files(rows: list[Row], column: str, table: Path) -> None:
@@ -126,8 +130,8 @@ def _resolve_files(rows: list[Row], column: str, table: Path) -> None:
             missing.append(file)
     if missing and len(missing) == len(named):
         raise FileNotFoundError(
-            f"None of the {len(named)} files of the column {column} of {table} exists, {missing[0]} for one; "
-            "paths are relative to the table."
+            f"none of the {len(named)} files of the column {column} of {table} exists, {missing[0]} for one; "
+            "paths are relative to the table"
         )
     if missing:
         counts = f"{len(missing)} of {len(named)} {column} files"
@@ -145,7 +149,7 @@ def _settle_labels(rows: list[Row]) -> list[str] | None:
     if kind is float:
         unfit = [row["label"] for row in rows if not math.isfinite(row["label"])]
         if unfit:
-            raise ValueError(f"{len(unfit)} of the numeric labels are {unfit[0]}; fill them in or leave the rows out.")
+            raise ValueError(f"{len(unfit)} of the numeric labels are {unfit[0]}; fill them in or leave the rows out")
         return None
     return sorted({row["label"] for row in rows}, key=kind)
 
