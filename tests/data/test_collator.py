@@ -310,3 +310,35 @@ def test_real_emoji_give_the_batches_the_real_encoders_take():
     with torch.inference_mode():
         for modality, folder in (("image", image), ("text", text)):
             assert AutoModel.from_pretrained(folder)(**batch[modality]).last_hidden_state.isfinite().all()
+
+
+def test_texts_are_as_long_as_the_encoder_takes_and_what_is_cut_is_counted(tokenizer):
+    collate = MultimodalCollator({"text": tokenizer}, longest={"text": 6})
+    text = collate([{"text": "dog " * 9}, {"text": "a dog"}, {"text": "dog " * 4}, {"text": None}])["text"]
+    assert text["attention_mask"].sum(dim=1).tolist() == [6, 4, 6, 1]
+    assert text["input_ids"][0, -1] == tokenizer.sep_token_id
+    assert collate.cut["text"].sentence("text", 3) == "1 of 3 text cells are cut to 6 tokens (the longest has 11 tokens)"
+
+
+def test_clips_longer_than_the_window_are_counted(feature_extractor):
+    from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor
+
+    extractors = {feature_extractor: 1.0, ASTFeatureExtractor(num_mel_bins=16, max_length=50): 0.5}
+    for extractor, seconds in extractors.items():
+        collate = MultimodalCollator({"audio": extractor})
+        collate([{"audio": np.ones(4000)}, {"audio": np.ones(32_000)}])
+        sentence = f"1 of 2 audio cells are cut to {seconds} s (the longest has 2.0 s)"
+        assert collate.cut["audio"].sentence("audio", 2, rate=16_000) == sentence
+    collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor()})
+    collate([{"audio": np.ones(32_000)}])
+    assert not collate.cut  # it hears everything
+
+
+def test_half_a_surrogate_pair_is_read_as_an_unknown_character(collate):
+    assert collate([{"text": "a \ud800 dog"}])["text"]["input_ids"].shape == (1, 5)
+
+
+@pytest.mark.parametrize("labels", [["dog", "cat"], [["dog"], ["cat", "dog"]], [["dog"], [1]]])
+def test_names_as_labels_are_refused_with_the_cure(collate, labels):
+    with pytest.raises(ValueError, match=r"labels must be numbers, .*lists of names into vectors of 0 and 1"):
+        collate([{"text": "a", "label": label} for label in labels])
