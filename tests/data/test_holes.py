@@ -1,5 +1,8 @@
+import io
+
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from u2a_fast.data import MissingPattern, with_missing
@@ -7,8 +10,13 @@ from u2a_fast.data import MissingPattern, with_missing
 PAIR = ("image", "text")
 
 
+PICTURE = io.BytesIO()
+Image.new("RGB", (2, 2)).save(PICTURE, "png")
+PICTURE = PICTURE.getvalue()
+
+
 def samples(n=100):
-    return [{"image": f"{index}.png", "text": f"text {index}", "label": index} for index in range(n)]
+    return [{"image": PICTURE, "text": f"text {index}", "label": index} for index in range(n)]
 
 
 def presence(dataset):

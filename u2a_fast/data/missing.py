@@ -14,7 +14,7 @@ import numbers
 import operator
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+STREAM = 1000  # draws made at a time
 UPSTREAM_LOST = {"text": 1, "image": 2}  # and 0 for a complete sample
 
 
@@ -80,12 +81,32 @@ class MissingPattern:
         present[self._order(n, epoch)[:incomplete]] = torch.from_numpy(~self._losses(incomplete, modalities))
         return present
 
+    def stream(self, modalities: Sequence[str], epoch: int | None = None, worker: int = 0) -> Iterator[Tensor]:
+        """The presence of one sample after another, bool [M] each, where nobody knows how many there will be.
+
+        Each is incomplete with the probability `rate`; the incomplete ones lose in turn what they lose in a table.
+
+        >>> table = torch.stack(list(itertools.islice(MissingPattern(rate=0.5).stream(("image", "text")), 1000)))
+        >>> int((~table).any(dim=1).sum()), (~table).sum(dim=0).tolist()
+        (509, [254, 255])
+        """
+        modalities = tuple(modalities)
+        left = torch.from_numpy(~self._losses(STREAM, modalities))
+        bits, turn = np.random.PCG64([*self._entropy(epoch), worker]), 0
+        while True:
+            for raw in (bits.random_raw(STREAM) >> np.uint64(11)).tolist():  # 53 bits
+                incomplete = raw < _exact(self.rate) * 2**53
+                yield left[turn % STREAM] if incomplete else torch.ones(len(modalities), dtype=torch.bool)
+                turn += incomplete
+
+    def _entropy(self, epoch: int | None) -> list[int]:
+        split = int.from_bytes(hashlib.sha256(self.split.encode()).digest()[:8], "big")
+        return [self.seed, split] if epoch is None else [self.seed, split, epoch]
+
     def _order(self, n: int, epoch: int | None) -> np.ndarray:
         """The samples in the order in which they become incomplete, the same for every rate and kind."""
-        split = int.from_bytes(hashlib.sha256(self.split.encode()).digest()[:8], "big")
-        entropy = [self.seed, split] if epoch is None else [self.seed, split, epoch]
         # Ranks of raw bits instead of `Generator.permutation`: NumPy promises that the former never change.
-        return np.argsort(np.random.PCG64(entropy).random_raw(n), kind="stable")
+        return np.argsort(np.random.PCG64(self._entropy(epoch)).random_raw(n), kind="stable")
 
     def _losses(self, incomplete: int, modalities: tuple[str, ...]) -> np.ndarray:
         """What the first, second, .. incomplete sample loses, bool [incomplete, M], True = lost.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .labels import label_feature
+
 if TYPE_CHECKING:
     import datasets
 
@@ -72,7 +74,9 @@ def _classes_of_rows(labels: Sequence[Any]) -> Sequence[Sequence[int]]:
     try:
         values = np.asarray(labels)
     except ValueError as error:
-        raise ValueError("the labels differ in length; make all of them vectors of one length, or none") from error
+        raise ValueError(
+            "the labels differ in length; make all of them vectors of one length, and lists of names vectors of 0 and 1"
+        ) from error
     if values.ndim > 1:
         return [np.flatnonzero([1, *vector]) for vector in values]
     if values.dtype.kind == "f":
@@ -92,12 +96,11 @@ def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None
 
     Images and recordings are stored as {"path", "bytes"} and not decoded, so that a broken file reaches the collator
     as an absent modality instead of ending an epoch. With `class_names` a label is one of them, and becomes a
-    ClassLabel; without, it is a number or a list of numbers.
+    ClassLabel, or a vector with a mark for each; without, it is a number or a list of numbers.
     """
     import datasets
 
     rows = [row for part in splits.values() for row in part]
-    number = datasets.Value("float32")
     vectors = any(isinstance(row.get("label"), list) for row in rows)
     # Files go in as plain records and are cast afterwards: encoding an Audio column asks for torchcodec.
     record = {"path": datasets.Value("string"), "bytes": datasets.Value("binary")}
@@ -105,11 +108,9 @@ def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None
         "image": record,
         "text": datasets.Value("string"),
         "audio": record,
-        "label": datasets.ClassLabel(names=list(class_names)) if class_names else number,
+        "label": label_feature(class_names, vectors),
         "group": datasets.Value("string"),
     }
-    if vectors:
-        features["label"] = datasets.Sequence(number)
 
     made = {}
     for name, part in splits.items():
