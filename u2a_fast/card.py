@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .data import MissingPattern
-from .evaluation import Row
 from .methods.base import MultimodalModel
+from .reports import Row
 
 PACKAGES = ("u2a-fast", "torch", "transformers", "datasets", "numpy")
 

@@ -13,10 +13,11 @@ import transformers
 from jsonargparse import ArgumentParser, Namespace
 
 from .comparison import CompareOptions, compare
-from .evaluation import evaluate, print_report
+from .evaluation import evaluate
 from .lora import LoraConfig
 from .memory import plan, print_plan
 from .methods import load_model
+from .reports import print_report
 from .training import TrainOptions, load_splits, option, train
 
 

@@ -17,10 +17,11 @@ from transformers import Trainer, TrainingArguments, set_seed
 from . import data as data_module
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
-from .evaluation import Row, evaluate, print_report, write_report
+from .evaluation import evaluate
 from .lora import LoraConfig
 from .methods import METHODS, LateFusion
 from .methods.base import MultimodalModel, check_choice, check_modalities
+from .reports import Row, print_report, with_baseline, write_report
 
 RUN_FILE = "run.yaml"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -82,7 +83,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     rows = evaluate(model, splits["test"], seed=options.seed)
     for name, baseline in BASELINES.items() if options.baselines else ():
         within = replace(options, output_dir=str(Path(options.output_dir) / "baselines"))
-        rows += [{**row, "scenario": f"{row['scenario']} [{name}]"} for row in baseline(within, splits, sources)]
+        rows += with_baseline(baseline(within, splits, sources), name)
     write_report(rows, options.output_dir)
     write_card(model, asdict(options), rows, missing_pattern(options, "train"), merged_training_split(splits))
     print_report(rows, title=f"{options.method} on {options.data}, seed {options.seed}")

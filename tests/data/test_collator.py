@@ -117,6 +117,13 @@ def test_an_undecodable_file_is_absent_counted_and_logged_once(collate, sample, 
     assert str(broken) in caplog.text
 
 
+def test_of_many_broken_files_a_few_are_named(collate, caplog):
+    with caplog.at_level(logging.WARNING):
+        collate([{"text": "a", "image": f"/nowhere/{number}.png"} for number in range(100)])
+    assert collate.undecodable == {"image": 100}
+    assert len(caplog.messages) == 6 and "counted, not named" in caplog.messages[-1]
+
+
 def test_an_undecodable_clip_is_absent(collate, sample):
     pytest.importorskip("soundfile")
     batch = collate([sample | {"audio": b"nonsense"}])
@@ -312,12 +319,14 @@ def test_real_emoji_give_the_batches_the_real_encoders_take():
             assert AutoModel.from_pretrained(folder)(**batch[modality]).last_hidden_state.isfinite().all()
 
 
-def test_texts_are_as_long_as_the_encoder_takes_and_what_is_cut_is_counted(tokenizer):
-    collate = MultimodalCollator({"text": tokenizer}, longest={"text": 6})
+def test_texts_are_as_long_as_the_tokenizer_says_and_what_is_cut_is_counted(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "model_max_length", 6)
+    collate = MultimodalCollator({"text": tokenizer})
     text = collate([{"text": "dog " * 9}, {"text": "a dog"}, {"text": "dog " * 4}, {"text": None}])["text"]
     assert text["attention_mask"].sum(dim=1).tolist() == [6, 4, 6, 1]
     assert text["input_ids"][0, -1] == tokenizer.sep_token_id
-    assert collate.cut["text"].sentence("text", 3) == "1 of 3 text cells are cut to 6 tokens (the longest has 11 tokens)"
+    sentence = "1 of 3 text cells are cut to 6 tokens (the longest has 11 tokens)"
+    assert collate.cut["text"].sentence("text", 3) == sentence
 
 
 def test_clips_longer_than_the_window_are_counted(feature_extractor):

@@ -19,7 +19,9 @@ from .inputs import DecodeError, is_absent, read_cell
 
 logger = logging.getLogger(__name__)
 
-LONGEST_TEXT = 512  # tokens; many tokenizers claim no limit, and most encoders have this one
+LONGEST_TEXT = 512  # tokens; the limit of most encoders, for tokenizers that state none
+NO_LIMIT = 10**6  # what tokenizers state that do not know: 10 to the power of 30, or some other very large number
+REPORTED = 5  # broken files that are named; the others are counted
 LABELS = ("labels", "label")
 MEMBERS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
 SHORTEST_CLIP = 40  # of a second: the first window of a spectrogram needs 25 ms
@@ -40,8 +42,8 @@ class MultimodalCollator:
     waveforms always get an attention mask; a group norm over time, as in wav2vec2-base, sees the padding all the same.
     Other keys than the modalities, `label` and `labels` are ignored.
 
-    `longest` ({modality: tokens}) is what an encoder can take where its tokenizer does not say so; a model's
-    `longest_inputs` has it. What is cut there, or by a recording's window, is counted in `cut`.
+    Texts end at the tokenizer's `model_max_length`, which a model lowers to what its encoder takes, and clips at their
+    extractor's window; what is cut is counted in `cut`.
 
     >>> from transformers import Wav2Vec2FeatureExtractor
     >>> collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor()})
@@ -50,14 +52,13 @@ class MultimodalCollator:
     (torch.Size([2, 400]), [[True], [False]], [1, 0])
     """
 
-    def __init__(self, processors: Mapping[str, Any], longest: Mapping[str, int] | None = None) -> None:
+    def __init__(self, processors: Mapping[str, Any]) -> None:
         if not processors:
             raise ValueError("MultimodalCollator needs a processor for each modality, and got none")
         self.processors: dict[str, Any] = {}
         self.kinds: dict[str, str] = {}
         for modality, processor in processors.items():
             self.kinds[modality], self.processors[modality] = _fitting(modality, processor)
-        self.longest = dict(longest or {})
         self.undecodable: Counter[str] = Counter()
         self.cut: dict[str, Cut] = {}
         self._reported: set[str] = set()
@@ -111,9 +112,10 @@ class MultimodalCollator:
     def _report(self, modality: str, value: Any, error: DecodeError) -> None:
         self.undecodable[modality] += 1
         name = cell_name(value)
-        if name not in self._reported:
+        if name not in self._reported and len(self._reported) <= REPORTED:
             self._reported.add(name)
-            logger.warning("%s %s cannot be decoded and counts as absent: %s", modality, name, error)
+            what = "further files are counted, not named" if len(self._reported) > REPORTED else error
+            logger.warning("%s %s cannot be decoded and counts as absent: %s", modality, name, what)
 
     def _inputs(self, modality: str, values: list[Any], present: Tensor) -> Inputs:
         """The processor's tensors, scattered to the present rows of the batch."""
@@ -172,7 +174,7 @@ class MultimodalCollator:
 
     def _process_texts(self, modality: str, texts: list[str]) -> Inputs:
         tokenizer = self.processors[modality]
-        limit = min(tokenizer.model_max_length, self.longest.get(modality, LONGEST_TEXT))
+        limit = tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else LONGEST_TEXT
         options = {"padding": True, "padding_side": "right", "return_attention_mask": True}
         encoded = tokenizer(texts, **options, verbose=False)
         lengths = [sum(mask) for mask in encoded["attention_mask"]]

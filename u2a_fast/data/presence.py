@@ -44,7 +44,7 @@ def readable(dataset: Any, modalities: Modalities, decode: bool = True, source: 
     failures: dict[str, list[tuple[int, str]]] = {name: [] for name in kinds}
     starts = range(0, len(dataset), CHUNK)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in tqdm(starts, desc=f"reading {source}", unit="chunk", disable=None if decode else True):
+        for start in tqdm(starts, desc=f"reading {source}", unit="chunk", disable=not decode or len(starts) < 2):
             samples = [dataset[i] for i in range(start, min(start + CHUNK, len(dataset)))]
             columns.update(*samples)
             for column, (name, kind) in enumerate(kinds.items()):

@@ -74,12 +74,10 @@ def load_table(
     for name, files in find_tables(Path(path)).items():
         splits[name] = [row for file in files for row in _read(file, columns or {}, decode)]
     rows = [row for part in splits.values() for row in part]
-    class_names = settle_labels([row for row in rows if "label" in row], task, label_separator) if any(
-        "label" in row for row in rows
-    ) else None  # fmt: skip
+    labelled = [row for row in rows if "label" in row]
+    class_names = settle_labels(labelled, task, label_separator) if labelled else None
     if list(splits) == ["all"]:
-        by_column = "split" in rows[0]
-        splits = _by_split_column(rows) if by_column else split_rows(rows, seed)
+        splits = _by_split_column(rows) if "split" in rows[0] else split_rows(rows, seed)
     if decode and not keep_empty:
         splits = {name: _without_empty(part) for name, part in splits.items()}
     for row in rows:
