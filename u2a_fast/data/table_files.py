@@ -146,7 +146,8 @@ def parse_json_lines(content: bytes, source: str) -> list[Row]:
             raise ValueError(f"{source}, line {number} is {why}: write one object a line") from error
         if not isinstance(row, dict):
             kind = "a JSON array" if isinstance(row, list) else json.dumps(row)[:20]
-            raise ValueError(f'{source}, line {number} is {kind}: each line must be one object such as {{"text": "a"}}')
+            cure = 'each line of the input must be one object such as {"text": "a"}'
+            raise ValueError(f"{source}, line {number} is {kind}: {cure}")
         rows.append(row)
     return rows
 

@@ -86,6 +86,17 @@ def load_table(
     return make_dataset(splits, class_names)
 
 
+def read_samples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of one table as samples to predict: the modalities alone, files not opened.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_table`.
+    """
+    (files,) = find_tables(Path(path)).values()
+    rows = [row for file in files for row in _read(file, columns or {}, decode=False)]
+    return [{name: row[name] for name in MODALITIES if name in row} for row in rows]
+
+
 def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
     """The rows of a table with our columns only, every one of them in every row, absent cells as None."""
     names, rows = read_rows(path)
@@ -113,7 +124,7 @@ def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
 def _lower_case(row: Row, path: Path, number: int) -> Row:
     lowered = {name.strip().casefold(): cell for name, cell in row.items()}
     if len(lowered) < len(row):
-        raise ValueError(f"{path}, row {number} has one column in two spellings ({', '.join(row)}): keep one of them")
+        raise ValueError(f"{path}, row {number} has one column in two spellings, of {list(row)}: keep one of them")
     return lowered
 
 
@@ -123,7 +134,7 @@ def _choose_columns(names: Sequence[str], asked: Mapping[str, str], path: Path) 
     chosen: dict[str, str] = {}
     for ours, theirs in asked.items():
         if ours not in COLUMNS or theirs.strip().casefold() not in found:
-            known = f"{path} has {', '.join(names)}; ours are {', '.join(COLUMNS)}"
+            known = f"{path} has {list(names)}; ours are {', '.join(COLUMNS)}"
             raise ValueError(f"columns says {ours!r}: {theirs!r}, but {known}")
         chosen[ours] = theirs.strip().casefold()
     for ours, others in COLUMNS.items():
@@ -212,12 +223,12 @@ def _drop_missing_files(rows: list[Row], column: str, table: Path) -> None:
     first = missing[0][1][column]["path"]
     if len(missing) == len(named):
         raise FileNotFoundError(
-            f"none of the {len(named)} files of the column {column} of {table} exists, {first} for one; "
+            f"none of the {len(named)} files of the column {column} of {table} exists, {first!r} for one; "
             "paths are relative to the table"
         )
     counts = f"{len(missing)} of {len(named)} {column} files"
     where = rows_named([number for number, _ in missing])
-    logger.warning("%s: %s do not exist and count as absent (rows %s), %s for one", table, counts, where, first)
+    logger.warning("%s: %s do not exist and count as absent (rows %s), %r for one", table, counts, where, first)
     for _, row in missing:
         row[column] = None
 
