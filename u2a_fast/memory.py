@@ -34,7 +34,7 @@ from .memory_counts import (
     tensors_of,
     with_tokens,
 )
-from .quantization import normalise
+from .quantization import read_quantization
 
 if TYPE_CHECKING:
     from .methods import MultimodalModel
@@ -93,7 +93,7 @@ def plan(
     if method != "u2a":
         raise ValueError(f"plan counts the method u2a, not {method!r}: build the model and call its memory_report()")
     configs = {m: with_tokens(read_config(c, m), (tokens or {}).get(m)) for m, c in encoder_configs.items()}
-    modes = normalise(quantization, configs)
+    modes = read_quantization(quantization, configs)
     case = Case(configs, batch, dict(tokens or {}), checkpointing, lora, modes, dtype)
     depths = {name: config.num_hidden_layers for name, config in configs.items()}
     ours = extrapolate(lambda layers: count_ours(case, layers), depths)

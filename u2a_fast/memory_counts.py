@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from .encoders import Encoder, from_pretrained_model
 from .encoders.build import TOWERS, family_of
+from .kernels.nf4 import NF4_BLOCK
 from .lora import LoraConfig, LoraLinear
-from .quantization import NF4_BLOCK, STORAGE
+from .quantization import STORAGE
 
 if TYPE_CHECKING:
     from .methods import MultimodalModel

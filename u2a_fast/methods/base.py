@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..quantization import check_storage, mode_of, normalise, quantize_encoder, stored_elements
+from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
+from ..quantization import read_quantization
 from .config import MultimodalConfig, MultimodalOutput
 from .loading import as_encoder, load_processor, overlay, saved_processors, saved_state
 
@@ -58,7 +59,7 @@ class MultimodalModel(PreTrainedModel):
         if len(encoders) < self.min_modalities:
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
         check_modalities(processors or (), list(encoders))
-        modes = normalise(quantization, encoders)
+        modes = read_quantization(quantization, encoders)
         built = {name: as_encoder(name, given, None) for name, given in encoders.items()}
         for name, encoder in built.items():
             check_storage(encoder, modes[name])
@@ -329,7 +330,8 @@ class MultimodalModel(PreTrainedModel):
         if config.model_type != cls.config_class.model_type:
             raise ValueError(f"{name_or_path} holds a {config.model_type} model, not {cls.config_class.model_type}")
         check_modalities(encoders or (), config.modalities)
-        modes = normalise(overrides.get("quantization", config.arguments.get("quantization")), config.modalities)
+        arguments = {**config.arguments, **overrides}
+        modes = read_quantization(arguments.get("quantization"), config.modalities)
         built = {}
         for name in config.modalities:
             source = (encoders or {}).get(name, config.encoders[name])
@@ -338,9 +340,7 @@ class MultimodalModel(PreTrainedModel):
             in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
             encoder = as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
             built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
-        model = cls(
-            built, num_labels=config.num_labels, problem_type=config.problem_type, **{**config.arguments, **overrides}
-        )
+        model = cls(built, num_labels=config.num_labels, problem_type=config.problem_type, **arguments)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         state, folder = saved_state(name_or_path)
         overlay(model, state, str(name_or_path))

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..encoders import Encoder
 from ..encoders.base import key_order, real_rows_first
-from ..lora import LoraConfig, add_adapters, read_lora
+from ..encoders.frozen import add_adapters
+from ..lora import LoraConfig, read_lora
 from .base import MultimodalModel, check_choice, packed_rows
 from .config import MultimodalConfig
 

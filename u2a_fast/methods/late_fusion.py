@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora import LoraConfig, add_adapters, read_lora
+from ..encoders.frozen import add_adapters
+from ..lora import LoraConfig, read_lora
 from .base import MultimodalModel, packed_rows
 from .config import MultimodalConfig
 

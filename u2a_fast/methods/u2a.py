@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..lora import LoraConfig, add_adapters, read_lora
+from ..encoders.frozen import add_adapters
+from ..lora import LoraConfig, read_lora
 from .base import MultimodalModel, check_choice, packed_rows
 from .config import MultimodalConfig
 
