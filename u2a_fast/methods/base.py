@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,6 @@ from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_e
 from ..quantization import read_quantization
 from .config import MultimodalConfig, MultimodalOutput
 from .loading import as_encoder, load_processor, overlay, saved_processors, saved_state
-
-if TYPE_CHECKING:
-    from ..memory import MemoryRow
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -262,22 +259,6 @@ class MultimodalModel(PreTrainedModel):
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
-
-    def memory_report(
-        self, batch_size: int = 32, tokens: Mapping[str, int] | None = None, optimizer: str = "adamw"
-    ) -> list[MemoryRow]:
-        """Bytes of a training step, this model first, then PEFT's LoRA and full fine-tuning of the same encoders.
-
-        Args:
-            batch_size: samples in a step, every modality present.
-            tokens: `{modality: rows of a sample}`; by default what the encoder's config gives, and 128 for texts.
-            optimizer: `"adamw"` (two fp32 states) or `"adamw_8bit"`.
-
-        `u2a_fast.memory.print_plan` shows the rows as a table.
-        """
-        from ..memory import report
-
-        return report(self, batch_size, tokens, optimizer)
 
     def get_input_embeddings(self) -> None:
         return None  # the default raises on a composite model, and accelerate calls it unguarded

@@ -130,13 +130,13 @@ class JointEmbedding(MultimodalModel):
             index, rows = packed_rows(inputs.get(name, {}), present[:, i])
             readings = [self.prompts[name].new_zeros(len(present), self.encoders[name].width)] * 2
             if rows:
-                here = self._read(name, rows)
+                here = self.read(name, rows)
                 readings = [zeros.index_copy(0, index, own) for zeros, own in zip(readings, here, strict=True)]
             encoded.class_tokens.append(readings[0])
             encoded.read.append(readings[1])
         return encoded
 
-    def _read(self, name: str, rows: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, name: str, rows: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs of b samples -> class token and mean of the prompt rows, after the last norm: `[b, D]` each."""
         encoder, prompts = self.encoders[name], self.prompts[name]
         tokens, padding_mask = real_rows_first(*encoder.embed(**rows))

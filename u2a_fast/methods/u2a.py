@@ -142,7 +142,7 @@ class U2A(MultimodalModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Only the rows that are present run; the others stay 0."""
         index, rows = packed_rows(inputs, here)
-        class_token, stand_ins = self._read(name, *self.encoders[name].embed(**rows), None)
+        class_token, stand_ins = self.read(name, *self.encoders[name].embed(**rows), None)
         batch = here.shape[0]
         tokens = class_token.new_zeros(batch, class_token.shape[1]).index_copy(0, index, class_token)
         proxies = stand_ins.new_zeros(stand_ins.shape[0], batch, stand_ins.shape[2]).index_copy(1, index, stand_ins)
@@ -156,9 +156,9 @@ class U2A(MultimodalModel):
             k: torch.where(here.view(-1, *[1] * (v.dim() - 1)), v, 0) if torch.is_tensor(v) else v
             for k, v in inputs.items()
         }
-        return self._read(name, *self.encoders[name].embed(**clean), here)
+        return self.read(name, *self.encoders[name].embed(**clean), here)
 
-    def _read(
+    def read(
         self, name: str, tokens: torch.Tensor, padding_mask: torch.Tensor | None, here: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens `[B, S, D_m]` -> class tokens `[B, D]` and proxies `[M - 1, B, D]`."""
