@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
 from ..quantization import read_quantization
-from .config import MultimodalConfig, MultimodalOutput
+from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
 from .loading import as_encoder, load_processor, overlay, saved_processors, saved_state
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -34,6 +33,11 @@ class MultimodalModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     min_modalities = 2
+    baseline = False  # whether it stands for what there was before: `compare` runs it on request only
+
+    all_absent = Option(("error", "prior").__contains__, 'one of ["error", "prior"]')
+    label_smoothing = Option(lambda value: 0 <= value < 1, "at least 0 and below 1")
+    auxiliary_weight = 0.0  # of the auxiliary loss
 
     def __init__(
         self,
@@ -41,18 +45,16 @@ class MultimodalModel(PreTrainedModel):
         num_labels: int,
         problem_type: str | None,
         quantization: Any,
-        all_absent: str,
         processors: Mapping[str, Any] | None,
-        label_smoothing: float,
         **arguments: Any,
     ):
-        check_choice("all_absent", all_absent, ("error", "prior"))
+        for name, value in arguments.items():
+            if isinstance(option := getattr(type(self), name, None), Option):
+                option.check(value)
         if num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, not {num_labels}")
         if problem_type is not None:
             check_choice("problem_type", problem_type, PROBLEM_TYPES)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, not {label_smoothing}")
         if len(encoders) < self.min_modalities:
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
         check_modalities(processors or (), list(encoders))
@@ -66,18 +68,12 @@ class MultimodalModel(PreTrainedModel):
             encoders={name: encoder.name_or_path for name, encoder in built.items()},
             encoder_dtypes={name: str(encoder.dtype).removeprefix("torch.") for name, encoder in built.items()},
             encoders_in_8bit=[name for name, encoder in built.items() if encoder.loaded_in_8bit],
-            arguments={
-                **arguments,
-                "all_absent": all_absent,
-                "label_smoothing": label_smoothing,
-                "quantization": stored if any(stored.values()) else None,
-            },
+            arguments={**arguments, "quantization": stored if any(stored.values()) else None},
             num_labels=num_labels,
             problem_type=problem_type,
         )
         super().__init__(config)
         self.encoders = nn.ModuleDict(built)
-        self.all_absent, self.label_smoothing = all_absent, label_smoothing
         self._processors = dict(processors or {})
 
     # -------------------------------------------------------------------------------------------- what a method says
@@ -93,7 +89,10 @@ class MultimodalModel(PreTrainedModel):
         """Presence as a training step sees it; the default drops nothing."""
         return present
 
-    auxiliary_weight = 0.0
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        """Constructor arguments for the `TrainOptions` that are this method's own."""
+        raise NotImplementedError(f"{cls.__name__} does not say which options of training it takes: define its recipe")
 
     # ------------------------------------------------------------------------------------------------------- forward
     def forward(
@@ -352,8 +351,3 @@ def check_modalities(names: Iterable[str], modalities: Sequence[str]) -> None:
     unknown = [name for name in names if name not in modalities]
     if unknown:
         raise ValueError(f"unknown modality {unknown[0]!r}: this model has {', '.join(modalities)}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {json.dumps(list(choices))}, not {value!r}")

@@ -13,8 +13,8 @@ from ..encoders import Encoder
 from ..encoders.base import key_order, real_rows_first
 from ..encoders.frozen import add_adapters
 from ..lora import LoraConfig, read_lora
-from .base import MultimodalModel, check_choice, packed_rows
-from .config import MultimodalConfig
+from .base import MultimodalModel, packed_rows
+from .config import MultimodalConfig, Option, check_choice
 
 
 class JointEmbeddingConfig(MultimodalConfig):
@@ -71,6 +71,8 @@ class JointEmbedding(MultimodalModel):
     """
 
     config_class = JointEmbeddingConfig
+    all_absent = Option("error".__eq__, '"error", since a prediction needs something present')
+    vicreg_weight = Option(lambda value: value >= 0, "at least 0")
 
     def __init__(
         self,
@@ -86,8 +88,6 @@ class JointEmbedding(MultimodalModel):
         processors: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
     ):
-        if all_absent != "error":
-            raise ValueError(f'all_absent must be "error", not {all_absent!r}: a prediction needs something present')
         if read_only_prompts < 1:
             raise ValueError(f"read_only_prompts must be at least 1, not {read_only_prompts}")
         if isinstance(tuning, str) and tuning != "bitfit":
@@ -99,15 +99,14 @@ class JointEmbedding(MultimodalModel):
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             read_only_prompts=read_only_prompts,
             tuning=lora.to_dict() if lora else "bitfit",
             fusion=fusion,
             vicreg_weight=vicreg_weight,
         )
-        self.auxiliary_weight = vicreg_weight
         add_adapters(self.encoders.values(), lora)
         if lora is None:
             train_biases(self.encoders.values())
@@ -122,6 +121,14 @@ class JointEmbedding(MultimodalModel):
         else:
             self.head = nn.ModuleDict({m: nn.Linear(d, num_labels) for m, d in widths.items()})
         self.post_init()
+
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"tuning": options.lora if options.tuning == "lora" else options.tuning}
+
+    @property
+    def auxiliary_weight(self) -> float:
+        return self.vicreg_weight
 
     def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> JointEncoded:
         """Both readings of every modality, on the rows that are present only."""

@@ -12,8 +12,8 @@ from torch import nn
 from .. import kernels
 from ..encoders.frozen import add_adapters
 from ..lora import LoraConfig, read_lora
-from .base import MultimodalModel, check_choice, packed_rows
-from .config import MultimodalConfig
+from .base import MultimodalModel, packed_rows
+from .config import MultimodalConfig, Option
 
 
 class U2AConfig(MultimodalConfig):
@@ -68,6 +68,9 @@ class U2A(MultimodalModel):
     """
 
     config_class = U2AConfig
+    modality_dropout = Option(lambda value: 0 <= value <= 1, "in [0, 1]")
+    align_weight = Option(lambda value: value >= 0, "at least 0")
+    absent = Option(("pack", "where").__contains__, 'one of ["pack", "where"]')
 
     def __init__(
         self,
@@ -84,23 +87,19 @@ class U2A(MultimodalModel):
         label_smoothing: float = 0.0,
     ):
         lora = read_lora(lora)
-        check_choice("absent", absent, ("pack", "where"))
-        if not 0 <= modality_dropout <= 1:
-            raise ValueError(f"modality_dropout must be in [0, 1], not {modality_dropout}")
         super().__init__(
             encoders,
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             lora=lora and lora.to_dict(),
             modality_dropout=modality_dropout,
             align_weight=align_weight,
             absent=absent,
         )
-        self.modality_dropout, self.auxiliary_weight, self.absent = modality_dropout, align_weight, absent
         add_adapters(self.encoders.values(), lora)
         widths = {name: encoder.width for name, encoder in self.encoders.items()}
         width, others = max(widths.values()), len(widths) - 1
@@ -108,6 +107,14 @@ class U2A(MultimodalModel):
         self.translators = nn.ModuleDict({m: nn.Linear(d, width) for m, d in widths.items() if d != width})
         self.head = nn.Linear(width, num_labels)
         self.post_init()
+
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"lora": options.lora, "modality_dropout": options.modality_dropout}
+
+    @property
+    def auxiliary_weight(self) -> float:
+        return self.align_weight
 
     def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> U2AEncoded:
         run = self._encode_packed if self.absent == "pack" else self._encode_static
