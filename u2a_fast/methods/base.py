@@ -265,6 +265,12 @@ class MultimodalModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: constructors initialise what they make, and encoders arrive with their weights."""
 
+    def _replicate_for_data_parallel(self) -> None:
+        """Called by `nn.DataParallel`, whose copies have no parameters of their own."""
+        raise ValueError(
+            "nn.DataParallel is not supported: start one process a GPU, as `torchrun` does, or show one GPU"
+        )
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
