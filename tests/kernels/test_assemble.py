@@ -33,12 +33,6 @@ def computed(given, implementation, function=assemble_norm_project):
     return result
 
 
-@pytest.fixture(autouse=True)
-def restore_backend():
-    yield
-    set_backend("auto")
-
-
 # ------------------------------------------------------------------------------------------------------------- values
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("name", SHAPES)
