@@ -9,6 +9,7 @@ if __name__ != "kernels":
     from .backend import get_backend, set_backend
     from .linear_lowrank import linear_lowrank
     from .lora_linear import lora_linear
+    from .nf4 import nf4_linear, pack_nf4, unpack_nf4
     from .norm import layer_norm
     from .quantize import QuantizedRows, dequantize_rows, quantize_rows
     from .substitute import substitute
@@ -24,7 +25,10 @@ __all__ = [
     "layer_norm",
     "linear_lowrank",
     "lora_linear",
+    "nf4_linear",
+    "pack_nf4",
     "quantize_rows",
     "set_backend",
     "substitute",
+    "unpack_nf4",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .methods import METHODS
-from .methods.base import check_choice
+from .methods.config import check_choice
 from .metrics import headline
 from .reports import UNIMODAL, Row, best_single, plot_report
 from .training import (
@@ -32,8 +32,8 @@ Cell = tuple[float, float]  # mean and standard deviation over seeds of what the
 class CompareOptions(TrainOptions):
     """The options of `train`, for every method and seed; `method` and `seed` are set by the comparison."""
 
-    methods: list[str] | None = option(None, "which methods; None: all")
-    seeds: list[int] | None = option(None, "which seeds; None: 0, 1, 2")
+    methods: list[str] | None = option(None, "which methods to train; None: all but the baselines")
+    seeds: list[int] | None = option(None, "which seeds to train with; None: 0, 1, 2")
 
 
 def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
@@ -46,7 +46,8 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
         `{method: {scenario: (mean, standard deviation) over seeds}}` of the accuracy (macro F1 of several labels a
         sample, R2 of a regression), baselines included.
     """
-    methods, seeds = options.methods or list(METHODS), options.seeds or [0, 1, 2]
+    ours = [name for name, method in METHODS.items() if not method.baseline]
+    methods, seeds = options.methods or ours, options.seeds or [0, 1, 2]
     for name in methods:
         check_choice("methods", name, list(METHODS))
     runs: dict[str, list[list[Row]]] = {}

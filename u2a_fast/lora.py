@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import kernels
-from .quantization import nf4_linear, storage_of
-
-if TYPE_CHECKING:
-    from .encoders import Encoder
+from .quantization import storage_of
 
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
 
@@ -223,7 +220,7 @@ class LoraLinear(nn.Module):
         lora_a, lora_b = self.factors()
         dropout = self.dropout if self.training and lora_a is not None else 0.0
         if self.storage == "nf4":
-            return nf4_linear(self, x, None, dropout)
+            return self._nf4(x, lora_a=lora_a, lora_b=lora_b, dropout=dropout)
         return kernels.lora_linear(
             x,
             self.weight,
@@ -248,7 +245,7 @@ class LoraLinear(nn.Module):
         if s is None and torch.is_tensor(x):
             return self(x)
         if self.storage == "nf4":
-            return nf4_linear(self, x, s, 0.0)
+            return self._nf4(x, s=s, lora_b=self.factors()[1])
         return kernels.linear_lowrank(
             x,
             self.weight,
@@ -261,6 +258,11 @@ class LoraLinear(nn.Module):
             quantize_input=self.quantize_input,
         )
 
+    def _nf4(self, x: torch.Tensor, **low_rank: Any) -> torch.Tensor:
+        shape, groups = (self.out_features, self.in_features), len(self.roles)
+        stored = (self.weight, self.weight_scale, shape, self.bias)
+        return kernels.nf4_linear(x, *stored, scaling=self.scaling, groups=groups, **low_rank)
+
     def extra_repr(self) -> str:
         adapter = f", r={self.lora_b.shape[1]} on {self.adapted}" if self.lora_a is not None else ""
         stored = self.weight.dtype if self.storage == "float" else self.storage
@@ -270,12 +272,3 @@ class LoraLinear(nn.Module):
 def read_lora(lora: Any) -> LoraConfig | None:
     """A method's `lora` argument: None, ours, PEFT's, or a dictionary."""
     return None if lora is None else LoraConfig.read(lora)
-
-
-def add_adapters(encoders: Iterable[Encoder], lora: LoraConfig | None) -> None:
-    """Give every block's linears their adapters."""
-    if lora is not None:
-        for encoder in encoders:
-            for block in encoder.blocks:
-                for linear in block.linears:
-                    linear.add_adapter(lora)

@@ -33,12 +33,6 @@ def computed(given, implementation, function=assemble_norm_project):
     return result
 
 
-@pytest.fixture(autouse=True)
-def restore_backend():
-    yield
-    set_backend("auto")
-
-
 # ------------------------------------------------------------------------------------------------------------- values
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("name", SHAPES)
@@ -95,7 +89,7 @@ def test_packed_tokens_give_the_same_as_unpacked(implementation):
     full = operands("everything", torch.float32, absent=9.0)
     packed = full | {"tokens": full["tokens"].detach()[full["present"]].requires_grad_()}
     a, b = computed(full, implementation), computed(packed, implementation)
-    assert torch.equal(a.pop("d tokens")[full["present"]], b.pop("d tokens"))
+    a["d tokens"] = a["d tokens"][full["present"]]
     for what, t in a.items():
         torch.testing.assert_close(b[what], t)
 

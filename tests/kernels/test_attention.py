@@ -28,12 +28,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def restore_backend():
-    yield
-    set_backend("auto")
-
-
 def buffer(case, dtype, heads=2, width=20, seed=0):
     """[B, S, 3, H, Dh] with a non-zero mean, as one q,k,v product leaves it."""
     tokens, suffix, read_only, _, _ = CASES[case]

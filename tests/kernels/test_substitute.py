@@ -16,12 +16,6 @@ SANITIZERS = ("bounds", "races", "order")
 SHAPES = [(2, 5, 7), (3, 35, 150), (1, 4, 3), (2, 17, 1), (2, 0, 8), (4, 3, 130)]
 
 
-@pytest.fixture(autouse=True)
-def restore_backend():
-    yield
-    set_backend("auto")
-
-
 def operands(m, b, d, dtype=torch.float64, absent=float("nan"), seed=0):
     """Non-zero mean; the first sample has everything, the second (if any) nothing, the rest are random."""
     g = torch.Generator().manual_seed(seed)

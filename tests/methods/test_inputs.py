@@ -1,5 +1,7 @@
 """Bad input gets one sentence that names the cause and the cure, before anything is computed."""
 
+import importlib
+
 import parity
 import pytest
 import tiny_encoders
@@ -153,6 +155,14 @@ def test_regression_with_one_label(inputs):
     out = model(**inputs, labels=torch.tensor([0.5, 1.0, -1.0]))
     expected = (out.logits.squeeze(1) - torch.tensor([0.5, 1.0, -1.0])).square().mean()
     torch.testing.assert_close(out.task_loss, expected)
+
+
+def test_data_parallel_is_refused(model, monkeypatch):
+    """As `nn.DataParallel` copies it to two GPUs, here without the copying."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [tensors, tensors])
+    with pytest.raises(ValueError, match=r"nn\.DataParallel is not supported: start one process a GPU"):
+        replicate.replicate(model, [0, 1])
 
 
 def test_tuple_output(model, inputs):

@@ -141,9 +141,9 @@ def test_prompts_see_neither_each_other_nor_themselves():
     rows = []
     for i in range(len(together)):
         fast.prompts["text"] = torch.nn.Parameter(together[i : i + 1])
-        rows.append(fast._read("text", inputs["text"])[1])
+        rows.append(fast.read("text", inputs["text"])[1])
     fast.prompts["text"] = torch.nn.Parameter(together)
-    parity.assert_close(fast._read("text", inputs["text"])[1], torch.stack(rows).mean(dim=0), 1e-12, "mean of prompts")
+    parity.assert_close(fast.read("text", inputs["text"])[1], torch.stack(rows).mean(dim=0), 1e-12, "mean of prompts")
 
 
 def test_what_stands_in_absent_rows_never_matters():

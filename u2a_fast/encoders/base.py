@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ class Family:
         scales: paths inside a layer of the two LayerScale vectors, or None.
         causal: whether row i sees rows up to i only (CLIP text).
         clamps_fp16: whether layers keep their fp16 results finite (Whisper).
+        requires: what the config must say, where one class has layers of two kinds (Wav2Vec2).
     """
 
     name: str
@@ -48,6 +50,7 @@ class Family:
     scales: tuple[str, str] | None = None
     causal: bool = False
     clamps_fp16: bool = False
+    requires: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Encoder(nn.Module):

@@ -204,9 +204,10 @@ WAV2VEC2 = Family(
     pre_norm=False,
     class_token="mean",
     embed=embed_waveform,
+    requires={"do_stable_layer_norm": False},
 )
 WAV2VEC2_STABLE = Family(
-    name="Wav2Vec2, HuBERT with do_stable_layer_norm",
+    name="Wav2Vec2, HuBERT",
     classes=("Wav2Vec2Model", "HubertModel"),
     stem={**WAV2VEC2_STEM, "final_norm": "encoder.layer_norm"},
     layers="encoder.layers",
@@ -214,6 +215,7 @@ WAV2VEC2_STABLE = Family(
     norms=("layer_norm", "final_layer_norm"),
     class_token="mean",
     embed=embed_waveform,
+    requires={"do_stable_layer_norm": True},
 )
 WHISPER = Family(
     name="Whisper encoder",

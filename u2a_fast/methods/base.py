@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..quantization import check_storage, mode_of, normalise, quantize_encoder, stored_elements
-from .config import MultimodalConfig, MultimodalOutput
+from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
+from ..quantization import read_quantization
+from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
 from .loading import as_encoder, load_processor, overlay, saved_processors, saved_state
-
-if TYPE_CHECKING:
-    from ..memory import MemoryRow
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -36,6 +33,11 @@ class MultimodalModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     min_modalities = 2
+    baseline = False  # whether it stands for what there was before: `compare` runs it on request only
+
+    all_absent = Option(("error", "prior").__contains__, 'one of ["error", "prior"]')
+    label_smoothing = Option(lambda value: 0 <= value < 1, "at least 0 and below 1")
+    auxiliary_weight = 0.0  # of the auxiliary loss
 
     def __init__(
         self,
@@ -43,22 +45,20 @@ class MultimodalModel(PreTrainedModel):
         num_labels: int,
         problem_type: str | None,
         quantization: Any,
-        all_absent: str,
         processors: Mapping[str, Any] | None,
-        label_smoothing: float,
         **arguments: Any,
     ):
-        check_choice("all_absent", all_absent, ("error", "prior"))
+        for name, value in arguments.items():
+            if isinstance(option := getattr(type(self), name, None), Option):
+                option.check(value)
         if num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, not {num_labels}")
         if problem_type is not None:
             check_choice("problem_type", problem_type, PROBLEM_TYPES)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, not {label_smoothing}")
         if len(encoders) < self.min_modalities:
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
         check_modalities(processors or (), list(encoders))
-        modes = normalise(quantization, encoders)
+        modes = read_quantization(quantization, encoders)
         built = {name: as_encoder(name, given, None) for name, given in encoders.items()}
         for name, encoder in built.items():
             check_storage(encoder, modes[name])
@@ -68,18 +68,12 @@ class MultimodalModel(PreTrainedModel):
             encoders={name: encoder.name_or_path for name, encoder in built.items()},
             encoder_dtypes={name: str(encoder.dtype).removeprefix("torch.") for name, encoder in built.items()},
             encoders_in_8bit=[name for name, encoder in built.items() if encoder.loaded_in_8bit],
-            arguments={
-                **arguments,
-                "all_absent": all_absent,
-                "label_smoothing": label_smoothing,
-                "quantization": stored if any(stored.values()) else None,
-            },
+            arguments={**arguments, "quantization": stored if any(stored.values()) else None},
             num_labels=num_labels,
             problem_type=problem_type,
         )
         super().__init__(config)
         self.encoders = nn.ModuleDict(built)
-        self.all_absent, self.label_smoothing = all_absent, label_smoothing
         self._processors = dict(processors or {})
 
     # -------------------------------------------------------------------------------------------- what a method says
@@ -95,7 +89,10 @@ class MultimodalModel(PreTrainedModel):
         """Presence as a training step sees it; the default drops nothing."""
         return present
 
-    auxiliary_weight = 0.0
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        """Constructor arguments for the `TrainOptions` that are this method's own."""
+        raise NotImplementedError(f"{cls.__name__} does not say which options of training it takes: define its recipe")
 
     # ------------------------------------------------------------------------------------------------------- forward
     def forward(
@@ -262,27 +259,17 @@ class MultimodalModel(PreTrainedModel):
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
-    def memory_report(
-        self, batch_size: int = 32, tokens: Mapping[str, int] | None = None, optimizer: str = "adamw"
-    ) -> list[MemoryRow]:
-        """Bytes of a training step, this model first, then PEFT's LoRA and full fine-tuning of the same encoders.
-
-        Args:
-            batch_size: samples in a step, every modality present.
-            tokens: `{modality: rows of a sample}`; by default what the encoder's config gives, and 128 for texts.
-            optimizer: `"adamw"` (two fp32 states) or `"adamw_8bit"`.
-
-        `u2a_fast.memory.print_plan` shows the rows as a table.
-        """
-        from ..memory import report
-
-        return report(self, batch_size, tokens, optimizer)
-
     def get_input_embeddings(self) -> None:
         return None  # the default raises on a composite model, and accelerate calls it unguarded
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: constructors initialise what they make, and encoders arrive with their weights."""
+
+    def _replicate_for_data_parallel(self) -> None:
+        """Called by `nn.DataParallel`, whose copies have no parameters of their own."""
+        raise ValueError(
+            "nn.DataParallel is not supported: start one process a GPU, as `torchrun` does, or show one GPU"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -329,7 +316,8 @@ class MultimodalModel(PreTrainedModel):
         if config.model_type != cls.config_class.model_type:
             raise ValueError(f"{name_or_path} holds a {config.model_type} model, not {cls.config_class.model_type}")
         check_modalities(encoders or (), config.modalities)
-        modes = normalise(overrides.get("quantization", config.arguments.get("quantization")), config.modalities)
+        arguments = {**config.arguments, **overrides}
+        modes = read_quantization(arguments.get("quantization"), config.modalities)
         built = {}
         for name in config.modalities:
             source = (encoders or {}).get(name, config.encoders[name])
@@ -338,9 +326,7 @@ class MultimodalModel(PreTrainedModel):
             in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
             encoder = as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
             built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
-        model = cls(
-            built, num_labels=config.num_labels, problem_type=config.problem_type, **{**config.arguments, **overrides}
-        )
+        model = cls(built, num_labels=config.num_labels, problem_type=config.problem_type, **arguments)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         state, folder = saved_state(name_or_path)
         overlay(model, state, str(name_or_path))
@@ -371,8 +357,3 @@ def check_modalities(names: Iterable[str], modalities: Sequence[str]) -> None:
     unknown = [name for name in names if name not in modalities]
     if unknown:
         raise ValueError(f"unknown modality {unknown[0]!r}: this model has {', '.join(modalities)}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {json.dumps(list(choices))}, not {value!r}")

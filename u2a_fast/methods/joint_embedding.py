@@ -11,9 +11,10 @@ from torch import nn
 
 from ..encoders import Encoder
 from ..encoders.base import key_order, real_rows_first
-from ..lora import LoraConfig, add_adapters, read_lora
-from .base import MultimodalModel, check_choice, packed_rows
-from .config import MultimodalConfig
+from ..encoders.frozen import add_adapters
+from ..lora import LoraConfig, read_lora
+from .base import MultimodalModel, packed_rows
+from .config import MultimodalConfig, Option, check_choice
 
 
 class JointEmbeddingConfig(MultimodalConfig):
@@ -70,6 +71,8 @@ class JointEmbedding(MultimodalModel):
     """
 
     config_class = JointEmbeddingConfig
+    all_absent = Option("error".__eq__, '"error", since a prediction needs something present')
+    vicreg_weight = Option(lambda value: value >= 0, "at least 0")
 
     def __init__(
         self,
@@ -85,8 +88,6 @@ class JointEmbedding(MultimodalModel):
         processors: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
     ):
-        if all_absent != "error":
-            raise ValueError(f'all_absent must be "error", not {all_absent!r}: a prediction needs something present')
         if read_only_prompts < 1:
             raise ValueError(f"read_only_prompts must be at least 1, not {read_only_prompts}")
         if isinstance(tuning, str) and tuning != "bitfit":
@@ -98,15 +99,14 @@ class JointEmbedding(MultimodalModel):
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             read_only_prompts=read_only_prompts,
             tuning=lora.to_dict() if lora else "bitfit",
             fusion=fusion,
             vicreg_weight=vicreg_weight,
         )
-        self.auxiliary_weight = vicreg_weight
         add_adapters(self.encoders.values(), lora)
         if lora is None:
             train_biases(self.encoders.values())
@@ -122,6 +122,14 @@ class JointEmbedding(MultimodalModel):
             self.head = nn.ModuleDict({m: nn.Linear(d, num_labels) for m, d in widths.items()})
         self.post_init()
 
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"tuning": options.lora if options.tuning == "lora" else options.tuning}
+
+    @property
+    def auxiliary_weight(self) -> float:
+        return self.vicreg_weight
+
     def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> JointEncoded:
         """Both readings of every modality, on the rows that are present only."""
         encoded = JointEncoded([], [])
@@ -129,13 +137,13 @@ class JointEmbedding(MultimodalModel):
             index, rows = packed_rows(inputs.get(name, {}), present[:, i])
             readings = [self.prompts[name].new_zeros(len(present), self.encoders[name].width)] * 2
             if rows:
-                here = self._read(name, rows)
+                here = self.read(name, rows)
                 readings = [zeros.index_copy(0, index, own) for zeros, own in zip(readings, here, strict=True)]
             encoded.class_tokens.append(readings[0])
             encoded.read.append(readings[1])
         return encoded
 
-    def _read(self, name: str, rows: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, name: str, rows: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs of b samples -> class token and mean of the prompt rows, after the last norm: `[b, D]` each."""
         encoder, prompts = self.encoders[name], self.prompts[name]
         tokens, padding_mask = real_rows_first(*encoder.embed(**rows))

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora import LoraConfig, add_adapters, read_lora
+from ..encoders.frozen import add_adapters
+from ..lora import LoraConfig, read_lora
 from .base import MultimodalModel, packed_rows
 from .config import MultimodalConfig
 
@@ -25,6 +26,7 @@ class LateFusion(MultimodalModel):
 
     config_class = LateFusionConfig
     min_modalities = 1
+    baseline = True
 
     def __init__(
         self,
@@ -43,14 +45,18 @@ class LateFusion(MultimodalModel):
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             lora=lora and lora.to_dict(),
         )
         add_adapters(self.encoders.values(), lora)
         self.head = nn.Linear(sum(encoder.width for encoder in self.encoders.values()), num_labels)
         self.post_init()
+
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"lora": options.lora}
 
     def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> list[torch.Tensor]:
         """One `[B, D_m]` per modality, zeros in absent rows."""

@@ -16,7 +16,7 @@ from ..block import Block
 from ..encoders.base import EmbedResult, key_order, real_rows_first
 from ..feature_cache import FeatureCache
 from .base import MultimodalModel, packed_rows
-from .config import MultimodalConfig
+from .config import MultimodalConfig, Option
 
 
 class PMFConfig(MultimodalConfig):
@@ -174,6 +174,7 @@ class PMF(MultimodalModel):
     """
 
     config_class = PMFConfig
+    all_absent = Option("error".__eq__, '"error", since nothing present gives no logits')
 
     def __init__(
         self,
@@ -191,8 +192,6 @@ class PMF(MultimodalModel):
         label_smoothing: float = 0.0,
         feature_cache: str | os.PathLike | None = None,
     ):
-        if all_absent != "error":
-            raise ValueError(f'all_absent must be "error", not {all_absent!r}: nothing present gives no logits')
         counts = {"query_prompts": query_prompts, "query_context_prompts": query_context_prompts}
         counts |= {"fusion_context_prompts": fusion_context_prompts, "fusion_layers": fusion_layers}
         for name, count in counts.items():
@@ -203,9 +202,9 @@ class PMF(MultimodalModel):
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             train_fusion_context=train_fusion_context,
             **counts,
         )
@@ -218,6 +217,10 @@ class PMF(MultimodalModel):
         self.layers = nn.ModuleList(FusionLayer(widths, *prompts) for _ in range(fusion_layers))
         self.head = nn.ModuleDict({m: nn.Linear(d, num_labels) for m, d in widths.items()})
         self.post_init()
+
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"feature_cache": options.feature_cache}
 
     def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> list[PackedTokens]:
         """The tokens below the fusion layers, of the rows that are present only."""

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..lora import LoraConfig, add_adapters, read_lora
-from .base import MultimodalModel, check_choice, packed_rows
-from .config import MultimodalConfig
+from ..encoders.frozen import add_adapters
+from ..lora import LoraConfig, read_lora
+from .base import MultimodalModel, packed_rows
+from .config import MultimodalConfig, Option
 
 
 class U2AConfig(MultimodalConfig):
@@ -67,6 +68,9 @@ class U2A(MultimodalModel):
     """
 
     config_class = U2AConfig
+    modality_dropout = Option(lambda value: 0 <= value <= 1, "in [0, 1]")
+    align_weight = Option(lambda value: value >= 0, "at least 0")
+    absent = Option(("pack", "where").__contains__, 'one of ["pack", "where"]')
 
     def __init__(
         self,
@@ -83,23 +87,19 @@ class U2A(MultimodalModel):
         label_smoothing: float = 0.0,
     ):
         lora = read_lora(lora)
-        check_choice("absent", absent, ("pack", "where"))
-        if not 0 <= modality_dropout <= 1:
-            raise ValueError(f"modality_dropout must be in [0, 1], not {modality_dropout}")
         super().__init__(
             encoders,
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             lora=lora and lora.to_dict(),
             modality_dropout=modality_dropout,
             align_weight=align_weight,
             absent=absent,
         )
-        self.modality_dropout, self.auxiliary_weight, self.absent = modality_dropout, align_weight, absent
         add_adapters(self.encoders.values(), lora)
         widths = {name: encoder.width for name, encoder in self.encoders.items()}
         width, others = max(widths.values()), len(widths) - 1
@@ -107,6 +107,14 @@ class U2A(MultimodalModel):
         self.translators = nn.ModuleDict({m: nn.Linear(d, width) for m, d in widths.items() if d != width})
         self.head = nn.Linear(width, num_labels)
         self.post_init()
+
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"lora": options.lora, "modality_dropout": options.modality_dropout}
+
+    @property
+    def auxiliary_weight(self) -> float:
+        return self.align_weight
 
     def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> U2AEncoded:
         run = self._encode_packed if self.absent == "pack" else self._encode_static
@@ -141,7 +149,7 @@ class U2A(MultimodalModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Only the rows that are present run; the others stay 0."""
         index, rows = packed_rows(inputs, here)
-        class_token, stand_ins = self._read(name, *self.encoders[name].embed(**rows), None)
+        class_token, stand_ins = self.read(name, *self.encoders[name].embed(**rows), None)
         batch = here.shape[0]
         tokens = class_token.new_zeros(batch, class_token.shape[1]).index_copy(0, index, class_token)
         proxies = stand_ins.new_zeros(stand_ins.shape[0], batch, stand_ins.shape[2]).index_copy(1, index, stand_ins)
@@ -155,9 +163,9 @@ class U2A(MultimodalModel):
             k: torch.where(here.view(-1, *[1] * (v.dim() - 1)), v, 0) if torch.is_tensor(v) else v
             for k, v in inputs.items()
         }
-        return self._read(name, *self.encoders[name].embed(**clean), here)
+        return self.read(name, *self.encoders[name].embed(**clean), here)
 
-    def _read(
+    def read(
         self, name: str, tokens: torch.Tensor, padding_mask: torch.Tensor | None, here: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens `[B, S, D_m]` -> class tokens `[B, D]` and proxies `[M - 1, B, D]`."""
