@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .missing import MissingPattern
+from .missing import MissingPattern, realised
 from .presence import Modalities, kinds_of, problem_of, readable, rows_named, samples_of, undecoded
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,12 @@ class MissingDataset(Dataset):
         if self.simulate:
             self._draw(epoch)
 
+    def summary(self) -> str:
+        """The realised counts, natural holes included, in a sentence."""
+        drawn = f" (kind {self.pattern.kind}, seed {self.pattern.seed})" if self.pattern else ""
+        split = self.pattern.split if self.pattern else "given"
+        return f"{realised(self.table, self.modalities, split)}{drawn}."
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -89,6 +95,11 @@ class MissingStream(IterableDataset):
         self.simulate = simulate
         self.keep_empty = all_absent == "prior"
         self.epoch = 0
+
+    def summary(self) -> str:
+        """What is known of a stream before it comes by."""
+        pattern = self.pattern
+        return f"About {pattern.rate:.0%} of the samples are incomplete (kind {pattern.kind}, seed {pattern.seed})."
 
     def set_epoch(self, epoch: int) -> None:
         """The order of the stream in `epoch`, and under the simulated protocol its holes."""

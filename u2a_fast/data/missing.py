@@ -149,16 +149,8 @@ class MissingPattern:
         >>> MissingPattern(rate=0.7).summary(90, ("image", "text"))
         '63 of 90 train samples are incomplete: 31 without image, 32 without text (kind both, seed 0).'
         """
-        modalities = tuple(modalities)
-        lost = Counter(tuple(row) for row in (~self.table(n, modalities)).tolist() if any(row))
-        parts = [
-            f"{count} without {' and '.join(itertools.compress(modalities, row))}"
-            for row, count in sorted(lost.items(), key=lambda item: (sum(item[0]), [not gone for gone in item[0]]))
-        ]
-        counts = f": {', '.join(parts)}" if parts else ""
-        return (
-            f"{lost.total()} of {n} {self.split} samples are incomplete{counts} (kind {self.kind}, seed {self.seed})."
-        )
+        counts = realised(self.table(n, modalities), modalities, self.split)
+        return f"{counts} (kind {self.kind}, seed {self.seed})."
 
     def save(self, path: str | Path, n: int, modalities: Sequence[str]) -> None:
         """Write the table to a safetensors file, with the parameters and hashes that `load` checks."""
@@ -194,6 +186,21 @@ class MissingPattern:
         if stored != (pattern.hash(len(table), modalities), _table_hash(table)):
             raise ValueError(f"{path} was altered after it was saved: its content does not fit its hash")
         return pattern, table, modalities
+
+
+def realised(table: Tensor, modalities: Sequence[str], split: str) -> str:
+    """How many samples of a table, bool [n, M], are incomplete, and what they lack.
+
+    >>> realised(torch.tensor([[True, False], [True, True]]), ("image", "text"), "train")
+    '1 of 2 train samples are incomplete: 1 without text'
+    """
+    lost = Counter(tuple(row) for row in (~table).tolist() if any(row))
+    parts = [
+        f"{count} without {' and '.join(itertools.compress(modalities, row))}"
+        for row, count in sorted(lost.items(), key=lambda item: (sum(item[0]), [not gone for gone in item[0]]))
+    ]
+    counts = f": {', '.join(parts)}" if parts else ""
+    return f"{lost.total()} of {len(table)} {split} samples are incomplete{counts}"
 
 
 def import_upstream_table(path: str | Path, modalities: Sequence[str] = ("image", "text")) -> Tensor:

@@ -73,6 +73,31 @@ def _report(failures: Mapping[str, Sequence[tuple[int, str]]], count: int, sourc
             logger.warning("%s: %s (rows %s); %s", source, counts, rows, found[0][1])
 
 
+def without_unreadable(dataset: Any, modalities: Sequence[str], keep_empty: bool, source: str) -> Any:
+    """A `datasets.Dataset` with None for what cannot be decoded, less the rows with nothing left; a stream as it is.
+
+    Raises:
+        ValueError: no row has anything that can be read.
+    """
+    if not hasattr(dataset, "__len__"):
+        return dataset
+    dataset = undecoded(dataset)
+    names = [name for name in modalities if name in dataset.column_names]
+    present = readable(dataset, names, source=source)
+    given = readable(dataset, names, decode=False)
+    if not present.any():
+        raise ValueError(f"{source} has no row with anything that can be read, so there is nothing to learn from")
+    if not torch.equal(present, given):
+        broken = [[name for name, kept in zip(names, row, strict=True) if not kept] for row in present.tolist()]
+        dataset = dataset.map(lambda _, i: dict.fromkeys(broken[i]), with_indices=True, features=dataset.features)
+    kept = present.any(dim=1)
+    if keep_empty or kept.all():
+        return dataset
+    gone = (~kept).nonzero().flatten().tolist()
+    logger.warning("%s: %d rows have nothing that can be read (rows %s)", source, len(gone), rows_named(gone))
+    return dataset.select(kept.nonzero().flatten().tolist())
+
+
 def rows_named(rows: Sequence[int]) -> str:
     """Row numbers for a message, the first row is 1.
 
