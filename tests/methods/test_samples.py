@@ -85,7 +85,7 @@ def test_relatives_of_roberta_are_read_by_its_spec(name):
 
 @pytest.mark.parametrize("method", [U2A, PMF, JointEmbedding, LateFusion])
 def test_a_loss_of_ones_own_keeps_the_alignment_loss(method, folders, tmp_path):
-    model = method(folders, num_labels=3, processors=tiny_data.processors())
+    model = method(folders, num_labels=3, processors=tiny_data.processors()).eval()
     batch = MultimodalCollator(model.processors)(tiny_data.samples(6))
     plain = model(**batch)
     model.loss = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
