@@ -13,17 +13,10 @@ from tqdm.auto import tqdm
 from .methods import METHODS
 from .methods.config import check_choice
 from .metrics import headline
+from .options import TrainOptions, load_sources, option
 from .reports import UNIMODAL, Row, best_single, plot_report
-from .training import (
-    BASELINES,
-    RUN_FILE,
-    TrainOptions,
-    check_directory,
-    claim_directory,
-    load_sources,
-    option,
-    run_once,
-)
+from .runs import RUN_FILE, check_directory, claim_directory
+from .training import BASELINES, run_once
 
 Cell = tuple[float, float]  # mean and standard deviation over seeds of what the task is ranked by
 

@@ -69,7 +69,7 @@ def answers(model: MultimodalModel, logits: torch.Tensor, top_k: int = 3) -> Ite
     0.5, and the `probabilities` of all. A regression: `value`, or `values` of several numbers.
     """
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    problem_type = model.config.problem_type or ("regression" if len(names) == 1 else "single_label_classification")
+    problem_type = model.problem_type(None)
     for row in logits.double().cpu():
         if problem_type == "regression":
             yield {"value": row.item()} if len(names) == 1 else {"values": row.tolist()}

@@ -95,7 +95,11 @@ def damage(draw: random.Random, content: bytes) -> bytes:
 
 def picture(draw: random.Random) -> bytes:
     mode = draw.choice(("RGB", "L", "P", "RGBA", "1", "CMYK"))
-    image, file = Image.effect_noise((draw.randint(1, 40), draw.randint(1, 40)), 90).convert(mode), io.BytesIO()
+    width, height = draw.randint(1, 40), draw.randint(1, 40)
+    image, file = (
+        Image.frombytes("RGB", (width, height), draw.randbytes(3 * width * height)).convert(mode),
+        io.BytesIO(),
+    )
     form = draw.choice(FORMS)
     try:
         image.save(file, form)

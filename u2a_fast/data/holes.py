@@ -66,9 +66,11 @@ class MissingDataset(Dataset):
 
     def summary(self) -> str:
         """The realised counts, natural holes included, in a sentence."""
-        drawn = f" (kind {self.pattern.kind}, seed {self.pattern.seed})" if self.pattern else ""
-        split = self.pattern.split if self.pattern else "given"
-        return f"{realised(self.table, self.modalities, split)}{drawn}."
+        pattern = self.pattern
+        if pattern is None:
+            return f"{realised(self.table, self.modalities)}."
+        counts = realised(self.table, self.modalities, pattern.split)
+        return f"{counts} (kind {pattern.kind}, seed {pattern.seed})."
 
     def __len__(self) -> int:
         return len(self.rows)

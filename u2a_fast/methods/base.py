@@ -177,13 +177,17 @@ class MultimodalModel(PreTrainedModel):
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return F.cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing if self.training else 0.0)
 
-    def problem_type(self, labels: torch.Tensor) -> str:
-        """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers."""
+    def problem_type(self, labels: torch.Tensor | None) -> str:
+        """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers.
+
+        Without labels, whole numbers are assumed.
+        """
         if self.config.problem_type is not None:
             return self.config.problem_type
         if self.config.num_labels == 1:
             return "regression"
-        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        marks = labels is not None and labels.is_floating_point()
+        return "multi_label_classification" if marks else "single_label_classification"
 
     def check_labels(self, labels: torch.Tensor, batch: int) -> None:
         """Refuse labels that do not fit `batch` samples and the classes of this model; -100 stands for none."""
