@@ -130,6 +130,7 @@ class MultimodalModel(PreTrainedModel):
             TypeError: a mask that is not bool.
         """
         present, padding = presence(self.config.modalities, inputs, modality_mask), None
+        inputs = {name: values for name, values in inputs.items() if any(map(torch.is_tensor, values.values()))}
         if labels is not None:
             self.check_labels(labels, len(present))
         if not self.static_shapes:
