@@ -134,19 +134,18 @@ def scenario_logits(
     try:
         batches = batches_of(samples_of(dataset), batch_size)
         for samples in tqdm(batches, desc="evaluating", unit="batch", total=total):
-            batch = to_device(collate(samples), model.device)
+            batch = collate(samples)
             present, target = batch.pop("modality_mask"), batch.pop("labels", None)
             if target is None:
                 raise ValueError("evaluate needs a label in every sample: this data set has none")
             target = _as_the_model_counts(target, classes, model.config.num_labels)
             model.check_labels(target, len(present))
-            encoded = model.encode(batch, present)
+            encoded = model.encode(to_device(batch, model.device), present)
             for name in scenarios:
-                table = torch.stack([*itertools.islice(tables[name], len(samples))])
-                mask = _left(name, present, table.to(present.device))
+                mask = _left(name, present, torch.stack([*itertools.islice(tables[name], len(samples))]))
                 logits[name].append(model.fuse(encoded, mask)[0].float().cpu())
-            natural.append(present.cpu())
-            labels.append(target.cpu())
+            natural.append(present)
+            labels.append(target)
     finally:
         model.train(was_training)
     if not labels:
@@ -182,7 +181,6 @@ def _as_the_model_counts(target: torch.Tensor, classes: torch.Tensor | None, cou
     """Labels in the model's order of classes; what is no class is left for the check to name."""
     if classes is None:
         return target
-    classes = classes.to(target.device)
     if target.dim() == 1:
         known = (target >= 0) & (target < len(classes))
         return torch.where(known, classes[target.clamp(0, len(classes) - 1)], target)

@@ -162,7 +162,7 @@ def _saved_by(model: MultimodalModel, configs: Mapping[str, Any], batch: int, to
         takes = inspect.signature(encoder.stem["embeddings"].forward).parameters if "embeddings" in encoder.stem else ()
         if tokens.get(m) and "interpolate_pos_encoding" in takes:
             inputs[m]["interpolate_pos_encoding"] = True
-    present = torch.ones(batch, len(configs), dtype=torch.bool, device=model.device)
+    present = torch.ones(batch, len(configs), dtype=torch.bool)
     labels = torch.zeros(batch, dtype=torch.long, device=model.device)
     if model.problem_type(labels) != "single_label_classification":
         labels = torch.zeros(batch, model.config.num_labels, device=model.device)

@@ -195,7 +195,7 @@ def count_ours(case: Case, layers: Mapping[str, int]) -> Counts:
 def _read(model: U2A, case: Case, name: str) -> Tensor:
     """Class token and proxies of one modality, `[M, B, D]`, all samples present."""
     tokens, _ = model.encoders[name].embed(**dummy_inputs(case.configs[name], case.batch, case.tokens.get(name)))
-    class_token, proxies = model.read(name, tokens, None, None)
+    class_token, proxies = model.read(name, tokens, None)
     return torch.cat([class_token[None], proxies])
 
 

@@ -19,8 +19,9 @@ from .data.presence import without_unreadable
 from .evaluation import evaluate
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
-from .methods.base import MultimodalModel, check_modalities
+from .methods.base import MultimodalModel
 from .methods.config import check_choice
+from .methods.presence import check_modalities
 from .metrics import measures, score
 from .options import TrainOptions, choices, default_encoders, load_sources, settled
 from .reports import Row, print_report, with_baseline, write_report

@@ -157,6 +157,15 @@ def test_regression_with_one_label(inputs):
     torch.testing.assert_close(out.task_loss, expected)
 
 
+@pytest.mark.parametrize("empty", [{}, {"input_ids": None, "attention_mask": None}])
+@pytest.mark.parametrize("options", [{}, {"absent": "where"}])
+def test_inputs_without_a_tensor_are_an_absent_modality(options, empty, inputs):
+    encoders = {name: tiny_encoders.build(family) for name, family in FAMILIES.items()}
+    model = U2A(encoders, num_labels=4, **options).eval()
+    expected = model(image=inputs["image"]).logits
+    assert torch.equal(model(image=inputs["image"], text=empty).logits, expected)
+
+
 def test_data_parallel_is_refused(model, monkeypatch):
     """As `nn.DataParallel` copies it to two GPUs, here without the copying."""
     replicate = importlib.import_module("torch.nn.parallel.replicate")
