@@ -168,6 +168,25 @@ def test_one_modality_is_enough_for_late_fusion(root, encoders, capsys):
     assert "of 45 samples are incomplete" in (root / "out" / "text" / "README.md").read_text()
 
 
+def test_a_comparison_ranks_by_the_measure_of_the_task(root, encoders, capsys):
+    given = ["--data", str(root / "several.csv"), "--label-separator", "|", "--encoders", json.dumps(encoders)]
+    main(["compare", *given, "--methods", '["late_fusion"]', "--seeds", "[0, 1]", "--max-steps", "1", "--output-dir",
+          str(root / "compare")])  # fmt: skip
+    with open(root / "compare" / "comparison.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["method", "scenario", "mean_macro_f1", "std_macro_f1", "seeds"]
+    assert {row["method"] for row in rows} == {"late_fusion"} and (root / "compare" / "comparison.png").exists()
+
+
+def test_texts_that_are_cut_are_counted_before_training(root, encoders, tmp_path, caplog):
+    lines = [f"{'red ' * (30 if i % 4 == 0 else 2)},{i}.png,{'xy'[i % 2]}" for i in range(40)]
+    (root / "long.csv").write_text("text,image,label\n" + "\n".join(lines) + "\n")
+    main(["train", "--data", str(root / "long.csv"), "--encoders", json.dumps(encoders), "--max-steps", "1",
+          "--output-dir", str(tmp_path)])  # fmt: skip
+    cut = [message for message in caplog.messages if "are cut to 16 tokens (the longest has 30 tokens)" in message]
+    assert len(cut) == 2 and cut[0].endswith("text cells are cut to 16 tokens (the longest has 30 tokens)")
+
+
 def test_encoders_that_moved_are_named_on_the_command_line(run, root, encoders, capsys):
     folder = root / "out" / "classes"
     if not folder.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,12 +15,10 @@ from .data import MissingPattern, MultimodalCollator
 from .data.collator import LABELS
 from .data.holes import leave
 from .data.labels import label_names
-from .data.presence import batches_of, samples_of
+from .data.presence import batches_of, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
 from .metrics import score
 from .reports import Row, plot_confusion, write_report
-
-logger = logging.getLogger(__name__)
 
 RATES = (0.3, 0.5, 0.7, 0.9)
 
@@ -150,18 +147,8 @@ def scenario_logits(
         model.train(was_training)
     if not labels:
         raise ValueError("evaluate needs samples: this data set is empty")
-    report_losses(collate, sum(map(len, labels)))
+    warn_of_losses(collate, sum(map(len, labels)))
     return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(natural), torch.cat(labels)
-
-
-def report_losses(collate: MultimodalCollator, count: int) -> None:
-    """Warn of what a collator could not decode of `count` samples, and of what it cut."""
-    for modality, broken in collate.undecodable.items():
-        logger.warning("%d of %d %s cells cannot be decoded and count as absent", broken, count, modality)
-    for modality, cut in collate.cut.items():
-        if cut.count:
-            rate = getattr(collate.processors[modality], "sampling_rate", None)
-            logger.warning("%s", cut.sentence(modality, count, rate))
 
 
 def class_order(dataset: Any, model: MultimodalModel) -> torch.Tensor | None:

@@ -59,7 +59,9 @@ def measures(problem_type: str, classes: int) -> tuple[str, ...]:
 
 def headline(row: Mapping[str, Any]) -> str:
     """The measure of a report's row that plots draw and comparisons rank by: more is better in all of them."""
-    return "r2" if "r2" in row else "macro_f1" if "map" in row else "accuracy"
+    if "r2" in row:
+        return "r2"
+    return "accuracy" if "accuracy" in row and "map" not in row else "macro_f1"
 
 
 def _classification(logits: Tensor, labels: Tensor) -> dict[str, Any]:

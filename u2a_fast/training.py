@@ -15,7 +15,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, task_of
-from .data.presence import without_unreadable
+from .data.presence import warn_of_cuts, without_unreadable
 from .evaluation import evaluate
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
@@ -67,6 +67,8 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     print(choices(options, chosen, list(sources)))
     trainer = make_trainer(METHODS[options.method], chosen, splits, sources, Path(options.output_dir))
     print(trainer.train_dataset.summary())
+    if hasattr(splits["train"], "__len__"):
+        warn_of_cuts(trainer.model.processors, training_split(chosen, splits))
     trainer.model.print_trainable_parameters()
     claim_directory(options)
     model = run_trainer(trainer, checkpoint)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,24 +168,34 @@ class MultimodalCollator:
         if not pad:
             shortest = processor.sampling_rate // SHORTEST_CLIP
             clips = [np.pad(clip, (0, max(0, shortest - len(clip)))) for clip in clips]
-            self._count_cut(modality, [len(clip) for clip in clips], window(processor))
+        self.measure(modality, clips)
         return dict(processor(clips, sampling_rate=processor.sampling_rate, return_tensors="pt", **pad))
 
     def _process_texts(self, modality: str, texts: list[str]) -> Inputs:
-        tokenizer = self.processors[modality]
-        limit = tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else LONGEST_TEXT
-        options = {"padding": True, "padding_side": "right", "return_attention_mask": True}
-        encoded = tokenizer(texts, **options, verbose=False)
-        lengths = [sum(mask) for mask in encoded["attention_mask"]]
-        self._count_cut(modality, lengths, limit)
-        if max(lengths) > limit:
-            encoded = tokenizer(texts, **options, truncation=True, max_length=limit)
-        return {name: torch.tensor(rows) for name, rows in encoded.items()}
+        options = {"padding": True, "padding_side": "right", "return_attention_mask": True, "return_tensors": "pt"}
+        limit = self._limit(modality)
+        self.measure(modality, texts)
+        return dict(self.processors[modality](texts, **options, truncation=True, max_length=limit))
 
-    def _count_cut(self, modality: str, lengths: list[int], limit: int) -> None:
-        counted = self.cut.setdefault(modality, Cut(limit))
-        counted.longest = max(counted.longest, *lengths)
-        counted.count += sum(length > limit for length in lengths)
+    def measure(self, modality: str, values: list[Any]) -> None:
+        """Count which of these texts or clips are too long; of pictures none is."""
+        processor = self.processors[modality]
+        if self.kinds[modality] == "text" and values:
+            lengths = [len(ids) for ids in processor(values, verbose=False)["input_ids"]]
+        else:
+            lengths = [len(clip) for clip in values] if self.kinds[modality] == "audio" else []
+        limit = self._limit(modality)
+        if limit is not None and lengths:
+            counted = self.cut.setdefault(modality, Cut(limit))
+            counted.longest = max(counted.longest, *lengths)
+            counted.count += sum(length > limit for length in lengths)
+
+    def _limit(self, modality: str) -> int | None:
+        """The tokens or samples that are read of a cell; None where all are."""
+        processor = self.processors[modality]
+        if self.kinds[modality] == "text":
+            return processor.model_max_length if processor.model_max_length < NO_LIMIT else LONGEST_TEXT
+        return window(processor) if self.kinds[modality] == "audio" else None
 
 
 @dataclass
@@ -207,11 +216,10 @@ class Cut:
         return f"{self.count} of {total} {modality} cells are cut to {limit} (the longest has {longest})"
 
 
-def window(extractor: Any) -> int:
+def window(extractor: Any) -> int | None:
     """The samples that a feature extractor hears of a clip: Whisper's chunk, AST's number of 10 ms frames."""
     frames = getattr(extractor, "max_length", None)
-    heard = getattr(extractor, "n_samples", None) or (frames and frames * extractor.sampling_rate // 100)
-    return heard or sys.maxsize
+    return getattr(extractor, "n_samples", None) or (frames and frames * extractor.sampling_rate // 100)
 
 
 def cell_name(value: Any) -> str:

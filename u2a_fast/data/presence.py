@@ -98,6 +98,27 @@ def without_unreadable(dataset: Any, modalities: Sequence[str], keep_empty: bool
     return dataset.select(kept.nonzero().flatten().tolist())
 
 
+def warn_of_losses(collate: MultimodalCollator, count: int) -> None:
+    """Warn of what a collator could not decode of the `count` samples it has seen, and of what it cut."""
+    for modality, broken in collate.undecodable.items():
+        logger.warning("%d of %d %s cells cannot be decoded and count as absent", broken, count, modality)
+    for modality, cut in collate.cut.items():
+        if cut.count:
+            rate = getattr(collate.processors[modality], "sampling_rate", None)
+            logger.warning("%s", cut.sentence(modality, count, rate))
+
+
+def warn_of_cuts(processors: Mapping[str, Any], dataset: Any) -> None:
+    """Warn before training of the texts and recordings of a data set that are cut in every epoch."""
+    collate = MultimodalCollator(processors)
+    names = [name for name, kind in collate.kinds.items() if kind != "image"]
+    for samples in batches_of(samples_of(dataset), CHUNK):
+        for name in names:
+            collate.measure(name, [value for s in samples if (value := collate.read(name, s.get(name))) is not None])
+    collate.undecodable.clear()  # reported when the data was read
+    warn_of_losses(collate, len(dataset))
+
+
 def rows_named(rows: Sequence[int]) -> str:
     """Row numbers for a message, the first row is 1.
 
