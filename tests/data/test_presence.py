@@ -140,6 +140,20 @@ def test_every_form_of_samples_is_read_alike(rows):
         ]
 
 
+@pytest.mark.parametrize("dataset", ["my.csv", {"train": [], "test": []}], ids=str)
+def test_splits_and_paths_are_no_data_set(dataset):
+    with pytest.raises(TypeError, match=r"is no data set: pass one of its splits, or load_table\(path\)"):
+        with_missing(dataset, MissingPattern(), PAIR)
+
+
+def test_a_frame_gets_holes_too(rows):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(rows)
+    assert torch.equal(
+        with_missing(frame, MissingPattern(), PAIR).table, with_missing(rows, MissingPattern(), PAIR).table
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 def test_a_table_is_decoded_on_demand_and_its_own_rows_are_named(tmp_path, picture, caplog):
     for name in ("0.png", "1.png"):

@@ -108,6 +108,14 @@ def test_the_separator_is_read_off_the_header(tmp_path, separator, suffix):
     assert load_table(tmp_path)["train"]["text"][:] == [row[0] for row in rows[1:]]
 
 
+def test_columns_that_nobody_reads_may_be_there_twice(tmp_path):
+    write(tmp_path, "train.csv", "text,note,note,label,\na,1,2,x,\n")
+    assert load_table(tmp_path)["train"][0] == {"text": "a", "label": 0}
+    (tmp_path / "train.csv").unlink()
+    write(tmp_path, "train.jsonl", '{"text": "a", "Note": 1, "note": 2}\n')
+    assert load_table(tmp_path)["train"][0] == {"text": "a"}
+
+
 def test_a_single_column_needs_no_separator(tmp_path):
     assert load_table(write(tmp_path, "train.csv", "text\na dog\n").parent)["train"]["text"][:] == ["a dog"]
 
@@ -141,7 +149,7 @@ def test_columns_may_be_named(tmp_path):
         ("t.csv", "", r"t\.csv has no rows"),
         ("t.jsonl", "\n\n", r"t\.jsonl has no rows"),
         ("t.csv", "text,Text ,label\na,b,x\n", r"two of them called 'text': rename or remove one"),
-        ("t.jsonl", '{"text": "a", "Text": "b"}', r"row 1 has one column in two spellings, of .*: keep one"),
+        ("t.jsonl", '{"text": "a", "Text": "b"}', r"row 1 has the column .text. in two spellings"),
         ("t.jsonl", '{"text": "a", "text": "b"}', r"line 1 is not JSON \(a name occurs twice"),
         ("t.csv", PLAIN.encode("utf-16"), r"t\.csv is UTF-16 or no text at all: save it as UTF-8"),
         ("t.csv", PLAIN.encode("utf-16-le"), "UTF-16 or no text at all"),
@@ -199,6 +207,7 @@ def test_what_the_collator_takes_a_table_takes(tmp_path, picture, clip, image_pr
         {"image": " sub/a.png ", "audio": ["sub/a.wav"]},
         {"image": {"path": "sub/a.png"}, "audio": {"path": "sub/a.wav", "bytes": None}},
         {"image": ["sub/a.png"], "audio": {"array": clip.tolist(), "sampling_rate": 16000}},
+        {"image": "sub\\a.png", "audio": "sub\\a.wav"},
         {"image": str(tmp_path / "sub" / "a.png"), "audio": {"array": [clip.tolist()] * 2, "sampling_rate": 16000.0}},
     ]
     records = [
@@ -210,7 +219,7 @@ def test_what_the_collator_takes_a_table_takes(tmp_path, picture, clip, image_pr
     for number, record in enumerate(records):
         rows += list(load_table(parquet(tmp_path, f"p{number}/train.parquet", [record]).parent)["train"])
     batch = MultimodalCollator({"image": image_processor, "audio": feature_extractor})(rows)
-    assert batch["modality_mask"].all() and len(rows) == 7
+    assert batch["modality_mask"].all() and len(rows) == 8
     for tensor in (batch["image"]["pixel_values"], batch["audio"]["input_features"]):
         assert np.allclose(tensor, tensor[:1], atol=1e-4)
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,9 +131,19 @@ def rows_named(rows: Sequence[int]) -> str:
 
 
 def undecoded(dataset: Any) -> Any:
-    """A data set of Hugging Face with its files left to the collator: decoding there, a broken one ends an epoch."""
-    features = getattr(dataset, "features", None) or {}
-    for name, feature in features.items():
+    """A data set of Hugging Face with its files left to the collator: decoding there, a broken one ends an epoch.
+
+    A pandas DataFrame becomes a list of its rows; anything else stays what it is.
+
+    Raises:
+        TypeError: a dictionary of splits, or a path.
+    """
+    if isinstance(dataset, (Mapping, str, Path)):
+        given = f"a {type(dataset).__name__}"
+        raise TypeError(f"{given} is no data set: pass one of its splits, or load_table(path)['test']")
+    if hasattr(dataset, "iloc"):
+        return dataset.to_dict("records")
+    for name, feature in (getattr(dataset, "features", None) or {}).items():
         if type(feature).__name__ in ("Image", "Audio") and feature.decode:
             dataset = dataset.cast_column(name, type(feature)(decode=False))
     return dataset
@@ -140,8 +151,6 @@ def undecoded(dataset: Any) -> Any:
 
 def samples_of(dataset: Any) -> Iterator[dict[str, Any]]:
     """The samples of a data set, a stream, a pandas DataFrame or any iterable of dictionaries, one by one."""
-    if hasattr(dataset, "to_dict") and hasattr(dataset, "iloc"):
-        return iter(dataset.to_dict("records"))
     dataset = undecoded(dataset)
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return (dataset[i] for i in range(len(dataset)))

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +111,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
             raise ValueError(
                 f"{path}, row {number} has more cells than the header; quote cells that hold {delimiter!r}"
             )
-    names = list(reader.fieldnames or ())
-    twice = [name for name, count in Counter(name.strip().casefold() for name in names).items() if count > 1 and name]
-    if twice:
-        raise ValueError(f"{path} has {len(names)} columns, two of them called {twice[0]!r}: rename or remove one")
-    return names, rows
+    return list(reader.fieldnames or ()), rows
 
 
 def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:

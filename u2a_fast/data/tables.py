@@ -101,10 +101,10 @@ def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
     """The rows of a table with our columns only, every one of them in every row, absent cells as None."""
     names, rows = read_rows(path)
     chosen = _choose_columns(names, columns, path)
-    readers = {"image": _file_cell, "audio": _file_cell, "text": _text_cell, "group": _text_cell}
+    readers = {"image": _file_cell, "audio": _file_cell, "text": _text_cell, "group": _group_cell}
     made = []
     for number, given in enumerate(rows, start=1):
-        given = _lower_case(given, path, number)
+        given = _lower_case(given, set(chosen.values()), path, number)
         row: Row = {"place": f"{path}, row {number}"}
         for ours, theirs in chosen.items():
             cell = given.get(theirs)
@@ -121,10 +121,13 @@ def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
     return made
 
 
-def _lower_case(row: Row, path: Path, number: int) -> Row:
-    lowered = {name.strip().casefold(): cell for name, cell in row.items()}
-    if len(lowered) < len(row):
-        raise ValueError(f"{path}, row {number} has one column in two spellings, of {list(row)}: keep one of them")
+def _lower_case(row: Row, used: set[str], path: Path, number: int) -> Row:
+    lowered: Row = {}
+    for name, cell in row.items():
+        short = name.strip().casefold()
+        if short in lowered and short in used:
+            raise ValueError(f"{path}, row {number} has the column {short!r} in two spellings: keep one of them")
+        lowered[short] = cell
     return lowered
 
 
@@ -147,6 +150,9 @@ def _choose_columns(names: Sequence[str], asked: Mapping[str, str], path: Path) 
         chosen[ours] = candidates[0]
         if candidates[0] != ours:
             logger.warning("%s: the column %s is read as %s", path, candidates[0], ours)
+    twice = next((name for name in chosen.values() if found.count(name) > 1), None)
+    if twice is not None and path.suffix.lower() != ".jsonl":  # whose columns are those of all rows together
+        raise ValueError(f"{path} has {len(names)} columns, two of them called {twice!r}: rename or remove one")
     if not set(chosen) & set(MODALITIES):
         raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(MODALITIES)}")
     return {name: chosen[name] for name in COLUMNS if name in chosen}
@@ -167,6 +173,10 @@ def _text_cell(cell: Any, column: str, folder: Path) -> str:
     return cell
 
 
+def _group_cell(cell: Any, column: str, folder: Path) -> str:
+    return str(cell) if isinstance(cell, float) else _text_cell(cell, column, folder)
+
+
 def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
     """{"path", "bytes"}; None for a recording that is empty."""
     if isinstance(cell, list | tuple) and len(cell) == 1 and not isinstance(cell[0], int | float):
@@ -185,7 +195,10 @@ def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
         raise ValueError(f"holds a {type(cell).__name__}: write a path, bytes, or a record of path and bytes")
     if URL.match(cell):
         raise ValueError(f"holds the address {cell}: download the file and write its path")
-    return {"path": os.path.abspath(folder / cell.strip()), "bytes": None}
+    path = os.path.abspath(folder / cell.strip())
+    if "\\" in cell and not os.path.exists(path):  # written on Windows
+        path = os.path.abspath(folder / cell.strip().replace("\\", "/"))
+    return {"path": path, "bytes": None}
 
 
 def _record_cell(cell: Mapping[str, Any], column: str, folder: Path) -> Row | None:
