@@ -153,6 +153,9 @@ def test_options_come_from_yaml_and_flags_win(common, root):
         (["train", "--data", "{tables}/one_class"], "has one class only: there is nothing to tell apart"),
         (["train", "--data", "{tables}/unlabelled_test"], "the test split of .* needs a label column"),
         (["train", "--data", "{tables}/empty_rows.csv"], "has no row with anything that can be read"),
+        (["train", "--batch-size", "0"], "--batch-size must be above 0, not 0"),
+        (["train", "--epochs", "-1"], "--epochs must be above 0, not -1"),
+        (["train", "--learning-rate", "0"], "--learning-rate must be above 0"),
         (["train", "--class-weights", "equal"], 'class_weights must be one of .null, "balanced"'),
         (["train", "--metric-for-best", "map"], 'metric_for_best must be one of ."accuracy", "macro_f1"'),
         (["train", "--all-absent", "skip"], "all_absent must be one of"),
@@ -166,7 +169,8 @@ def test_options_come_from_yaml_and_flags_win(common, root):
             ["predict", "--model", "/nowhere", "--input", "{tables}/list.jsonl"],
             "each line of the input must be",
         ),
-        (["evaluate", "--model", "/nowhere"], "nowhere"),
+        (["evaluate", "--model", "/nowhere"], "/nowhere is no folder of a trained model, nor a model of the Hugging"),
+        (["predict", "--model", "/no/where", "--input", "{tables}/one_row.csv"], "/no/where is no folder of a trained"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common, root, tmp_path):

@@ -231,6 +231,23 @@ def test_splits_that_cannot_be_read_whole_are_trained_on(root, encoders, tmp_pat
     assert "the train split: 1 rows have nothing that can be read (rows 3)" in caplog.text
 
 
+def test_a_benchmark_is_trained_with_its_broken_pictures(root, encoders, tmp_path, capsys, caplog):
+    films = tmp_path / "films"
+    (films / "dataset").mkdir(parents=True)
+    ids = [f"{i:07}" for i in range(24)]
+    for i, film in enumerate(ids):
+        content = b"broken" if i % 4 == 0 else (root / f"{i}.png").read_bytes()
+        (films / "dataset" / f"{film}.jpeg").write_bytes(content)
+        said = {"plot": ["red square"], "genres": ["Drama", "War"][: 1 + i % 2]}
+        (films / "dataset" / f"{film}.json").write_text(json.dumps(said))
+    (films / "split.json").write_text(json.dumps({"train": ids[:16], "dev": ids[16:20], "test": ids[20:]}))
+    main(["train", "--data", f"mmimdb:{films}", "--encoders", json.dumps(encoders), "--epochs", "1",
+          "--missing-rate", "1.0", "--output-dir", str(tmp_path / "out")])  # fmt: skip
+    assert "the train split: 4 of 16 image cells cannot be decoded" in caplog.text
+    assert list(report(tmp_path / "out")[0])[1:3] == ["micro_f1", "macro_f1"]
+    assert str(films) not in (tmp_path / "out" / "README.md").read_text()
+
+
 # ------------------------------------------------------------------------------------------------------------- choices
 def test_what_is_chosen_for_a_table_follows_its_size_and_pictures(root):
     splits = load_table(root / "classes.csv")

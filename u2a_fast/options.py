@@ -12,6 +12,7 @@ import torch
 
 from . import data as data_module
 from .data.inputs import DecodeError, is_absent, to_image
+from .data.presence import without_unreadable
 from .lora import LoraConfig
 from .methods import METHODS
 
@@ -49,6 +50,8 @@ DATA_HELP = (
     + ", ".join(f"{name}:FOLDER" for name in data_module.BENCHMARKS)
     + ", or a folder or table with image, text, audio and label columns"
 )
+
+BESIDES = ("label", "group")  # columns that are no modality
 
 # For data that nobody has tuned a recipe for.
 SAMPLES_SEEN = 12_000  # over all epochs, which are not fewer than 3 nor more than 12
@@ -100,6 +103,12 @@ class TrainOptions:
     dtype: str = option("auto", "dtype of the frozen encoders: float32, bfloat16, or auto (bfloat16 where it is fast)")
     baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "image_size", "learning_rate", "head_learning_rate", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
 
     @property
     def lora(self) -> LoraConfig:
@@ -192,7 +201,20 @@ def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, st
         decode=True,
         keep_empty=options.all_absent == "prior",
     )
+    if _benchmark(options.data):
+        splits = read_whole(splits, options.all_absent)
     return splits, dict(options.encoders or default_encoders(options, splits))
+
+
+def read_whole(splits: Mapping[str, Any], all_absent: str) -> dict[str, Any]:
+    """Splits in which what cannot be decoded is None, and what they train on has no row with nothing left."""
+    modalities = [column for column in splits["train"].features if column not in BESIDES]
+    return {
+        name: part
+        if name == "test"  # where such rows do not count
+        else without_unreadable(part, modalities, all_absent == "prior", f"the {name} split")
+        for name, part in splits.items()
+    }
 
 
 def default_encoders(options: TrainOptions, splits: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, task_of
-from .data.presence import warn_of_cuts, without_unreadable
+from .data.presence import warn_of_cuts
 from .evaluation import evaluate
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
@@ -23,7 +23,7 @@ from .methods.base import MultimodalModel
 from .methods.config import check_choice
 from .methods.presence import check_modalities
 from .metrics import measures, score
-from .options import TrainOptions, choices, default_encoders, load_sources, settled
+from .options import BESIDES, TrainOptions, choices, default_encoders, load_sources, read_whole, settled
 from .reports import Row, print_report, with_baseline, write_report
 from .runs import check_directory, claim_directory
 
@@ -35,7 +35,6 @@ PROBLEM_TYPES = {
 }
 LESS_IS_BETTER = ("mae", "rmse")
 SAMPLE_BYTES = 150 * 2**20  # kept for backward by a sample, ViT-B + BERT-base with adapters, counted generously
-BESIDES = ("label", "group")  # columns that are no modality
 
 
 def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> list[Row]:
@@ -54,8 +53,7 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
     check_directory(options)
     if splits is None:
         return run_once(options, *load_sources(options))
-    kept, modalities = options.all_absent == "prior", [c for c in splits["train"].features if c not in BESIDES]
-    splits = {name: without_unreadable(part, modalities, kept, f"the {name} split") for name, part in splits.items()}
+    splits = read_whole(splits, options.all_absent)
     return run_once(options, splits, dict(options.encoders or default_encoders(options, splits)))
 
 
@@ -64,7 +62,8 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     checkpoint = check_directory(options)
     check_data(options, splits, sources)
     chosen = settled(options, splits)
-    print(choices(options, chosen, list(sources)))
+    if said := choices(options, chosen, list(sources)):
+        print(said)
     trainer = make_trainer(METHODS[options.method], chosen, splits, sources, Path(options.output_dir))
     print(trainer.train_dataset.summary())
     if hasattr(splits["train"], "__len__"):
