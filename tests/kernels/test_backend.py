@@ -112,6 +112,19 @@ def test_a_launch_passes_grid_arguments_and_options_and_no_more_stages_than_amd_
     assert launched == [((2,), (None, x, 5), {"BM": 16, "num_stages": stages}) for stages in (3, 2)]
 
 
+def test_recorded_launches_are_not_run_and_name_their_arguments():
+    class Kernel:
+        arg_names = ["X", "n", "BM"]
+
+    x = torch.ones(1)
+    with pytest.raises(ZeroDivisionError), backend.recording() as launches:
+        backend.launch(Kernel, (2,), x, 5, BM=16, num_stages=3)
+        backend.launch(Kernel, (0,), x, 5, BM=16, num_stages=3)
+        1 / 0  # noqa: B018
+    assert launches == [(Kernel, (2,), {"X": x, "n": 5, "BM": 16, "num_stages": 3})]
+    assert backend._recorded is None
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_the_docstrings_hold(name):
     assert doctest.testmod(importlib.import_module(f"u2a_fast.kernels.{name}")).failed == 0
