@@ -118,8 +118,8 @@ def test_recorded_launches_are_not_run_and_name_their_arguments():
 
     x = torch.ones(1)
     with pytest.raises(ZeroDivisionError), backend.recording() as launches:
-        backend.launch(Kernel, (2,), x, 5, BM=16, num_stages=3)
-        backend.launch(Kernel, (0,), x, 5, BM=16, num_stages=3)
+        backend.launch(Kernel, (2,), X=x, n=5, BM=16, num_stages=3)
+        backend.launch(Kernel, (0,), X=x, n=5, BM=16, num_stages=3)
         1 / 0  # noqa: B018
     assert launches == [(Kernel, (2,), {"X": x, "n": 5, "BM": 16, "num_stages": 3})]
     assert backend._recorded is None

@@ -137,7 +137,7 @@ def test_a_size_that_triton_is_told_not_to_specialise_is_not_taken_for_a_multipl
 
     monkeypatch.setitem(compile_report.FLOPS, "plain", lambda a: 0)
     (launch,) = compile_report.record(
-        lambda: compile_report.backend.launch(plain, (1,), torch.ones(16, device="meta"), 32, 32, BM=16)
+        lambda: compile_report.backend.launch(plain, (1,), X=torch.ones(16, device="meta"), M=32, K=32, BM=16)
     )
     assert launch.divisible == {"X", "K"} and launch.constants == (("BM", 16),)
 
