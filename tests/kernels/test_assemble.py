@@ -40,6 +40,7 @@ def restore_backend():
 
 
 # ------------------------------------------------------------------------------------------------------------- values
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_float64_equals_plain_pytorch(name, implementation):
@@ -212,6 +213,7 @@ def arguments(name, dtype, out_dtype=None, quantize=False):
     return *(t[n] for n in order), 1e-5, out_dtype or dtype, quantize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_opcheck(name, quantize):
@@ -219,6 +221,7 @@ def test_opcheck(name, quantize):
     torch.library.opcheck(module._forward, arguments(name, torch.float32, quantize=quantize))
 
 
+@pytest.mark.slow
 def test_opcheck_of_mixed_dtypes_and_of_backward():
     set_backend("torch")
     torch.library.opcheck(module._forward, arguments("everything", torch.float32, torch.bfloat16))

@@ -70,6 +70,7 @@ def test_tensors_of_two_devices_are_refused_by_name():
         backend.resolve(torch.ones(1), None, torch.ones(1, device="meta"))
 
 
+@pytest.mark.slow
 def test_a_dtensor_is_refused():
     code = """
 import torch, torch.distributed as dist
@@ -147,16 +148,19 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_everything_works_where_triton_is_not_installed():
     code = "import sys; sys.modules['triton'] = None\n" + LINEAR
     assert python(code.format(dtype="torch.float32", names=("auto", "reference"), limit=1e-5)) == "the same\n"
 
 
+@pytest.mark.slow
 def test_tritons_own_interpreter_runs_bfloat16_kernels():
     code = LINEAR.format(dtype="torch.bfloat16", names=("triton", "torch"), limit=0.01)
     assert python(code, TRITON_INTERPRET="1") == "the same\n"
 
 
+@pytest.mark.slow
 def test_tritons_own_interpreter_writes_nothing_but_results():
     """Inputs that are views of each other, expanded or kept for backward would notice."""
     code = """

@@ -77,12 +77,14 @@ def compiled(m, k, n, target="sm_90"):
     return compile_report.compile_launch(launch, target)
 
 
+@pytest.mark.slow
 def test_a_width_that_is_no_multiple_of_16_bytes_loses_its_wide_loads():
     """The check on loads can fail: rows of 769 elements cannot be read 16 bytes at a time."""
     assert compiled(4096, 768, 768)["loop_loads16"] > 0
     assert compiled(4096, 769, 768)["loop_loads16"] == 0
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed():
     program = (
         "import time; from u2a_fast.kernels import compile_report as report\n"
@@ -106,6 +108,7 @@ def eventually(condition, seconds=60):
     raise AssertionError(f"still not so after {seconds} seconds")
 
 
+@pytest.mark.slow
 def test_another_process_finds_what_was_compiled(tmp_path):
     """Names are hashed differently in every process; the compiler's key must not depend on it."""
     program = (

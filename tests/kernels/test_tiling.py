@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from u2a_fast.kernels.tiling import dot_precision
@@ -18,6 +19,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.slow
 def test_tf32_is_used_however_it_was_allowed():
     """In a process of its own: PyTorch does not forget that its newer switch was touched."""
     code = "import torch; from u2a_fast.kernels.tiling import dot_precision as of; print(of(), of(torch.bfloat16))\n"

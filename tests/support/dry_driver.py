@@ -111,12 +111,12 @@ class DryDevice:
         self.launches: collections.Counter[str] = collections.Counter()
         self.variants: set[tuple[str, str]] = set()
         self.binaries: list[Binary] = []
-        self._kernels: set[triton.JITFunction] = set()
+        self._kernels: list[triton.JITFunction] = []
 
     def on_new_variant(self, *, key, fn, **_) -> bool:
         """Triton asks before it compiles; told True, it neither compiles nor launches, and asks again the next time."""
         kernel = fn.jit_function.__name__
-        self._kernels.add(fn.jit_function)
+        self._kernels.append(fn.jit_function)
         self.variants.add((kernel, key))
         if not self.compiles:
             self.launches[kernel] += 1
