@@ -9,9 +9,10 @@ auto        triton for tensors on a GPU (float64 excepted), torch for all others
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -25,6 +26,7 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 MOST_AMD_STAGES = 2  # a multiprocessor of an MI300X has 64 KB of shared memory
 
 _backend = "auto"
+_recorded: list[tuple[Callable, tuple[int, ...], dict]] | None = None
 
 
 def set_backend(name: str) -> None:
@@ -121,6 +123,9 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args, **options) -> None:
     """
     if 0 in grid:
         return
+    if _recorded is not None:
+        _recorded.append((kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | options))
+        return
     if not interpreting():
         if torch.version.hip is not None and "num_stages" in options:
             options["num_stages"] = min(options["num_stages"], MOST_AMD_STAGES)
@@ -132,6 +137,17 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args, **options) -> None:
     for original, computed in zip(args, wide, strict=True):
         if computed is not original and not _same_bits(computed, original.float()):
             original.copy_(computed)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Callable, tuple[int, ...], dict]]]:
+    """Inside, launches are not run: the list that is yielded receives (kernel, grid, arguments by name) of each."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
 
 
 def _widened(t: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ def computed(given, implementation, function=assemble_norm_project):
 
 
 # ------------------------------------------------------------------------------------------------------------- values
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_float64_equals_plain_pytorch(name, implementation):
@@ -206,6 +207,7 @@ def arguments(name, dtype, out_dtype=None, quantize=False):
     return *(t[n] for n in order), 1e-5, out_dtype or dtype, quantize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_opcheck(name, quantize):
@@ -213,6 +215,7 @@ def test_opcheck(name, quantize):
     torch.library.opcheck(module._forward, arguments(name, torch.float32, quantize=quantize))
 
 
+@pytest.mark.slow
 def test_opcheck_of_mixed_dtypes_and_of_backward():
     set_backend("torch")
     torch.library.opcheck(module._forward, arguments("everything", torch.float32, torch.bfloat16))

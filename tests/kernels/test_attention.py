@@ -259,6 +259,7 @@ def test_the_plain_interpreter_sees_the_strides_that_were_passed(monkeypatch):
     assert seen == [(torch.float32, view.stride(), view.stride())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal, suffix, lengths", [(False, 2, True), (True, 0, True), (False, 0, False)])
 def test_opcheck(causal, suffix, lengths):
     set_backend("torch")
@@ -285,6 +286,7 @@ def test_gradcheck_of_every_subset(which, causal):
     assert torch.autograd.gradcheck(outputs, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compile_and_export(dtype):
     set_backend("torch")

@@ -67,6 +67,7 @@ def test_both_results_and_all_gradients_are_those_of_the_two_steps(backend, dtyp
         assert_as_exact_as(got, low, high, 2 if i < 2 else 3, ("out", "s", "qkv", "lora_a")[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_op_passes_gradcheck(case):
     qkv, a, *_ = operands(torch.float64, width=4, rows=9)
@@ -80,6 +81,7 @@ def test_the_op_passes_gradcheck(case):
     assert torch.autograd.gradcheck(f, (qkv, a))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_op_passes_opcheck(case):
     qkv, a, *_ = operands(torch.bfloat16)

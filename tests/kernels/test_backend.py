@@ -70,6 +70,7 @@ def test_tensors_of_two_devices_are_refused_by_name():
         backend.resolve(torch.ones(1), None, torch.ones(1, device="meta"))
 
 
+@pytest.mark.slow
 def test_a_dtensor_is_refused():
     code = """
 import torch, torch.distributed as dist
@@ -112,6 +113,19 @@ def test_a_launch_passes_grid_arguments_and_options_and_no_more_stages_than_amd_
     assert launched == [((2,), (None, x, 5), {"BM": 16, "num_stages": stages}) for stages in (3, 2)]
 
 
+def test_recorded_launches_are_not_run_and_name_their_arguments():
+    class Kernel:
+        arg_names = ["X", "n", "BM"]
+
+    x = torch.ones(1)
+    with pytest.raises(ZeroDivisionError), backend.recording() as launches:
+        backend.launch(Kernel, (2,), X=x, n=5, BM=16, num_stages=3)
+        backend.launch(Kernel, (0,), X=x, n=5, BM=16, num_stages=3)
+        1 / 0  # noqa: B018
+    assert launches == [(Kernel, (2,), {"X": x, "n": 5, "BM": 16, "num_stages": 3})]
+    assert backend._recorded is None
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_the_docstrings_hold(name):
     assert doctest.testmod(importlib.import_module(f"u2a_fast.kernels.{name}")).failed == 0
@@ -134,16 +148,19 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_everything_works_where_triton_is_not_installed():
     code = "import sys; sys.modules['triton'] = None\n" + LINEAR
     assert python(code.format(dtype="torch.float32", names=("auto", "reference"), limit=1e-5)) == "the same\n"
 
 
+@pytest.mark.slow
 def test_tritons_own_interpreter_runs_bfloat16_kernels():
     code = LINEAR.format(dtype="torch.bfloat16", names=("triton", "torch"), limit=0.01)
     assert python(code, TRITON_INTERPRET="1") == "the same\n"
 
 
+@pytest.mark.slow
 def test_tritons_own_interpreter_writes_nothing_but_results():
     """Inputs that are views of each other, expanded or kept for backward would notice."""
     code = """

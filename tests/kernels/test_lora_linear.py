@@ -269,6 +269,7 @@ def op_arguments(case, dtype=torch.float32):
     return (*[given[n] for n in names], seed, given["quantize_input"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q, k, v", "no rows", "no adapter", "strided", "dropout", "int8", "w8a8"])
 def test_opcheck_passes_for_lora_linear(name):
     torch.library.opcheck(OPS.lora_linear, op_arguments(CASES[name]))

@@ -108,6 +108,7 @@ MUTANTS = {
 } | fusion_mutants.MUTANTS
 
 
+@pytest.mark.slow
 def test_the_unchanged_kernels_pass_every_probe():
     with copy_of_kernels() as kernels:
         for probe in {m.probe for m in MUTANTS.values()}:

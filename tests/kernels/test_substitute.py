@@ -161,6 +161,7 @@ def test_non_contiguous_input_gives_the_same(implementation):
         torch.testing.assert_close(t, exact)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_program_order():
     given = operands(3, 40, 300, torch.bfloat16)
     runs = []
@@ -170,6 +171,7 @@ def test_results_do_not_depend_on_program_order():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_opcheck(stop_gradient):
     set_backend("torch")

@@ -55,6 +55,7 @@ def atomic_sum(x, y, B: tl.constexpr):
     tl.atomic_add(y + o % 4, tl.load(x + tl.program_id(0) * B + o))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, out, acc",
     [
