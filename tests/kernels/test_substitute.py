@@ -176,10 +176,10 @@ def test_results_do_not_depend_on_program_order():
 def test_opcheck(stop_gradient):
     set_backend("torch")
     class_tokens, proxies, present = operands(3, 4, 5, torch.float32, absent=0.0)
-    leaves = class_tokens.requires_grad_(), proxies.requires_grad_()
-    torch.library.opcheck(module._forward, (*leaves, present, stop_gradient))
+    given = class_tokens, proxies, present, stop_gradient
+    torch.library.opcheck(module.substitute_op.registered, given)
     for grads in ((torch.randn(4, 5), torch.tensor(2.0)), (None, torch.tensor(2.0)), (torch.randn(4, 5), None)):
-        torch.library.opcheck(module._backward, (*grads, *(t.detach() for t in leaves), present, stop_gradient))
+        torch.library.opcheck(module.substitute_backward_op.registered, (*grads, *given))
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
