@@ -3,14 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench fuzz clean
+.PHONY: demo test fast lint bench fuzz clean
 
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(READY)
-	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
-	$(BIN)/pytest -q tests
+test: lint
+	$(BIN)/pytest -q --durations=15 tests
+
+# One case of every quick test. Tensors this small are slower on two threads.
+fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --one-case -m "not slow and not real" tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)
 	$(BIN)/pytest benches --benchmark-only

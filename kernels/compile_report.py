@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -79,35 +80,24 @@ class Launch:
 
 def record(run: Callable[[], object]) -> list[Launch]:
     """The launches that `run` makes on meta tensors; nothing runs."""
-    launches: list[Launch] = []
-    real, backend.launch = (
-        backend.launch,
-        lambda kernel, grid, *args, **options: launches.append(
-            _describe(kernel, dict(zip(kernel.arg_names, args, strict=False)), options)
-        ),
-    )
-    try:
+    with backend.recording() as launches:
         run()
-    finally:
-        backend.launch = real
-    return launches
+    return [_describe(kernel, arguments) for kernel, _, arguments in launches]
 
 
-def _describe(kernel: Callable, arguments: dict, options: dict) -> Launch:
-    constants = {k: v for k, v in options.items() if k not in LAUNCH_OPTIONS}
-    constants |= {k: None for k, v in arguments.items() if v is None}
-    types = {k: _type(v) for k, v in arguments.items()} | dict.fromkeys(constants, "constexpr")
-    tensors = [v for v in arguments.values() if torch.is_tensor(v)]
-    sizes = {k: v for k, v in arguments.items() if isinstance(v, int)}
+def _describe(kernel: Callable, arguments: dict) -> Launch:
+    values = {p.name: arguments[p.name] for p in kernel.params}
+    constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr or values[p.name] is None}
+    tensors = [v for v in values.values() if torch.is_tensor(v)]
     return Launch(
         kernel=kernel,
-        signature=tuple((k, types[k]) for k in kernel.arg_names),
+        signature=tuple((k, "constexpr" if k in constants else _type(v)) for k, v in values.items()),
         constants=tuple(sorted(constants.items())),
-        divisible=frozenset(k for k, v in arguments.items() if torch.is_tensor(v) or (k in sizes and v % 16 == 0)),
-        options=tuple((k, options[k]) for k in LAUNCH_OPTIONS if k in options),
+        divisible=frozenset(p.name for p in kernel.params if p.name not in constants and _divisible(p, values[p.name])),
+        options=tuple((k, arguments[k]) for k in LAUNCH_OPTIONS if k in arguments),
         bytes=sum(t.numel() * t.element_size() for t in tensors),
-        flops=FLOPS[kernel.__name__](sizes | constants),
-        int8=torch.is_tensor(tensors[0]) and tensors[0].dtype == torch.int8,
+        flops=FLOPS[kernel.__name__](values),
+        int8=tensors[0].dtype == torch.int8,
     )
 
 
@@ -116,7 +106,15 @@ def _type(value) -> str:
         return POINTERS[value.dtype]
     if isinstance(value, int):
         return "i32" if value < 2**31 else "i64"
-    return "fp32" if isinstance(value, float) else "constexpr"
+    return "fp32"
+
+
+def _divisible(parameter, value) -> bool:
+    """Whether Triton would find by itself that the argument is a multiple of 16."""
+    if torch.is_tensor(value):
+        return True
+    specialised = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    return specialised and isinstance(value, int) and value % 16 == 0
 
 
 # --------------------------------------------------------------------------------------------------- what it becomes
@@ -189,35 +187,48 @@ def occupancy(target: str, found: dict, warps: int) -> int:
 
 
 def computed_us(launch: Launch, target: str) -> float:
-    device = DEVICES[target]
-    peak = device.int8 if launch.int8 else device.bf16
-    return 1e6 * max(launch.bytes / device.bandwidth, launch.flops / peak)
+    return _microseconds(launch.bytes, launch.flops, DEVICES[target], launch.int8)
+
+
+def _microseconds(bytes: int, flops: int, device: Device, int8: bool) -> float:
+    return 1e6 * max(bytes / device.bandwidth, flops / (device.int8 if int8 else device.bf16))
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
 def report(cases=CASES, targets=tuple(DEVICES), processes: int = 2) -> list[dict]:
     """One row per launch and target. Launches that differ in sizes alone share one binary, compiled for all of them."""
     launches = [
-        (case, shape, rank, launch)
+        (case, shape, rank, launch, target)
         for case in cases
         for shape in SHAPES
         for rank in case.ranks
         for launch in record(lambda case=case, shape=shape, rank=rank: case.run(shape, rank))
+        for target in targets
+        if case.compiles_for(target, rank)
     ]
-    shared = {}
-    for *_, launch in launches:
-        other = shared.get(launch.binary, launch)
-        shared[launch.binary] = replace(launch, divisible=launch.divisible & other.divisible)
-    jobs = {(binary, target): (launch, target) for binary, launch in shared.items() for target in targets}
+    jobs: dict[tuple, tuple[Launch, str]] = {}
+    for *_, launch, target in launches:
+        other, _ = jobs.get((launch.binary, target), (launch, target))
+        jobs[launch.binary, target] = replace(launch, divisible=launch.divisible & other.divisible), target
     found = dict(zip(jobs, _compile_all(list(jobs.values()), processes), strict=True))
-    return [_row(*entry, target, found[entry[-1].binary, target]) for entry in launches for target in targets]
+    return [_row(*entry, found[entry[-2].binary, entry[-1]]) for entry in launches]
 
 
 def _compile_all(jobs: list[tuple[Launch, str]], processes: int) -> list[dict]:
     global _jobs  # inherited by the forked processes: kernels cannot be pickled
     _jobs = jobs
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _end_with_parent) as pool:
         return list(pool.map(_compile_job, range(len(jobs))))
+
+
+def _end_with_parent() -> None:
+    """In a worker: a parent that is killed cannot stop its pool, so each worker watches for its end."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _compile_job(index: int) -> dict:
@@ -281,10 +292,10 @@ def computed_total(rows: list[dict], function: str, phase: str, variant: str, **
 
 def computed_ratios(rows: list[dict]) -> dict[str, tuple[float, float]]:
     """{what: (computed time over that of the frozen product alone, limit)}"""
-    alone = computed_us(record(lambda: frozen_linear(VIT_B))[0], "sm_90")
+    alone = _microseconds(*frozen_linear(VIT_B), DEVICES["sm_90"], int8=False)
     return {
-        what: (sum(times * computed_total(rows, *case) for case, times in parts.items()) / alone, limit)
-        for what, limit, parts in RATIOS
+        what: (library + sum(times * computed_total(rows, *case) for case, times in parts.items()) / alone, limit)
+        for what, limit, library, parts in RATIOS
     }
 
 

@@ -45,7 +45,12 @@ def element_type(dtype: torch.dtype):
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def dot_precision() -> str:
-    """How a GPU multiplies fp32: TF32 where the user has allowed it, else exactly."""
-    allowed = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
-    return "tf32" if allowed else "ieee"
+def dot_precision(dtype: torch.dtype = torch.float32) -> str:
+    """How a GPU multiplies operands of `dtype`: fp32 as TF32 where the user has allowed it, all else exactly.
+
+    PyTorch has two switches for TF32 and lets the older one be read only until the newer is set, as
+    TrainingArguments(tf32=True) does; the newer one knows both.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

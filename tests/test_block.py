@@ -9,6 +9,7 @@ from u2a_fast.encoders import from_pretrained_model
 from u2a_fast.encoders.frozen import quantize_encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
     "family, mode",

@@ -40,6 +40,7 @@ def trained(root, common):
     return folder
 
 
+@pytest.mark.slow
 def test_train_writes_checkpoint_report_and_card(trained):
     assert all("encoders" not in name or "lora" in name for name in load_file(trained / "model.safetensors"))
     with open(trained / "report.csv", encoding="utf-8") as file:
@@ -54,6 +55,7 @@ def test_train_writes_checkpoint_report_and_card(trained):
     assert (trained / "report.png").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict_reload_the_folder(trained, common, root, capsys):
     main(["evaluate", "--model", str(trained), "--data", common[1], "--output-dir", str(root / "again")])
     first, again = (trained / "report.csv").read_text(), (root / "again" / "report.csv").read_text()
@@ -66,6 +68,7 @@ def test_evaluate_and_predict_reload_the_folder(trained, common, root, capsys):
     assert len(predictions) == 2 and all(p["label"] in tiny_data.COLOURS for p in predictions)
 
 
+@pytest.mark.slow
 def test_a_directory_of_another_run_or_model_is_refused(trained, common, root):
     again = ["train", *common, "--output-dir", str(trained), "--batch-size", "4"]
     before = (trained / "model.safetensors").read_bytes()
@@ -88,6 +91,7 @@ def test_what_others_left_is_not_overwritten(name, common, tmp_path):
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [file]
 
 
+@pytest.mark.slow
 def test_evaluate_reads_classes_by_name(trained, common, tmp_path):
     """A test split without the first class numbers the others anew; the model's numbers are what counts."""
     with open(common[1], encoding="utf-8") as file:
@@ -110,6 +114,7 @@ def test_evaluate_reads_classes_by_name(trained, common, tmp_path):
     torch.testing.assert_close(scores["late"], scores["all"][[row["label"] in COLOURS[1:] for row in rows]])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(common, root, monkeypatch):
     arguments = ["train", *common[:4], "--batch-size", "16", "--epochs", "2"]
     main([*arguments, "--output-dir", str(root / "whole")])

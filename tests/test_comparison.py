@@ -18,6 +18,7 @@ def arguments(tmp_path_factory):
     return ["compare", *given, "--seeds", "[0, 1]", "--output-dir", str(root / "out"), "--baselines"], root
 
 
+@pytest.mark.slow
 def test_a_comparison_is_resumed_and_only_with_the_same_options(arguments, monkeypatch):
     arguments, root = arguments
     main([*arguments, "--methods", '["u2a", "pmf"]'])

@@ -19,6 +19,7 @@ def test_examples(name):
     assert failed == 0
 
 
+@pytest.mark.slow
 def test_the_public_names_have_examples():
     tested = {name: doctest.testmod(importlib.import_module(name)).attempted for name in MODULES}
     for name in ("methods.u2a", "methods.pmf", "methods.joint_embedding", "encoders.build", "lora", "memory"):

@@ -123,6 +123,7 @@ def against_peft(request):
     return models, inputs, memory.saved_bytes(step, adapted.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [True, False])
 def test_a_step_keeps_at_most_0_60_of_what_peft_keeps(against_peft, autocast):
     models, inputs, peft_bytes = against_peft
@@ -130,6 +131,7 @@ def test_a_step_keeps_at_most_0_60_of_what_peft_keeps(against_peft, autocast):
     assert memory.saved_bytes(step, model.parameters()) <= 0.60 * peft_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [True, False])
 def test_checkpointing_keeps_at_most_0_20_of_what_peft_keeps(against_peft, autocast):
     models, inputs, peft_bytes = against_peft
@@ -138,6 +140,7 @@ def test_checkpointing_keeps_at_most_0_20_of_what_peft_keeps(against_peft, autoc
     assert memory.saved_bytes(step, model.parameters()) <= 0.20 * peft_bytes
 
 
+@pytest.mark.slow
 def test_activations_alone_stay_below_0_60_of_pefts():
     """PEFT under autocast also keeps a bf16 copy of every frozen weight; large batches leave only the activations."""
     models, length = small(depth=0.5)
@@ -150,6 +153,7 @@ def test_activations_alone_stay_below_0_60_of_pefts():
 
 
 # -------------------------------------------------------------------------------------------------------- planning
+@pytest.mark.slow
 def test_the_plan_counts_what_peft_and_full_fine_tuning_keep():
     models, length = small()
     rows = memory.plan({m: model.config for m, model in models.items()}, batch=2, tokens={"text": length})
@@ -166,6 +170,7 @@ def test_the_plan_counts_what_peft_and_full_fine_tuning_keep():
     assert rows[2].gradients == 4 * sum(p.numel() for p in full.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "int8", "nf4"])
 def test_the_plan_counts_what_our_model_takes(mode):
     models, length = small(depth=0.5)
@@ -179,6 +184,7 @@ def test_the_plan_counts_what_our_model_takes(mode):
     assert abs(planned.weights - weights) < 0.001 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_every_family_can_be_planned(family):
     encoder = tiny_encoders.build(family, num_hidden_layers=5).config
@@ -189,6 +195,7 @@ def test_every_family_can_be_planned(family):
     assert rows[0].total < rows[2].total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_further_layers_are_extrapolated_exactly(checkpointing, monkeypatch):
     configs = {
@@ -200,6 +207,7 @@ def test_further_layers_are_extrapolated_exactly(checkpointing, monkeypatch):
     assert memory.plan(configs, batch=2, checkpointing=checkpointing) == extrapolated
 
 
+@pytest.mark.slow
 def test_the_plan_of_encoders_larger_than_this_machine_is_quick_and_in_order():
     image = transformers.ViTConfig(
         hidden_size=1408, num_hidden_layers=40, num_attention_heads=16, intermediate_size=6144
@@ -213,6 +221,7 @@ def test_the_plan_of_encoders_larger_than_this_machine_is_quick_and_in_order():
     assert rows[0].total < rows[1].total < rows[2].total
 
 
+@pytest.mark.slow
 def test_int8_training_takes_at_most_a_quarter_of_full_fine_tuning():
     models, length = small()
     configs = {m: model.config for m, model in models.items()}
@@ -221,6 +230,7 @@ def test_int8_training_takes_at_most_a_quarter_of_full_fine_tuning():
         assert rows[0].total <= 0.25 * rows[2].total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization, limit", [(None, 0.34), ("int8", 0.20)])
 def test_pmf_training_takes_a_fraction_of_full_fine_tuning(quantization, limit):
     models, length = base()
@@ -231,6 +241,7 @@ def test_pmf_training_takes_a_fraction_of_full_fine_tuning(quantization, limit):
         assert rows[0].total <= limit * rows[2].total
 
 
+@pytest.mark.slow
 def test_tokens_set_the_length_of_images_and_texts():
     configs = {"image": transformers.ViTConfig(), "text": transformers.BertConfig()}
     plain, half, short = (
@@ -239,6 +250,7 @@ def test_tokens_set_the_length_of_images_and_texts():
     assert half < plain and short < plain
 
 
+@pytest.mark.slow
 def test_8_bit_states_take_a_quarter():
     configs = {"image": transformers.ViTConfig(), "text": transformers.BertConfig()}
     plain, small_states = (memory.plan(configs, optimizer=name)[2] for name in ("adamw", "adamw_8bit"))
@@ -251,6 +263,7 @@ def test_what_cannot_be_planned_is_refused(options, words):
         memory.plan({"image": transformers.ViTConfig(), "text": transformers.BertConfig()}, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_a_model_reports_itself(quantization, capsys):
     encoders = {"image": tiny_encoders.build("vit").bfloat16(), "text": tiny_encoders.build("bert").bfloat16()}
@@ -267,6 +280,7 @@ def test_a_model_reports_itself(quantization, capsys):
     assert "full fine-tuning" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_report_takes_other_lengths_and_leaves_everything_as_it_was(tmp_path):
     encoders = {"image": tiny_encoders.build("vit"), "text": tiny_encoders.build("bert", vocab_size=3)}
     model = PMF(encoders, num_labels=2, fusion_layers=1, feature_cache=tmp_path)

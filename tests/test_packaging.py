@@ -57,6 +57,7 @@ def test_the_wheel_lives_beside_a_distribution_named_kernels(tmp_path):
     assert (site / "u2a_fast" / "py.typed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", [("kernels", "u2a_fast.kernels"), ("u2a_fast.kernels", "kernels")])
 def test_from_the_root_the_folder_registers_its_ops_once(first, second):
     """`python -m pytest` puts the root on the path, and transformers imports whatever is called kernels there."""

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import encoders, kernels
     from .data import MissingPattern, MultimodalCollator
     from .evaluation import evaluate
     from .kernels import get_backend, set_backend

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from .kernels.backend import interpreting, triton
+from .kernels.targets import has_bfloat16, supports_triton
 
 OPTIONAL = {
     "bitsandbytes": "no nf4 encoders, no 8-bit optimizer, no encoders loaded with BitsAndBytesConfig",
@@ -37,15 +38,29 @@ def findings() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "u2a-fast")},
         "triton": importlib.metadata.version("triton") if triton is not None else "not installed",
-        "backend": f"auto -> {'triton' if gpu and triton is not None else 'torch'}"
-        + (" (Triton's interpreter is on)" if interpreting() else ""),
-        "bfloat16": "in hardware" if gpu or torch.cpu._is_avx512_bf16_supported() else "emulated: use float32",
+        **backends(),
+        "bfloat16": "in hardware" if has_bfloat16() else "emulated: use float32",
         "int8 encoders": int8_path(),
     }
     for name, cost in OPTIONAL.items():
         spec = importlib.util.find_spec(name)
         found[name] = "found" if spec is not None else f"not installed: {cost}"
     return found
+
+
+def backends() -> dict[str, str]:
+    """What the backend `auto` is on every visible device, and why."""
+    if not torch.cuda.is_available():
+        return {"backend": "auto -> torch" + (" (Triton's interpreter is on)" if interpreting() else "")}
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {
+        f"backend on {gpu}": f"bf16: {_auto(gpu, torch.bfloat16)}; fp32: {_auto(gpu, torch.float32)}" for gpu in gpus
+    }
+
+
+def _auto(device: torch.device, dtype: torch.dtype) -> str:
+    supported, why = supports_triton(device, dtype) if triton is not None else (False, "Triton is not installed")
+    return f"auto -> {'triton' if supported else 'torch'} ({why})"
 
 
 def print_findings() -> None:

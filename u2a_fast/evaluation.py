@@ -122,7 +122,8 @@ def scenario_logits(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """`({scenario: logits [n, C]}, natural presence [n, M], labels [n])`; rows with nothing present hold zeros."""
     modalities, collate, was_training = model.config.modalities, MultimodalCollator(model.processors), model.training
-    natural, labels, logits = [], [], {name: [] for name in scenarios}
+    natural, labels = [], []
+    logits: dict[str, list[torch.Tensor]] = {name: [] for name in scenarios}
     count = len(dataset) if hasattr(dataset, "__len__") else None
     tables = {name: scenario_rows(name, count, modalities, seed) for name in scenarios}
     classes = class_order(dataset, model)

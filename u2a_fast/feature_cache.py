@@ -95,9 +95,11 @@ class FeatureCache:
         device = next(iter(tensors.values())).device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         config = {name: value for name, value in encoder.config.to_dict().items() if name not in NAMES}
-        setting = (FORMAT, encoder.family.name, layer, str(encoder.dtype), str(autocast), repr(sorted(config.items())))
         linears = [linear for block in encoder.blocks[:layer] for linear in block.linears]
-        setting += tuple((linear.quantize_input, linear.adapter_enabled, linear.scaling) for linear in linears)
+        setting = (
+            *(FORMAT, encoder.family.name, layer, str(encoder.dtype), str(autocast), repr(sorted(config.items()))),
+            *((linear.quantize_input, linear.adapter_enabled, linear.scaling) for linear in linears),
+        )
         versions = (0 if tensor.is_inference() else tensor._version for tensor in tensors.values())
         state = (setting, tuple(zip((tensor.data_ptr() for tensor in tensors.values()), versions, strict=True)))
         known = self._fingerprints.get(encoder)

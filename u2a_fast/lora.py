@@ -235,10 +235,51 @@ class LoraLinear(nn.Module):
         )
 
     @property
-    def takes_quantized(self) -> bool:
-        """Whether the pass that writes the input may quantise it: dropout would need the input itself."""
+    def is_fusable(self) -> bool:
+        """Whether it can be part of a sublayer's op: dropout draws a mask, 4-bit weights are unpacked for each use."""
+        weight = self._parameters["weight"]
+        return not ((self.dropout > 0 and self.training) or weight.dtype == torch.uint8 or weight.requires_grad)
+
+    def operands(self) -> kernels.Linear:
+        """What `kernels` takes of it."""
+        own = self._parameters  # attributes of a module are slow to read, and a block reads twenty
+        low = (own["lora_a"], own["lora_b"]) if self.adapter_enabled and self.adapted == self.roles else self.factors()
+        options = self.scaling, len(self.roles), self.quantize_input
+        return kernels.Linear(own["weight"], own["bias"], *low, own["weight_scale"], *options)
+
+    def after_norm(
+        self, norm: nn.LayerNorm | None, x: torch.Tensor, **learned: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward(norm(rows))`, and the rows for the residual: x `[B, S, D]`, joined with `learned` rows.
+
+        Args:
+            learned: `suffix`, `present` and `mask_token` of `kernels.assemble_norm_project`.
+        """
+        weights = (None, None, 1e-5) if norm is None else (norm.weight, norm.bias, norm.eps)
         dropped = self.has_adapter and self.training and self.dropout > 0
-        return self.quantize_input and not dropped
+        joined = any(rows is not None for rows in learned.values())
+        if not (dropped or joined or self.storage == "nf4"):
+            return kernels.norm_linear(
+                x,
+                *weights,
+                self.weight,
+                self.bias,
+                *self.factors(),
+                self.scaling,
+                weight_scale=self.weight_scale,
+                groups=len(self.roles),
+                quantize_input=self.quantize_input,
+            )
+        h, s, rows = kernels.assemble_norm_project(
+            tokens=x,
+            **learned,
+            norm_weight=weights[0],
+            norm_bias=weights[1],
+            eps=weights[2],
+            lora_a=self.lora_before_dropout,
+            quantize=self.quantize_input and not dropped,  # dropout needs the input itself
+        )
+        return self.forward_projected(h, s), rows
 
     def forward_projected(self, x: torch.Tensor | kernels.QuantizedRows, s: torch.Tensor | None) -> torch.Tensor:
         """The same with `s = x A^T` [..., G * r] already computed by the pass that wrote `x`."""

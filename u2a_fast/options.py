@@ -220,7 +220,7 @@ def read_whole(splits: Mapping[str, Any], all_absent: str) -> dict[str, Any]:
 def default_encoders(options: TrainOptions, splits: Mapping[str, Any]) -> dict[str, str]:
     """The folder of a small pretrained encoder for each modality among the columns."""
     folders = {
-        "image": lambda: data_module.dinov2_folder(image_size=settled(options, splits).image_size),
+        "image": lambda: data_module.dinov2_folder(image_size=settled(options, splits).image_size or IMAGE_SIZES[0]),
         "text": data_module.minilm_folder,
         "audio": data_module.whisper_folder,
     }

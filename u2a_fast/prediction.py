@@ -112,7 +112,7 @@ def _table(said: Sequence[Answer]) -> str:
 def _flat(answer: Answer) -> dict[str, Any]:
     """An answer as cells: `label`, `probability`, `label_2`, ..; `labels` and a column for each label; numbers."""
     if "top" in answer:
-        cells = {}
+        cells: dict[str, Any] = {}
         for place, one in enumerate(answer["top"], start=1):
             cells |= {name if place == 1 else f"{name}_{place}": value for name, value in one.items()}
         return cells

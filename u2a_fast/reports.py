@@ -174,6 +174,6 @@ def plot_confusion(predicted: torch.Tensor, labels: torch.Tensor, names: Sequenc
         axes.set_yticks(range(len(names)), shown, parse_math=False)
         for true, taken_for in counts.nonzero().tolist():
             colour = "white" if shares[true, taken_for] > 0.5 else "black"
-            count = int(counts[true, taken_for])
+            count = str(int(counts[true, taken_for]))
             axes.text(taken_for, true, count, ha="center", va="center", fontsize=7, color=colour)
     return figure

@@ -152,7 +152,7 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
         if len(given) < 2:
             raise ValueError(f"the train split of {options.data} has one class only: there is nothing to tell apart")
     if options.metric_for_best:
-        names = measures(PROBLEM_TYPES[task_of(feature)], len(label_names(feature) or ()))
+        names = measures(PROBLEM_TYPES[str(task_of(feature))], len(label_names(feature) or ()))
         check_choice("metric_for_best", options.metric_for_best, names)
     if not hasattr(train, "__len__") and (options.max_steps < 1 or options.baselines or options.class_weights):
         raise ValueError("a stream has no length: set max_steps, and leave baselines and class_weights out")
@@ -177,6 +177,7 @@ def holed(pool: Any, options: TrainOptions, sources: Mapping[str, str], split: s
 
 
 def missing_pattern(options: TrainOptions, split: str) -> MissingPattern:
+    assert options.missing_rate is not None  # settled
     return MissingPattern(rate=options.missing_rate, kind=options.missing_kind, seed=options.seed, split=split)
 
 
@@ -197,7 +198,7 @@ def build_model(
     model = method(
         {name: load(source, name, dtype=dtype) for name, source in sources.items()},
         num_labels=len(names) if names else len(next(iter(splits["train"]))["label"]) if vector else 1,
-        problem_type=PROBLEM_TYPES[task_of(feature)],
+        problem_type=PROBLEM_TYPES[str(task_of(feature))],
         quantization=options.quantization,
         all_absent=options.all_absent,
         label_smoothing=options.label_smoothing,
@@ -230,6 +231,7 @@ def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim
 
 
 def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments:
+    assert options.batch_size is not None  # settled
     part = fitting_batch(options.batch_size)
     best = {
         "eval_strategy": "epoch",

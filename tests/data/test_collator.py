@@ -35,6 +35,7 @@ def without(sample, modality, nothing=None):
     return changed
 
 
+@pytest.mark.slow
 def test_a_complete_batch_is_what_the_processors_give(collate, sample, picture, image_processor, tokenizer):
     batch = collate([sample, sample | {"text": "a cat"}])
     assert list(batch) == ["image", "text", "audio", "modality_mask", "labels"]

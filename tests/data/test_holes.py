@@ -107,6 +107,7 @@ def test_a_table_of_another_size_is_refused(shape):
         with_missing(samples(), torch.ones(shape, dtype=torch.bool), PAIR)
 
 
+@pytest.mark.slow
 def test_it_works_on_a_hugging_face_dataset():
     import datasets
 

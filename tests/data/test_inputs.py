@@ -188,6 +188,7 @@ def test_a_clip_may_come_in_any_form(tmp_path, clip, form):
     np.testing.assert_allclose(samples, clip / np.abs(clip).max(), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [5000, 8000, 11025, 22050, 44100, 48000])
 def test_clips_are_resampled_to_the_same_tone(rate):
     pytest.importorskip("scipy")

@@ -25,6 +25,7 @@ def rows(splits):
     return [row for part in splits.values() for row in part]
 
 
+@pytest.mark.slow
 def test_small_classes_mirrors_alphabets_and_pictures_without_caption_are_left_out(folder):
     animals = folder / STAMPS / "animals"
     letters = animals / "alphabets"

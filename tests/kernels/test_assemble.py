@@ -34,6 +34,7 @@ def computed(given, implementation, function=assemble_norm_project):
 
 
 # ------------------------------------------------------------------------------------------------------------- values
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_float64_equals_plain_pytorch(name, implementation):
@@ -203,25 +204,31 @@ def arguments(name, dtype, out_dtype=None, quantize=False):
     """Of the op, from the public function's."""
     t = operands(name, dtype, absent=0.0)
     order = ("tokens", "prefix", "suffix", "present", "mask_token", "norm_weight", "norm_bias", "lora_a")
-    return *(t[n] for n in order), 1e-5, out_dtype or dtype, quantize
+    return *(None if t[n] is None else t[n].detach() for n in order), 1e-5, out_dtype or dtype, quantize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_opcheck(name, quantize):
     set_backend("torch")
-    torch.library.opcheck(module._forward, arguments(name, torch.float32, quantize=quantize))
+    torch.library.opcheck(module.assemble_forward.registered, arguments(name, torch.float32, quantize=quantize))
 
 
+@pytest.mark.slow
 def test_opcheck_of_mixed_dtypes_and_of_backward():
     set_backend("torch")
-    torch.library.opcheck(module._forward, arguments("everything", torch.float32, torch.bfloat16))
+    torch.library.opcheck(module.assemble_forward.registered, arguments("everything", torch.float32, torch.bfloat16))
     g, stats = torch.randn(4, 10, 40), torch.rand(40)
     given = arguments("everything", torch.float32)
     tail = *(t.detach() for t in given[5:8]), given[3], 4, 2, 7, 1e-5, torch.float32
     low = torch.randn(4, 10, 6)
-    torch.library.opcheck(module._backward, (g, g.clone(), low, g.clone(), stats, stats + 1, *tail, [True] * 7))
-    torch.library.opcheck(module._backward, (g, *[None] * 9, 4, 0, 10, 1e-5, torch.float32, [True] + [False] * 6))
+    torch.library.opcheck(
+        module.assemble_backward.registered, (g, g.clone(), low, g.clone(), stats, stats + 1, *tail, [True] * 7)
+    )
+    torch.library.opcheck(
+        module.assemble_backward.registered, (g, *[None] * 9, 4, 0, 10, 1e-5, torch.float32, [True] + [False] * 6)
+    )
 
 
 @pytest.mark.parametrize("name", ["everything", "packed", "no norm", "no rank"])

@@ -70,6 +70,7 @@ def test_tensors_of_two_devices_are_refused_by_name():
         backend.resolve(torch.ones(1), None, torch.ones(1, device="meta"))
 
 
+@pytest.mark.slow
 def test_a_dtensor_is_refused():
     code = """
 import torch, torch.distributed as dist
@@ -94,7 +95,7 @@ def test_the_autocast_dtype_wins_except_over_float64(dtype):
 
 
 def test_an_empty_grid_launches_nothing():
-    backend.launch(None, (0, 3), torch.ones(1))
+    backend.launch(None, (0, 3), X=torch.ones(1))
 
 
 def test_a_launch_passes_grid_arguments_and_options_and_no_more_stages_than_amd_has_room_for(monkeypatch):
@@ -102,14 +103,28 @@ def test_a_launch_passes_grid_arguments_and_options_and_no_more_stages_than_amd_
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **options: launched.append((grid, args, options))
+            return lambda **arguments: launched.append((grid, arguments))
 
     x = torch.ones(1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backend.launch(Kernel(), (2,), None, x, 5, BM=16, num_stages=3)
+    backend.launch(Kernel(), (2,), P=None, X=x, M=5, BM=16, num_stages=3)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    backend.launch(Kernel(), (2,), None, x, 5, BM=16, num_stages=3)
-    assert launched == [((2,), (None, x, 5), {"BM": 16, "num_stages": stages}) for stages in (3, 2)]
+    backend.launch(Kernel(), (2,), P=None, X=x, M=5, BM=16, num_stages=3)
+    given = {"P": None, "X": x, "M": 5, "BM": 16}
+    assert launched == [((2,), given | {"num_stages": stages}) for stages in (3, 2)]
+
+
+def test_recorded_launches_are_not_run_and_name_their_arguments():
+    class Kernel:
+        arg_names = ["X", "n", "BM"]
+
+    x = torch.ones(1)
+    with pytest.raises(ZeroDivisionError), backend.recording() as launches:
+        backend.launch(Kernel, (2,), X=x, n=5, BM=16, num_stages=3)
+        backend.launch(Kernel, (0,), X=x, n=5, BM=16, num_stages=3)
+        1 / 0  # noqa: B018
+    assert launches == [(Kernel, (2,), {"X": x, "n": 5, "BM": 16, "num_stages": 3})]
+    assert backend._recorded is None
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -134,16 +149,19 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_everything_works_where_triton_is_not_installed():
     code = "import sys; sys.modules['triton'] = None\n" + LINEAR
     assert python(code.format(dtype="torch.float32", names=("auto", "reference"), limit=1e-5)) == "the same\n"
 
 
+@pytest.mark.slow
 def test_tritons_own_interpreter_runs_bfloat16_kernels():
     code = LINEAR.format(dtype="torch.bfloat16", names=("triton", "torch"), limit=0.01)
     assert python(code, TRITON_INTERPRET="1") == "the same\n"
 
 
+@pytest.mark.slow
 def test_tritons_own_interpreter_writes_nothing_but_results():
     """Inputs that are views of each other, expanded or kept for backward would notice."""
     code = """

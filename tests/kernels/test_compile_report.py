@@ -5,9 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from u2a_fast.kernels import compile_cases, compile_report
 from u2a_fast.kernels.linear_lowrank import linear_lowrank_triton
@@ -22,14 +26,17 @@ def rows():
 
 
 @pytest.mark.slow
-def test_every_function_is_compiled_for_every_target_and_model_at_both_ranks():
+def test_every_function_is_compiled_for_every_target_and_model_and_the_largest_where_room_is_tightest():
     assert all(row.keys() >= COLUMNS | {"computed_us"} for row in rows())
     assert {row["function"] for row in rows()} == FUNCTIONS
     assert all(row["kernel"].startswith(row["function"]) for row in rows())
     places = {(row["target"], row["shape"]) for row in rows()}
     assert len(places) == 12 and {target for target, _ in places} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for function in FUNCTIONS:
+        assert {row["target"] for row in rows() if row["function"] == function} == {target for target, _ in places}
     for function in ("lora_linear", "linear_lowrank", "assemble_norm_project"):
-        assert {row["rank"] for row in rows() if row["function"] == function} == {8, 64}
+        wide = [row for row in rows() if row["function"] == function and row["rank"] == 64]
+        assert {row["target"] for row in wide} == {"sm_80", "gfx942"}
 
 
 @pytest.mark.slow
@@ -65,17 +72,45 @@ def test_moving_more_bytes_than_needed_is_named(monkeypatch):
 def compiled(m, k, n, target="sm_90"):
     meta = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
     (launch,) = compile_report.record(
-        lambda: linear_lowrank_triton(meta(m, k), meta(n, k), None, None, None, 1.0, None, 1, False)
+        lambda: linear_lowrank_triton(
+            meta(m, k), meta(n, k), None, meta(m, 16), meta(n, 16), 1.0, None, 1, False, None, None
+        )
     )
     return compile_report.compile_launch(launch, target)
 
 
+@pytest.mark.slow
 def test_a_width_that_is_no_multiple_of_16_bytes_loses_its_wide_loads():
     """The check on loads can fail: rows of 769 elements cannot be read 16 bytes at a time."""
     assert compiled(4096, 768, 768)["loop_loads16"] > 0
     assert compiled(4096, 769, 768)["loop_loads16"] == 0
 
 
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed():
+    program = (
+        "import time; from u2a_fast.kernels import compile_report as report\n"
+        "report.compile_launch = lambda *job: time.sleep(600)\n"
+        "report._compile_all([(None, 'sm_80')] * 2, processes=2)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    workers = eventually(lambda: len(found := children.read_text().split()) == 2 and found)
+    parent.kill()
+    parent.wait()
+    eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+def eventually(condition, seconds=60):
+    """What `condition` returns once it is true."""
+    for _ in range(10 * seconds):
+        if result := condition():
+            return result
+        time.sleep(0.1)
+    raise AssertionError(f"still not so after {seconds} seconds")
+
+
+@pytest.mark.slow
 def test_another_process_finds_what_was_compiled(tmp_path):
     """Names are hashed differently in every process; the compiler's key must not depend on it."""
     program = (
@@ -91,13 +126,26 @@ def test_another_process_finds_what_was_compiled(tmp_path):
 
 def test_a_launch_is_counted_from_its_tensors_and_sizes():
     shape = compile_cases.VIT_B
-    (launch,) = compile_report.record(lambda: compile_cases.frozen_linear(shape))
+    (launch,) = compile_report.record(lambda: compile_cases.linear_lowrank_forward(shape, 16))
     m, k, n = 64 * 197, 768, 3 * 768
-    assert launch.bytes == 2 * (m * k + n * k + n + m * n)
-    assert launch.flops == 2 * m * n * k
+    assert launch.bytes == 2 * (m * k + n * k + n + m * n + m * 3 * 16) + 4 * n * 16
+    assert launch.flops == 2 * m * n * (k + 16)
+    assert compile_cases.frozen_linear(shape) == (2 * (m * k + n * k + n + m * n), 2 * m * n * k)
     assert compile_report.computed_us(launch, "sm_90") == pytest.approx(1e6 * launch.flops / 989e12)
     (copy,) = compile_report.record(lambda: compile_cases.launch_quantize_rows(compile_cases.meta(m, k)))
     assert compile_report.computed_us(copy, "sm_80") == pytest.approx(1e6 * (3 * m * k + 4 * m) / 2.04e12)
+
+
+def test_a_size_that_triton_is_told_not_to_specialise_is_not_taken_for_a_multiple_of_16(monkeypatch):
+    @triton.jit(do_not_specialize=["M"])
+    def plain(X, M, K, BM: tl.constexpr):
+        pass
+
+    monkeypatch.setitem(compile_report.FLOPS, "plain", lambda a: 0)
+    (launch,) = compile_report.record(
+        lambda: compile_report.backend.launch(plain, (1,), X=torch.ones(16, device="meta"), M=32, K=32, BM=16)
+    )
+    assert launch.divisible == {"X", "K"} and launch.constants == (("BM", 16),)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_dequantising_rounds_once(implementation, dtype):
     assert torch.equal(dequantize_rows(q, scale, dtype), (q.to(wide) * scale.to(wide)[:, None]).to(dtype))
 
 
+@pytest.mark.slow
 def test_bitsandbytes_state_divided_by_127_is_our_scale():
     functional = pytest.importorskip("bitsandbytes.functional")
     w = torch.randn(16, 32).half()

@@ -127,6 +127,7 @@ def losses(trainer):
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_one(folders, tmp_path, caplog):
     whole = make_trainer(make_model(folders), tmp_path / "whole")
     whole.train()
@@ -142,6 +143,7 @@ def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_one(folders, tmp_p
     assert "missing keys" not in caplog.text
 
 
+@pytest.mark.slow
 def test_trainer_loads_the_best_checkpoint_of_a_scenario(folders, tmp_path):
     options = dict(eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
     trainer = make_trainer(make_model(folders), tmp_path / "run", metric_for_best_model="eval_no_image_loss", **options)

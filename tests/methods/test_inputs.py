@@ -95,6 +95,7 @@ def test_a_bad_lora_config_is_refused(options):
         LoraConfig(**options)
 
 
+@pytest.mark.slow
 def test_pefts_lora_config_is_read():
     peft = pytest.importorskip("peft")
     config = LoraConfig.read(peft.LoraConfig(r=6, lora_alpha=12, target_modules=["query", "value"], use_rslora=True))

@@ -100,6 +100,7 @@ def test_lora_instead_of_bitfit(families, targets):
     )
 
 
+@pytest.mark.slow
 def test_pefts_config_is_read():
     from peft import LoraConfig as PeftConfig
 

@@ -98,6 +98,7 @@ def test_saved_and_reloaded(tmp_path, tuning, dtype):
     assert torch.equal(model(**batch).logits, handed(**batch).logits)
 
 
+@pytest.mark.slow
 def test_trainer_trains_and_resumes(tmp_path):
     rows = [{**row, "image": None} if i % 4 == 3 else row for i, row in enumerate(tiny_data.samples(12))]
 

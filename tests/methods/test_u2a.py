@@ -119,6 +119,7 @@ def test_rows_do_not_see_each_other():
     parity.assert_close(fast(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("families", PAIRS.values(), ids=PAIRS.keys())
 def test_static_shapes_compile_as_one_graph(families):
     """`absent="where"`, in training, with gradients; aot_eager traces backward too."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,17 +64,18 @@ def load_food101(folder: str | Path) -> datasets.DatasetDict:
         FileNotFoundError: a file that the layout needs is not there.
     """
     folder, splits = Path(folder), {}
+    names: set[str] = set()
     for name in ("train", "test"):
         titles = _titles(folder / "texts" / f"{name}_titles.csv")
         classes = sorted(path for path in _present(folder / "images" / name).iterdir() if path.is_dir())
+        names.update(dish.name for dish in classes)
         splits[name] = [
             {"image": file_cell(picture), "text": titles.get(picture.name), "label": dish.name}
             for dish in classes
             for picture in sorted(dish.iterdir())
             if picture.suffix.lower() in PICTURES
         ]
-    names = sorted({row["label"] for rows in splits.values() for row in rows})
-    return make_dataset(_complete(splits, folder / "images"), names)
+    return make_dataset(_complete(splits, folder / "images"), sorted(names))
 
 
 def load_hateful_memes(folder: str | Path) -> datasets.DatasetDict:
@@ -121,7 +122,7 @@ def _first_of(folder: Path, *names: str) -> Path:
     return next(place for name in names if (place := folder / name).is_dir() or name == ".")
 
 
-def _picture(folder: Path, stem: str) -> Row:
+def _picture(folder: Path, stem: str) -> Row | None:
     found = next((path for suffix in PICTURES if (path := folder / f"{stem}{suffix}").exists()), None)
     return file_cell(found or _present(folder / f"{stem}{PICTURES[0]}"))
 
@@ -142,8 +143,7 @@ def _titles(path: Path) -> dict[str, str]:
         return {line[0]: ",".join(line[1:-1]) for line in csv.reader(file) if len(line) > 2}
 
 
-def _complete(splits: Mapping[str, Iterable[Row]], source: Path) -> dict[str, list[Row]]:
-    splits = {name: list(rows) for name, rows in splits.items()}
+def _complete(splits: Mapping[str, list[Row]], source: Path) -> dict[str, list[Row]]:
     empty = [name for name in ("train", "test") if not splits.get(name)]
     if empty:
         raise ValueError(f"{source} has no {empty[0]} samples: get the data set again")

@@ -94,8 +94,8 @@ def content_hash(path: Path) -> str:
     """
     if path.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(path.iterdir()):
-            digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        for member in sorted(path.iterdir()):
+            digest.update(member.name.encode() + b"\0" + hashlib.sha256(member.read_bytes()).digest())
         return digest.hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

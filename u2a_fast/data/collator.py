@@ -260,8 +260,8 @@ def _show_one_token(inputs: Inputs, absent: Tensor, tokenizer: Any) -> None:
 
 
 def _labels(samples: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    name = next((name for name in LABELS if any(name in sample for sample in samples)), None)
-    values = [sample.get(name) for sample in samples]
+    name = next((name for name in LABELS if any(name in sample for sample in samples)), LABELS[0])
+    values: list[Any] = [sample.get(name) for sample in samples]
     unlabelled = sum(is_absent(value) for value in values)
     if unlabelled == len(values):
         return None

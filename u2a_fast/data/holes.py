@@ -39,7 +39,7 @@ class MissingDataset(Dataset):
         if simulate and self.pattern is None:
             raise ValueError("simulate=True draws a table for each epoch: pass a MissingPattern instead of a table")
         expected = (len(dataset), len(self.modalities))
-        if self.pattern is None and tuple(table.shape) != expected:
+        if isinstance(table, Tensor) and tuple(table.shape) != expected:
             raise ValueError(f"the missing table is {tuple(table.shape)}, the data and modalities are {expected}")
         present = readable(self.dataset, modalities, decode)
         kept = present.any(dim=1) if all_absent == "error" else torch.ones(len(present), dtype=torch.bool)
@@ -51,18 +51,18 @@ class MissingDataset(Dataset):
                 "%d of %d samples have nothing that can be read and are left out (rows %s)",
                 len(gone), len(present), rows_named(gone),
             )  # fmt: skip
-        if self.pattern is None:
-            self.table = leave(self._present, table[kept])
+        if isinstance(table, MissingPattern):
+            self._draw(table, 0 if simulate else None)
         else:
-            self._draw(0 if simulate else None)
+            self.table = leave(self._present, table[kept])
 
-    def _draw(self, epoch: int | None) -> None:
-        self.table = leave(self._present, self.pattern.table(len(self), self.modalities, epoch=epoch))
+    def _draw(self, pattern: MissingPattern, epoch: int | None) -> None:
+        self.table = leave(self._present, pattern.table(len(self), self.modalities, epoch=epoch))
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the table of `epoch` under the simulated protocol; a fixed table stays."""
-        if self.simulate:
-            self._draw(epoch)
+        if self.simulate and self.pattern is not None:
+            self._draw(self.pattern, epoch)
 
     def summary(self) -> str:
         """The realised counts, natural holes included, in a sentence."""

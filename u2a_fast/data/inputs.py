@@ -179,7 +179,7 @@ def to_audio(value: Any, rate: int) -> np.ndarray:
         ValueError: an array without its rate.
     """
     if isinstance(value, Mapping) and value.get("array") is not None:
-        source, source_rate = value["array"], _given_rate(value)
+        source, source_rate = value["array"], given_rate(value)
     elif isinstance(value, np.ndarray | list | tuple) or type(value).__name__ == "Tensor":
         source, source_rate = value, rate
     else:
@@ -240,11 +240,12 @@ def _check_size(frames: int, channels: int, source_rate: int, rate: int) -> None
         raise DecodeError(f"{frames} x {channels} samples at {source_rate} Hz are too many")
 
 
-def _given_rate(clip: Mapping[str, Any]) -> int:
+def given_rate(clip: Mapping[str, Any]) -> int:
+    """The rate of {"array", "sampling_rate"}."""
     rate = clip.get("sampling_rate")
-    if not isinstance(rate, numbers.Real) or not 1 <= rate <= HIGHEST_RATE:
+    if not isinstance(rate, numbers.Real) or not 1 <= float(rate) <= HIGHEST_RATE:
         raise ValueError(f"a clip given as an array needs its sampling_rate, in samples a second, not {rate!r}")
-    return int(rate)
+    return int(float(rate))
 
 
 def _as_float(samples: Any) -> np.ndarray:

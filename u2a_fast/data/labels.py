@@ -138,9 +138,9 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
         spelling = {text.casefold(): text for text in sorted(texts, reverse=True)}
         texts = [spelling[text.casefold()] for text in texts]
     numbers = _numbers(texts)
-    if task == "regression":
-        for row, text, number in zip(rows, texts, numbers or [None] * len(rows), strict=True):
-            if number is None and _numbers([text]) is None:
+    if task == "regression" and numbers is None:
+        for row, text in zip(rows, texts, strict=True):
+            if _numbers([text]) is None:
                 raise ValueError(
                     f"{row['place']} has the label {text!r}, which is no number: a regression needs numbers"
                 )
@@ -156,7 +156,10 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
         texts = _one_spelling(texts, numbers)
     for row, text in zip(rows, texts, strict=True):
         row["label"] = text
-    names = sorted(set(texts), key=None if numbers is None else dict(zip(texts, numbers, strict=True)).get)
+    names = sorted(set(texts))
+    if numbers is not None:
+        values = dict(zip(texts, numbers, strict=True))
+        names.sort(key=lambda name: values[name])
     _warn_of_case(names)
     return names
 

@@ -55,7 +55,7 @@ class MissingPattern:
     def __post_init__(self) -> None:
         for name in ("rate", "both_ratio"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {value!r}")
             # By way of its digits: np.float32(0.7) means 0.7, as `_exact` has it, and not 0.699999988.
             object.__setattr__(self, name, float(str(value) if isinstance(value, np.floating) else value))
@@ -116,13 +116,13 @@ class MissingPattern:
         """
         self._check_kind(modalities)
         size = len(modalities)
-        one = np.eye(size, dtype=bool)
+        one: np.ndarray = np.eye(size, dtype=bool)
         if self.kind in modalities:
             return one[np.full(incomplete, modalities.index(self.kind))]
         if self.kind == "both" and size == 2:
             ratio = _exact(self.both_ratio)
             lost_first = [count * ratio.numerator // ratio.denominator for count in range(incomplete + 1)]
-            return one[1 - np.diff(lost_first)]
+            return one[1 - np.diff(np.array(lost_first))]
         counts = range(1, size) if self.kind == "any" else (1,)
         sets = np.array([one[list(lost)].any(0) for k in counts for lost in itertools.combinations(range(size), k)])
         return sets[-1 - np.arange(incomplete) % len(sets)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ DTYPES = {
 }
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-Field = tuple[int, int | memoryview]
+Field = tuple[int, Any]  # an int, or a memoryview of bytes
 
 
 @dataclass(frozen=True)

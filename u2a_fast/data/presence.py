@@ -40,7 +40,8 @@ def readable(dataset: Any, modalities: Modalities, decode: bool = True, source: 
             [False, False]])
     """
     kinds = kinds_of(modalities, decode)
-    dataset, columns = undecoded(dataset), set()
+    dataset = undecoded(dataset)
+    columns: set[str] = set()
     present = torch.zeros(len(dataset), len(kinds), dtype=torch.bool)
     failures: dict[str, list[tuple[int, str]]] = {name: [] for name in kinds}
     starts = range(0, len(dataset), CHUNK)

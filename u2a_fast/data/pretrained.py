@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ WHISPER_FILE = "model/model.bin"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-DINOV2_CONFIG = {
+DINOV2_CONFIG: dict[str, Any] = {
     "architectures": ["Dinov2Model"],
     "model_type": "dinov2",
     "hidden_size": 384,
@@ -48,7 +49,7 @@ DINOV2_CONFIG = {
 }
 GRID = DINOV2_CONFIG["image_size"] // DINOV2_CONFIG["patch_size"]
 
-WHISPER_CONFIG = {
+WHISPER_CONFIG: dict[str, Any] = {
     "architectures": ["WhisperEncoder"],
     "model_type": "whisper",
     "d_model": 384,

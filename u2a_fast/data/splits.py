@@ -69,7 +69,7 @@ def grouped_split(labels: Sequence[Any], groups: Sequence[Hashable], seed: int =
     return {name: np.array(sorted(part), dtype=np.int64) for name, part in zip(SHARES, rows, strict=True)}
 
 
-def _classes_of_rows(labels: Sequence[Any]) -> Sequence[Sequence[int]]:
+def _classes_of_rows(labels: Sequence[Any]) -> Any:
     """The classes that each row counts for: its own one, or the marks of its vector and one that all rows share."""
     try:
         values = np.asarray(labels)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import DecodeError, is_absent, to_audio
+from .inputs import DecodeError, given_rate, is_absent, to_audio
 from .labels import settle_labels
 from .presence import readable, rows_named
 from .splits import MODALITIES, Row, make_dataset, split_rows
@@ -216,13 +216,13 @@ def _clip_cell(clip: Mapping[str, Any]) -> Row | None:
     """The samples as a WAV file in memory: the form in which all recordings are kept."""
     import soundfile
 
-    rate = clip.get("sampling_rate")
+    rate = given_rate(clip)
     try:
-        samples = to_audio(clip, int(rate) if isinstance(rate, int | float) and rate == rate else 0)
+        samples = to_audio(clip, rate)
     except DecodeError:
         return None
     file = io.BytesIO()
-    soundfile.write(file, samples, int(rate), format="WAV", subtype="FLOAT")
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
     return {"path": None, "bytes": file.getvalue()}
 
 

@@ -73,28 +73,28 @@ class FusionPart(nn.Module):
         batch, _, width = x.shape
         count, learned = len(self.query_prompt), len(self.query_context_prompt) + len(self.query_prompt)
         prompts = torch.cat([self.query_context_prompt, self.query_prompt])
-        rows, own = block.project(prompts.to(x.dtype)[None])  # the same for all samples: [1, c + n, D], [1, c + n, 3 D]
-        q = block.heads(own[:, -count:])[0].expand(batch, -1, -1, -1)
-        k, v = block.heads(kernels.assemble(kv, suffix=own[0, :, width:]))  # [b, H, S + c + n, D / H]
+        own, rows = block.project(prompts.to(x.dtype)[None])  # the same for all samples: [1, c + n, 3 D], [1, c + n, D]
+        q = own[:, -count:, :width].expand(batch, -1, -1)  # [b, n, D]
+        kv = kernels.assemble(kv, suffix=own[0, :, width:])  # [b, S + c + n, 2 D]
         if not block.causal:
-            attended = kernels.attention(q, k, v, lengths, suffix=learned)
+            attended = block.attend_project(q, kv, lengths, learned)[0]
         else:  # learned rows come after the tokens: query i sees all rows but the queries after it
-            last = k.shape[2] - count + 1
-            seen = [(q[:, :, i : i + 1], k[:, :, : last + i], v[:, :, : last + i]) for i in range(count)]
-            each = [kernels.attention(*qkv, lengths, learned - count + 1 + i) for i, qkv in enumerate(seen)]
-            attended = torch.cat(each, dim=2)
+            last = kv.shape[1] - count + 1
+            seen = [(q[:, i : i + 1], kv[:, : last + i]) for i in range(count)]
+            each = [block.attend_project(*qkv, lengths, learned - count + 1 + i)[0] for i, qkv in enumerate(seen)]
+            attended = torch.stack(each, dim=1).flatten(0, 1)
         return block.complete(rows[:, -count:], attended)
 
     def fuse(self, block: Block, x: Tensor, qkv: Tensor, messages: Tensor, lengths: Tensor | None) -> Tensor:
         """Layer([x ; fcp ; messages])[: N], `[b, N, D]`. qkv: of x, `[b, N, 3 D]`."""
         if block.causal:  # its tokens look back only, and learned rows come after them
-            return block.complete(x, kernels.attention(*block.heads(qkv), lengths, causal=True))
+            return block.complete(x, *block.attend_project(qkv, None, lengths, causal=True))
         width = x.shape[2]
-        _, context = block.project(self.fusion_context_prompt.to(x.dtype)[None])  # [1, c', 3 D]
-        _, said = block.project(messages.to(x.dtype))  # [b, n', 3 D]
+        context, _ = block.project(self.fusion_context_prompt.to(x.dtype)[None])  # [1, c', 3 D]
+        said, _ = block.project(messages.to(x.dtype))  # [b, n', 3 D]
         learned = kernels.assemble(said[..., width:], prefix=context[0, :, width:])  # [b, c' + n', 2 D]
-        k, v = block.heads(torch.cat([qkv[..., width:], learned], dim=1))
-        return block.complete(x, kernels.attention(block.heads(qkv)[0], k, v, lengths, suffix=learned.shape[1]))
+        kv = torch.cat([qkv[..., width:], learned], dim=1)
+        return block.complete(x, block.attend_project(qkv[..., :width], kv, lengths, learned.shape[1])[0])
 
 
 class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
@@ -125,7 +125,7 @@ class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
         rows = list(zip(self.items(), blocks, indices, lengths, tokens, strict=True))
         projected, queries = [], {}
         for (name, part), block, index, length, x in rows:
-            _, qkv = block.project(x)  # [b, S, 3 D]
+            qkv, _ = block.project(x)  # [b, S, 3 D]
             y = part.query(block, x, qkv[..., x.shape[2] :], length)
             # A missing modality (ours) says what its query prompts say before they have read anything.
             unread = part.query_prompt.expand(batch, -1, -1)  # [B, n, D]

@@ -58,10 +58,10 @@ class ReferenceJointEmbedding(nn.Module):
         self.modalities, self.vicreg_weight, self.problem_type = list(encoders), vicreg_weight, problem_type
         self.encoders = nn.ModuleDict({m: ReferenceEncoder(model) for m, model in encoders.items()})
         for encoder in self.encoders.values():
-            if tuning == "bitfit":
-                encoder.train_biases()
-            else:
+            if isinstance(tuning, dict):
                 encoder.add_lora(**tuning)
+            else:
+                encoder.train_biases()
         widths = {m: encoder.width for m, encoder in self.encoders.items()}
         self.prompts = nn.ParameterDict({m: 0.02 * torch.randn(read_only_prompts, d) for m, d in widths.items()})
         self.predictor = nn.ModuleDict()
