@@ -71,6 +71,7 @@ def predict(folder, root, capsys, *more):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more", "columns"),
     [
@@ -109,6 +110,7 @@ def test_each_task_is_trained_reported_and_answered(name, more, columns, run, ro
         assert all(900 < answer["value"] < 1200 for answer in answers[:2])
 
 
+@pytest.mark.slow
 def test_answers_may_be_a_table_and_files_are_found_beside_the_input(run, root, capsys):
     folder = run("classes", "--metric-for-best", "macro_f1")
     state = json.loads(next(folder.glob("checkpoint-*/trainer_state.json")).read_text())
@@ -124,6 +126,7 @@ def test_answers_may_be_a_table_and_files_are_found_beside_the_input(run, root, 
         predict(folder, root, capsys, "--top-k", "0")
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_scored_and_its_snippet_runs(run, root):
     folder = root / "out" / "two"
     if not folder.exists():
@@ -141,6 +144,7 @@ def test_the_card_says_what_was_scored_and_its_snippet_runs(run, root):
     assert done.returncode == 0 and done.stdout.strip() == "2", done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_read_never_end_a_run(root, encoders, capsys, caplog):
     folder = root / "broken"
     folder.mkdir()
@@ -149,8 +153,8 @@ def test_rows_that_cannot_be_read_never_end_a_run(root, encoders, capsys, caplog
     lines = [f"{i}.png,{'' if i in (5, 7) else 'red square'},{'xy'[i % 2]}" for i in range(30)]
     lines[8] = ",,x"
     (folder / "t.csv").write_text("image,text,label\n" + "\n".join(lines) + "\n")
-    for seed, rate in enumerate((0.7, 1.0, 0.7)):
-        given = ["--data", str(folder / "t.csv"), "--encoders", json.dumps(encoders), "--epochs", "1"]
+    for seed, rate in enumerate((0.7, 1.0)):
+        given = ["--data", str(folder / "t.csv"), "--encoders", json.dumps(encoders), "--max-steps", "3"]
         drawn = ["--seed", str(seed), "--missing-rate", str(rate)]
         main(["train", *given, *drawn, "--output-dir", str(folder / f"out{seed}")])
     assert "6 of 30 image cells cannot be decoded and count as absent (rows 1, 6, 11, 16, 21 and 1 more)" in caplog.text
@@ -161,6 +165,7 @@ def test_rows_that_cannot_be_read_never_end_a_run(root, encoders, capsys, caplog
     assert all(row["n"] == rows[0]["n"] for row in rows)
 
 
+@pytest.mark.slow
 def test_one_modality_is_enough_for_late_fusion(root, encoders, capsys):
     given = ["--data", str(root / "classes.csv"), "--encoders", json.dumps({"text": encoders["text"]})]
     main(["train", *given, "--method", "late_fusion", "--max-steps", "2", "--output-dir", str(root / "out" / "text")])
@@ -168,9 +173,10 @@ def test_one_modality_is_enough_for_late_fusion(root, encoders, capsys):
     assert "of 45 samples are incomplete" in (root / "out" / "text" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_comparison_ranks_by_the_measure_of_the_task(root, encoders, capsys):
     given = ["--data", str(root / "several.csv"), "--label-separator", "|", "--encoders", json.dumps(encoders)]
-    main(["compare", *given, "--methods", '["late_fusion"]', "--seeds", "[0, 1]", "--max-steps", "1", "--output-dir",
+    main(["compare", *given, "--methods", '["late_fusion"]', "--seeds", "[0]", "--max-steps", "1", "--output-dir",
           str(root / "compare")])  # fmt: skip
     with open(root / "compare" / "comparison.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -178,6 +184,7 @@ def test_a_comparison_ranks_by_the_measure_of_the_task(root, encoders, capsys):
     assert {row["method"] for row in rows} == {"late_fusion"} and (root / "compare" / "comparison.png").exists()
 
 
+@pytest.mark.slow
 def test_texts_that_are_cut_are_counted_before_training(root, encoders, tmp_path, caplog):
     lines = [f"{'red ' * (30 if i % 4 == 0 else 2)},{i}.png,{'xy'[i % 2]}" for i in range(40)]
     (root / "long.csv").write_text("text,image,label\n" + "\n".join(lines) + "\n")
