@@ -12,8 +12,9 @@ from arms import compare, report, versions
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
+from u2a_fast.doctor import int8_path
 from u2a_fast.encoders import from_pretrained_model
-from u2a_fast.quantization import int8_path, quantize_encoder
+from u2a_fast.encoders.frozen import quantize_encoder
 
 BATCH, TOKENS, WIDTH = 8, 197, 768
 OVER_BF16, OVER_BITSANDBYTES = 1.3, 1.5

@@ -18,7 +18,7 @@ from transformers import AutoModel, BertConfig, PreTrainedConfig, ViTConfig
 
 from u2a_fast import U2A, LoraConfig
 from u2a_fast.encoders import Encoder, from_pretrained_model
-from u2a_fast.quantization import materialise_block
+from u2a_fast.encoders.frozen import materialise_block
 
 IMAGE = ViTConfig(  # ViT-H/14: 0.63e9 parameters
     hidden_size=1280,

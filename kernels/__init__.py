@@ -5,26 +5,41 @@
 if __name__ != "kernels":
     from .assemble import assemble, assemble_norm_project
     from .attention import attention
-    from .attention_project import attention_project
+    from .attention_half import Attention
+    from .attention_rows import Group, attention_rows
     from .backend import get_backend, set_backend
     from .linear_lowrank import linear_lowrank
     from .lora_linear import lora_linear
+    from .nf4 import nf4_linear, pack_nf4, unpack_nf4
     from .norm import layer_norm
+    from .norm_linear import norm_linear
+    from .operands import Half, Linear, Norm
     from .quantize import QuantizedRows, dequantize_rows, quantize_rows
     from .substitute import substitute
+    from .transformer_block import transformer_block
 
 __all__ = [
+    "Attention",
+    "Group",
+    "Half",
+    "Linear",
+    "Norm",
     "QuantizedRows",
     "assemble",
     "assemble_norm_project",
     "attention",
-    "attention_project",
+    "attention_rows",
     "dequantize_rows",
     "get_backend",
     "layer_norm",
     "linear_lowrank",
     "lora_linear",
+    "nf4_linear",
+    "norm_linear",
+    "pack_nf4",
     "quantize_rows",
     "set_backend",
     "substitute",
+    "transformer_block",
+    "unpack_nf4",
 ]

@@ -8,7 +8,8 @@
 unpacked `tokens` are never used: whatever they hold, NaN included, reaches no output, and their gradient is exactly 0.
 
 Statistics and sums over rows are fp32 (fp64 for fp64). Backward keeps the rows, their mean and 1 / standard deviation,
-and recomputes h. The Triton kernel is in assemble_norm_project.py, the backward in assemble_backward.py.
+and recomputes h. ATen calls are in assemble_aten.py, Triton kernels in assemble_norm_project.py (forward) and
+assemble_backward.py.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .assemble_backward import backward_aten, backward_triton
-from .assemble_norm_project import forward_triton, present_first
-from .norm_aten import norm_aten
-from .quantize import QuantizedRows, quantize_rows_aten, quantize_rows_reference
+from .assemble_aten import Assembled, Leaves, backward_aten, forward_aten
+from .assemble_backward import backward_triton
+from .assemble_norm_project import forward_triton
+from .quantize import QuantizedRows, quantize_rows_reference
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -52,119 +53,60 @@ def _quantized_reference(h: Tensor) -> QuantizedRows:
     return QuantizedRows(h, q.view(h.shape), scale)
 
 
-# ----------------------------------------------------------------------------------------------------------------- ATen
-def _aten_assemble(tokens, prefix, suffix, present, mask_token) -> Tensor:
-    batch = tokens.shape[0] if present is None else present.shape[0]
-    first = 0 if prefix is None else prefix.shape[0]
-    last = first + tokens.shape[1]
-    rows = tokens.new_empty(batch, last + (0 if suffix is None else suffix.shape[0]), tokens.shape[2])
-    if prefix is not None:
-        rows[:, :first] = prefix
-    if suffix is not None:
-        rows[:, last:] = suffix
-    middle = rows[:, first:last]
-    if present is None:
-        middle.copy_(tokens)
-        return rows
-    fill = tokens.new_zeros(1) if mask_token is None else mask_token.to(tokens.dtype)
-    if tokens.shape[0] == batch:
-        torch.where(present[:, None, None], tokens, fill, out=middle)
-    else:
-        order, packed = present_first(present), tokens.shape[0]
-        middle.index_copy_(0, order[:packed], tokens)
-        middle.index_copy_(0, order[packed:], fill.expand(batch - packed, *tokens.shape[1:]))
-    return rows
+# -------------------------------------------------------------------------------------------------------- registration
+def _with(forward):
+    def run(*operands):
+        """With q, h is one zero, expanded: its gradient is that of q * scale."""
+        written = forward(*operands)
+        if written.q is None:
+            return written
+        return written._replace(h=operands[0].new_zeros(1, 1, 1, dtype=operands[9]).expand(written.q.shape))
+
+    return run
 
 
-def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
-    """(rows, h, s, mean, rstd, q, scale), None for what is not asked for or would equal what is there already."""
-    rows = h = s = mean = rstd = q = scale = None
-    if prefix is not None or suffix is not None or present is not None:
-        rows = _aten_assemble(tokens, prefix, suffix, present, mask_token)
-    source = tokens if rows is None else rows
-    if norm_weight is not None:
-        h, mean, rstd = norm_aten(source, norm_weight, norm_bias, eps)
-        h, mean, rstd = h.to(dtype), mean.flatten(), rstd.flatten()
-    elif dtype != tokens.dtype:
-        h = source.to(dtype)
-    if lora_a is not None:
-        s = F.linear(source if h is None else h, lora_a.to(dtype))
-    if quantize:
-        written = source if h is None else h
-        q, scale = quantize_rows_aten(written.flatten(0, 1))
-        q, h = q.view(written.shape), None
-    return rows, h, s, mean, rstd, q, scale
-
-
-# ------------------------------------------------------------------------------------------------------------------ ops
-@torch.library.custom_op(
-    "u2a_fast::assemble_norm_project",
-    mutates_args=(),
-    schema="(Tensor tokens, Tensor? prefix, Tensor? suffix, Tensor? present, Tensor? mask_token, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor? lora_a, float eps, ScalarType dtype, bool quantize) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
-    """rows [B, T, D], h [B, T, D] and s [B, T, R] in `dtype`, mean [B * T], rstd [B * T]; int8 q [B, T, D] and its
-    scale [B * T].
-
-    Empty where there is nothing to write: rows without learned rows, h where it equals the rows. With q, h is one zero,
-    expanded: its gradient is that of q * scale.
-    """
-    forward = forward_triton if backend.resolve(tokens) == "triton" else forward_aten
-    operands = tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a
-    written = list(forward(*operands, eps, dtype, quantize))
-    if quantize:
-        written[1] = tokens.new_zeros(1, 1, 1, dtype=dtype).expand(written[5].shape)
-    return tuple(tokens.new_empty(0) if t is None else t for t in written)
-
-
-@_forward.register_fake
-def _(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
+def _fake(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
     learned = prefix is not None or suffix is not None or present is not None
-    rank = None if lora_a is None else lora_a.shape[0]
     batch = tokens.shape[0] if present is None else present.shape[0]
     height = tokens.shape[1] + sum(t.shape[0] for t in (prefix, suffix) if t is not None)
     norm, wide, shape = norm_weight is not None, backend.wide(tokens.dtype), (batch, height, tokens.shape[2])
 
-    def written(condition, shape, dtype):
-        return tokens.new_empty(shape if condition else 0, dtype=dtype)
+    def written(condition, *shape, dtype=dtype):
+        return tokens.new_empty(shape, dtype=dtype) if condition else None
 
-    h = written(norm or dtype != tokens.dtype, shape, dtype)
-    return (
-        written(learned, shape, tokens.dtype),
-        tokens.new_zeros(1, 1, 1, dtype=dtype).expand(shape) if quantize else h,
-        written(rank is not None, (batch, height, rank), dtype),
-        written(norm, batch * height, wide),
-        written(norm, batch * height, wide),
-        written(quantize, shape, torch.int8 if quantize else tokens.dtype),
-        written(quantize, batch * height, torch.float32 if quantize else tokens.dtype),
+    h = written(norm or dtype != tokens.dtype, *shape)
+    return Assembled(
+        rows=written(learned, *shape, dtype=tokens.dtype),
+        h=tokens.new_zeros(1, 1, 1, dtype=dtype).expand(shape) if quantize else h,
+        s=None if lora_a is None else tokens.new_empty(batch, height, lora_a.shape[0], dtype=dtype),
+        mean=written(norm, batch * height, dtype=wide),
+        rstd=written(norm, batch * height, dtype=wide),
+        q=written(quantize, *shape, dtype=torch.int8),
+        scale=written(quantize, batch * height, dtype=torch.float32),
     )
 
 
-@torch.library.custom_op(
-    "u2a_fast::assemble_norm_project_backward",
-    mutates_args=(),
-    schema="(Tensor? d_rows, Tensor? d_h, Tensor? d_s, Tensor? rows, Tensor? mean, Tensor? rstd, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor? lora_a, Tensor? present, SymInt packed, SymInt first, SymInt last, float eps, "
-    "ScalarType dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+assemble_forward = backend.Op(
+    "assemble_norm_project(Tensor tokens, Tensor? prefix, Tensor? suffix, Tensor? present, Tensor? mask_token, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? lora_a, float eps, ScalarType dtype, bool quantize) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    aten=_with(forward_aten),
+    triton=_with(forward_triton),
+    fake=_fake,
 )
-@backend.outside_autocast
-def _backward(
-    d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
-):
-    """Gradients of tokens [packed, S, D] in `dtype` and, in fp32, of prefix, suffix, mask_token, norm_weight, norm_bias
-    and lora_a; empty where `needs` is False. Token rows are first .. last of the T rows."""
-    given = next(t for t in (d_rows, d_h, d_s) if t is not None)
-    backward = backward_triton if backend.resolve(given) == "triton" else backward_aten
-    operands = d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present
-    grads = backward(*operands, packed, first, last, eps, dtype, needs)
-    dtypes = (dtype, *[backend.wide(dtype)] * 6)
-    return tuple(given.new_empty(0) if g is None else g.to(t) for g, t in zip(grads, dtypes, strict=True))
 
 
-@_backward.register_fake
-def _(
+def _with_needs(backward):
+    def run(*operands):
+        """Gradients of what `needs` names: of the tokens in `dtype`, of all else in fp32 at least."""
+        *operands, dtype, needs = operands
+        grads, wide = backward(*operands, dtype, Leaves(*needs)), backend.wide(dtype)
+        return [grads[0], *(g if g is None or g.dtype == wide else g.to(wide) for g in grads[1:])]
+
+    return run
+
+
+def _fake_backward(
     d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
 ):
     given = next(t for t in (d_rows, d_h, d_s) if t is not None)
@@ -173,72 +115,77 @@ def _(
     shapes = ((packed, last - first, width), (first, width), (height - last, width), width, width, width, (rank, width))
     dtypes = (dtype, *[backend.wide(dtype)] * 6)
     return tuple(
-        given.new_empty(shape if need else 0, dtype=t) for shape, t, need in zip(shapes, dtypes, needs, strict=True)
+        given.new_empty(shape, dtype=t) if need else None for shape, t, need in zip(shapes, dtypes, needs, strict=True)
     )
 
 
-def _setup_context(ctx, inputs, output):
-    tokens, prefix, suffix, present, _, norm_weight, norm_bias, lora_a, ctx.eps, dtype, quantize = inputs
-    rows, h, _, mean, rstd, q, _ = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(q, *(t for t in output if t.ndim == 1))  # statistics, and what was not written
-    trained = [i for i in range(8) if i != 3]  # every tensor but `present`
-    ctx.needs = [ctx.needs_input_grad[i] for i in trained]
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in trained]
-    ctx.packed, ctx.first = tokens.shape[0], 0 if prefix is None else prefix.shape[0]
-    ctx.last = ctx.first + tokens.shape[1]
-    norm, learned = norm_weight is not None, not (prefix is None and suffix is None and present is None)
-    kept = (rows if learned else tokens) if norm or ctx.needs[6] else None
-    if kept is not None and dtype.itemsize < kept.dtype.itemsize and any(ctx.needs):
-        kept = kept.to(dtype) if norm or quantize else h  # under autocast: kept as narrow as what is computed from it
-    stats = (mean, rstd) if norm else (None, None)
-    ctx.save_for_backward(kept, *stats, norm_weight, norm_bias, lora_a, present)
+assemble_backward = backend.Op(
+    "assemble_norm_project_backward(Tensor? d_rows, Tensor? d_h, Tensor? d_s, Tensor? rows, Tensor? mean, "
+    "Tensor? rstd, Tensor? norm_weight, Tensor? norm_bias, Tensor? lora_a, Tensor? present, SymInt packed, "
+    "SymInt first, SymInt last, float eps, ScalarType dtype, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    aten=_with_needs(backward_aten),
+    triton=_with_needs(backward_triton),
+    fake=_fake_backward,
+)
 
 
-def _gradients(ctx, d_rows, d_h, d_s, *_):
-    kept, mean, rstd, norm_weight, norm_bias, lora_a, present = ctx.saved_tensors
-    # a compiled graph hands over an empty gradient for what was not written
-    d_rows, d_h, d_s = (None if d is None or d.ndim == 1 else d for d in (d_rows, d_h, d_s))
-    needs = list(ctx.needs)
-    needs[4] = needs[4] and not (d_h is None and d_s is None)
-    needs[5] = needs[5] and not (d_h is None and d_s is None)
-    needs[6] = needs[6] and d_s is not None
-    if not any(needs) or (d_rows is None and d_h is None and d_s is None):
-        return (None,) * 11
-    grads = _backward(
-        d_rows,
-        d_h,
-        d_s,
-        None if kept is None else kept.to(ctx.dtypes[0]),
-        mean,
-        rstd,
-        norm_weight,
-        norm_bias,
-        lora_a,
-        present,
-        ctx.packed,
-        ctx.first,
-        ctx.last,
-        ctx.eps,
-        ctx.dtypes[0],
-        needs,
-    )
-    grads = [g.to(t) if need else None for g, t, need in zip(grads, ctx.dtypes, needs, strict=True)]
-    return *grads[:3], None, *grads[3:], None, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-
-
-class _WithResidual(torch.autograd.Function):
-    """The op on tokens alone, and the tokens as its rows, so that their two gradients are added where one is made."""
+class _AssembleNormProject(torch.autograd.Function):
+    """(rows, h, s, q, scale). Without learned rows the tokens are the rows: the gradients of both are added here."""
 
     @staticmethod
-    def forward(tokens, *rest):
-        return tokens.view_as(tokens), *_forward(tokens, *rest)[1:]
+    def forward(ctx, *operands):
+        tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize = operands
+        written = Assembled(*assemble_forward(*operands))
+        leaves = Leaves(tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a)
+        asked = ctx.needs_input_grad
+        ctx.needs = Leaves(asked[0], asked[1], asked[2], asked[4], asked[5], asked[6], asked[7])
+        ctx.dtypes = Leaves(*(None if t is None else t.dtype for t in leaves))
+        ctx.packed, ctx.first, ctx.eps = tokens.shape[0], 0 if prefix is None else prefix.shape[0], eps
+        ctx.last = ctx.first + tokens.shape[1]
+        ctx.set_materialize_grads(False)
+        if written.q is not None:
+            ctx.mark_non_differentiable(written.q, written.scale)
+        rows = tokens if written.rows is None else written.rows
+        kept = rows if norm_weight is not None or ctx.needs.lora_a else None
+        if kept is not None and dtype.itemsize < kept.dtype.itemsize:
+            # under autocast: kept as narrow as what is computed from it
+            kept = kept.to(dtype) if norm_weight is not None or quantize else written.h
+        ctx.save_for_backward(kept, written.mean, written.rstd, norm_weight, norm_bias, lora_a, present)
+        rows = tokens.view_as(tokens) if written.rows is None else rows
+        return rows, written.h, written.s, written.q, written.scale
 
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_gradients)
+    @staticmethod
+    @backend.outside_autocast
+    def backward(ctx, d_rows, d_h, d_s, _q, _scale):
+        kept, mean, rstd, norm_weight, norm_bias, lora_a, present = ctx.saved_tensors
+        through_h = d_h is not None or d_s is not None
+        needs = ctx.needs._replace(
+            norm_weight=ctx.needs.norm_weight and through_h,
+            norm_bias=ctx.needs.norm_bias and through_h,
+            lora_a=ctx.needs.lora_a and d_s is not None,
+        )
+        if not any(needs) or not (through_h or d_rows is not None):
+            return (None,) * 11
+        kept = None if kept is None else kept.to(ctx.dtypes.tokens)
+        saved = kept, mean, rstd, norm_weight, norm_bias, lora_a, present
+        places = ctx.packed, ctx.first, ctx.last, ctx.eps, ctx.dtypes.tokens
+        grads = assemble_backward(d_rows, d_h, d_s, *saved, *places, list(needs))
+        grads = zip(grads, ctx.dtypes, strict=True)
+        grads = Leaves(*(g if g is None or g.dtype == t else g.to(t) for g, t in grads))
+        return (
+            grads.tokens,
+            grads.prefix,
+            grads.suffix,
+            None,
+            grads.mask_token,
+            grads.norm_weight,
+            grads.norm_bias,
+            grads.lora_a,
+            None,
+            None,
+            None,
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -274,7 +221,9 @@ def assemble(
     if prefix is None and suffix is None and present is None:
         return tokens
     fill = None if present is None else mask_token
-    return _forward(tokens, prefix, suffix, present, fill, None, None, None, 0.0, tokens.dtype, False)[0]
+    operands = tokens, prefix, suffix, present, fill, None, None, None, 0.0, tokens.dtype, False
+    run = _AssembleNormProject.apply if backend.needs_grad(tokens, prefix, suffix, fill) else assemble_forward
+    return run(*operands)[0]
 
 
 def assemble_norm_project(
@@ -310,36 +259,39 @@ def assemble_norm_project(
         TypeError, ValueError: dtypes, shapes or counts that do not fit together.
     """
     _check(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a)
-    dtype = backend.in_autocast_dtype(tokens.new_empty(0)).dtype
+    dtype = backend.compute_dtype(tokens)
     fill = None if present is None else mask_token
     operands = tokens, prefix, suffix, present, fill, norm_weight, norm_bias, lora_a, eps, dtype
     if backend.resolve(*operands[:8]) == "reference":
         rows, h, s = _reference(*operands)
         return _quantized_reference(h) if quantize else h, s, rows
-    learned = prefix is not None or suffix is not None or present is not None
     same = norm_weight is None and dtype == tokens.dtype
-    if same and not learned and lora_a is None and not quantize:
+    if lora_a is None and same and not quantize and prefix is None and suffix is None and present is None:
         return tokens, None, tokens
-    if learned:
-        rows, h, s, _, _, q, scale = _forward(*operands, quantize)
-    elif torch.is_grad_enabled() and tokens.requires_grad:
-        rows, h, s, _, _, q, scale = _WithResidual.apply(*operands, quantize)
+    if backend.needs_grad(tokens, prefix, suffix, fill, norm_weight, norm_bias, lora_a):
+        rows, h, s, q, scale = _AssembleNormProject.apply(*operands, quantize)
     else:
-        rows, (_, h, s, _, _, q, scale) = tokens, _forward(*operands, quantize)
+        rows, h, s, _, _, q, scale = assemble_forward(*operands, quantize)
+        rows = tokens if rows is None else rows
     if quantize:
         h = QuantizedRows(h, q, scale)
     elif same:
         h = rows
-    return h, None if lora_a is None else s, rows
+    return h, s, rows
 
 
 def _check(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a):
     if tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(f"tokens must be floating point [B, S, D], not {tokens.dtype} {list(tokens.shape)}")
     width = tokens.shape[2]
-    named = {"prefix": (prefix, 2), "suffix": (suffix, 2), "mask_token": (mask_token, 1)}
-    named |= {"norm_weight": (norm_weight, 1), "norm_bias": (norm_bias, 1), "lora_a": (lora_a, 2)}
-    for name, (t, ndim) in named.items():
+    for name, t, ndim in (
+        ("prefix", prefix, 2),
+        ("suffix", suffix, 2),
+        ("mask_token", mask_token, 1),
+        ("norm_weight", norm_weight, 1),
+        ("norm_bias", norm_bias, 1),
+        ("lora_a", lora_a, 2),
+    ):
         if t is not None and (t.ndim != ndim or t.shape[-1] != width or not t.is_floating_point()):
             expected = f"[rows, {width}]" if ndim == 2 else f"[{width}]"
             raise ValueError(

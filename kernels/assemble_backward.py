@@ -1,4 +1,4 @@
-"""The backward of `assemble` and `assemble_norm_project` (assemble.py has the formulas), by Triton and by ATen.
+"""The Triton kernels of the backward of `assemble` and `assemble_norm_project` (assemble.py has the formulas).
 
 backward     16 rows a program: dH = d_h + d_s A, LayerNorm's backward, and fp32 partial sums over the program's rows
              for what is summed over rows. Learned rows are written per sample and summed over samples afterwards.
@@ -10,19 +10,16 @@ M = B * T rows, T = P + N + Q of them in a sample (prefix, tokens, suffix), K co
 
 from __future__ import annotations
 
-import torch
-
 from . import backend
-from .assemble_norm_project import normalise, present_first, sources
+from .assemble_aten import Leaves
+from .assemble_norm_project import normalise, sources
 from .backend import jit, tl
-from .norm_aten import norm_aten, norm_backward_aten
 from .reduce import REDUCE_TILE, launch_sum_parts, splits
 from .tiling import accumulator, dot_precision, rank_tile
 
 BACKWARD_TILE = {"BM": 16, "BK": 64, "num_warps": 4, "num_stages": 2}
 
 
-# -------------------------------------------------------------------------------------------------------------- Triton
 @jit
 def normalised_grad(
     D_H, D_S, A, rm, ok, rk, kok, K, R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,7 +40,7 @@ def normalised_grad(
     return g
 
 
-@jit
+@jit(varying=("M", "T", "P", "N"))
 def assemble_norm_project_backward(
     D_ROWS,  # [M, K] or None
     D_H,  # [M, K] or None
@@ -79,7 +76,7 @@ def assemble_norm_project_backward(
     b = rm // T
     t = rm % T
     token = ok & (t >= P) & (t < P + N)
-    absent = rm < 0
+    absent = rm < 0  # nobody
     slot = b
     if SOURCE is not None:
         source = tl.load(SOURCE + b, mask=ok, other=0)
@@ -108,6 +105,7 @@ def assemble_norm_project_backward(
             x = tl.load(ROWS + row + (k + rk)[None, :], mask=ok[:, None] & kok[None, :], other=0.0).to(ACC)
             along += tl.sum(g * ((x - mean[:, None]) * rstd[:, None]), 1)
             level += tl.sum(g, 1)
+    # The gradient of h is made again rather than kept: BM rows of K columns do not fit into registers.
     for k in range(0, K, BK):
         kok = rk < K - k
         mask = ok[:, None] & kok[None, :]
@@ -133,7 +131,7 @@ def assemble_norm_project_backward(
             tl.store(D_MASK + part + k + rk, tl.sum(tl.where(absent[:, None], g, 0.0), 0), mask=kok)
 
 
-@jit
+@jit(varying=("M", "SPLIT"))
 def assemble_norm_project_lora_grad(
     D_S,  # [M, R]
     ROWS,  # [M, K]
@@ -144,8 +142,8 @@ def assemble_norm_project_lora_grad(
     PARTS,  # [SPLIT, R, K] fp32
     M,
     K,
+    SPLIT,
     R: tl.constexpr,
-    SPLIT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -179,30 +177,45 @@ def assemble_norm_project_lora_grad(
 def backward_triton(
     d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
 ):
-    """Gradients of (tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a), None where not needed."""
+    """As `backward_aten`."""
     d_rows, d_h, d_s, rows = backend.contiguous(d_rows, d_h, d_s, rows)
     norm_weight, norm_bias = backend.contiguous(norm_weight, norm_bias)
-    d_a = _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias) if needs[6] else None
+    d_a = _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias) if needs.lora_a else None
     if not any(needs[:6]):
-        return *[None] * 6, d_a
+        return Leaves(*[None] * 6, d_a)
     given = next(t for t in (d_rows, d_h, d_s) if t is not None)
     (batch, height), wide = given.shape[:2], backend.wide(dtype)
     k = given.shape[2] if lora_a is None else lora_a.shape[1]
     r, programs = 1 if d_s is None else d_s.shape[2], -(-batch * height // BACKWARD_TILE["BM"])
-    norm = None if d_h is None and d_s is None else norm_weight
 
     def new(wanted, *shape, dtype=wide):
         return given.new_empty(shape, dtype=dtype) if wanted else None
 
-    d_tokens = new(needs[0], packed, last - first, k, dtype=dtype)
-    d_learned = new(needs[1] or needs[2], batch, first + height - last, k)
-    partial = [new(need, programs, k) for need in needs[3:6]]
+    d_tokens = new(needs.tokens, packed, last - first, k, dtype=dtype)
+    d_learned = new(needs.prefix or needs.suffix, batch, first + height - last, k)
+    partial = [new(need, programs, k) for need in (needs.mask_token, needs.norm_weight, needs.norm_bias)]
     backend.launch(
         assemble_norm_project_backward,
         (programs,),
-        *(d_rows, d_h, d_s, rows, mean, rstd, norm, None if d_s is None else lora_a.to(d_s.dtype).contiguous()),
-        *(sources(present, packed), d_tokens, d_learned, *partial),
-        *(batch * height, height, first, last - first, k),
+        D_ROWS=d_rows,
+        D_H=d_h,
+        D_S=d_s,
+        ROWS=rows,
+        MEAN=mean,
+        RSTD=rstd,
+        GAMMA=None if d_h is None and d_s is None else norm_weight,
+        A=None if d_s is None else lora_a.to(d_s.dtype).contiguous(),
+        SOURCE=sources(present, packed),
+        D_TOKENS=d_tokens,
+        D_LEARNED=d_learned,
+        D_MASK=partial[0],
+        D_GAMMA=partial[1],
+        D_BETA=partial[2],
+        M=batch * height,
+        T=height,
+        P=first,
+        N=last - first,
+        K=k,
         R=r,
         PACKED=packed != batch,
         ACC=accumulator(dtype),
@@ -210,9 +223,9 @@ def backward_triton(
         BR=rank_tile(r),
         **BACKWARD_TILE,
     )
-    d_prefix = d_learned[:, :first].sum(0) if needs[1] else None
-    d_suffix = d_learned[:, first:].sum(0) if needs[2] else None
-    return d_tokens, d_prefix, d_suffix, *(None if t is None else t.sum(0) for t in partial), d_a
+    d_prefix = d_learned[:, :first].sum(0) if needs.prefix else None
+    d_suffix = d_learned[:, first:].sum(0) if needs.suffix else None
+    return Leaves(d_tokens, d_prefix, d_suffix, *(None if t is None else t.sum(0) for t in partial), d_a)
 
 
 def _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias):
@@ -224,61 +237,20 @@ def _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias):
     backend.launch(
         assemble_norm_project_lora_grad,
         (-(-k // REDUCE_TILE["BC"]), split, -(-r // block)),
-        *(d_s, rows, mean, rstd, norm_weight, norm_bias, parts, m, k),
-        R=r,
+        D_S=d_s,
+        ROWS=rows,
+        MEAN=mean,
+        RSTD=rstd,
+        GAMMA=norm_weight,
+        BETA=norm_bias,
+        PARTS=parts,
+        M=m,
+        K=k,
         SPLIT=split,
+        R=r,
         ACC=accumulator(rows.dtype),
         PRECISION=dot_precision(),
         BR=block,
         **REDUCE_TILE,
     )
-    return launch_sum_parts(parts, 1.0, wide)
-
-
-# ---------------------------------------------------------------------------------------------------------------- ATen
-def backward_aten(
-    d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
-):
-    """Gradients of (tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a), None where not needed."""
-    d_weight = d_bias = d_a = None
-    if needs[6]:
-        h = rows if norm_weight is None else norm_aten(rows, norm_weight, norm_bias, eps)[0]
-        d_a = d_s.flatten(0, 1).t() @ h.to(d_s.dtype).flatten(0, 1)
-    if d_s is not None and any(needs[:6]):
-        s_a = d_s.flatten(0, 1), lora_a.to(d_s.dtype)
-        flat = torch.mm(*s_a) if d_h is None else torch.addmm(d_h.flatten(0, 1), *s_a)
-        d_h = flat.view(*d_s.shape[:2], lora_a.shape[1])
-    if norm_weight is not None and d_h is not None:
-        mask = [any(needs[:4]), needs[4], needs[5]]
-        d_h, d_weight, d_bias = norm_backward_aten(d_h, rows, mean, rstd, norm_weight, norm_bias, mask)
-    if not any(needs[:4]):
-        return None, None, None, None, d_weight, d_bias, d_a
-    if d_h is None:
-        total = d_rows.clone()
-    else:
-        owned = d_s is not None or norm_weight is not None  # d_h came out of a product or a norm
-        total = d_h.to(dtype) if owned else d_h.to(dtype, copy=True)
-        if d_rows is not None:
-            total.add_(d_rows)
-    return *_aten_split(total, present, packed, first, last, needs), d_weight, d_bias, d_a
-
-
-def _aten_split(d_rows, present, packed, first, last, needs):
-    """d_rows [B, T, D] -> gradients of tokens [packed, S, D], prefix, suffix and mask_token."""
-    wide = backend.wide(d_rows.dtype)
-    d_tokens = d_prefix = d_suffix = d_mask = None
-    middle = d_rows[:, first:last]
-    if needs[0]:
-        if present is None:
-            d_tokens = middle.contiguous()
-        elif packed == present.shape[0]:
-            d_tokens = torch.where(present[:, None, None], middle, 0)
-        else:
-            d_tokens = middle.index_select(0, present_first(present)[:packed])
-    if needs[1]:
-        d_prefix = d_rows[:, :first].sum(0, dtype=wide)
-    if needs[2]:
-        d_suffix = d_rows[:, last:].sum(0, dtype=wide)
-    if needs[3]:
-        d_mask = torch.where(present[:, None], 0, middle.sum(1, dtype=wide)).sum(0)
-    return d_tokens, d_prefix, d_suffix, d_mask
+    return parts[0] if split == 1 else launch_sum_parts(parts, 1.0, wide)[0]

@@ -2,7 +2,7 @@
 
 16 rows a program, in pieces of 128 columns: gather, LayerNorm, h and s = h A^T; a row's second reading comes from
 cache. Which row of which tensor is read is chosen among pointers, so absent tokens are not touched and nothing is
-copied beforehand. The backward is in assemble_backward.py.
+copied beforehand. The backward is in assemble_backward.py, the same in ATen in assemble_aten.py.
 
 M = B * T rows, T = P + N + Q of them in a sample (prefix, tokens, suffix), K columns, R ranks.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .assemble_aten import Assembled
 from .backend import jit, tl
 from .quantize import TINY, round_half_even
 from .tiling import accumulator, dot_precision, element_type, rank_tile
@@ -31,7 +32,7 @@ def row_address(rm, TOKENS, PREFIX, SUFFIX, SOURCE, MASK, M, T, P, N, K, ALIGNED
         source = tl.load(SOURCE + b, mask=rm < M, other=0)
     base = TOKENS + (source.to(tl.int64) * N + (t - P)) * K
     if SOURCE is not None:
-        base = tl.where(source < 0, MASK + 0 * t, base)
+        base = tl.where(source < 0, MASK + 0 * t, base)  # 0 * t: one pointer a row
     if PREFIX is not None:
         base = tl.where(t < P, PREFIX + t * K, base)
     if SUFFIX is not None:
@@ -50,6 +51,7 @@ def row_statistics(base, ok, K, eps, ACC: tl.constexpr, BM: tl.constexpr, BK: tl
     for k in range(0, K, BK):
         kok = rk < K - k
         x = tl.load(base[:, None] + (k + rk)[None, :], mask=ok[:, None] & kok[None, :], other=0.0).to(ACC)
+        # Chan's update: the difference of two large sums would lose the variance
         n = tl.minimum(K - k, BK).to(ACC)
         piece = tl.sum(x, 1) / n
         d = tl.where(kok[None, :], x - piece[:, None], 0.0)  # the tail must not enter the variance
@@ -85,7 +87,7 @@ def row_scale(
     return largest / 127
 
 
-@jit
+@jit(varying=("M", "T", "P", "N"))
 def assemble_norm_project_forward(
     TOKENS,  # [samples, N, K]
     PREFIX,  # [P, K] or None
@@ -166,18 +168,13 @@ def sources(present: Tensor | None, packed: int) -> Tensor | None:
     return torch.where(present, place, -1).to(torch.int32)
 
 
-def present_first(present: Tensor) -> Tensor:
-    """Sample numbers [B], those present first, each kind in its own order; no device synchronisation."""
-    return torch.argsort(present.to(torch.uint8), descending=True, stable=True)
-
-
 def aligned(width: int, *tensors: Tensor | None) -> bool:
     """Whether every row of every tensor, `width` elements long, starts at a multiple of 16 bytes."""
     return all(t is None or (width * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0) for t in tensors)
 
 
 def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
-    """(rows, h, s, mean, rstd, q, scale), None for what is not asked for or would equal what is there already."""
+    """As `forward_aten`, in one launch."""
     packed, n, k = tokens.shape
     tokens, norm_weight, norm_bias = backend.contiguous(tokens, norm_weight, norm_bias)
     if present is not None and mask_token is None:
@@ -200,9 +197,27 @@ def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, nor
     backend.launch(
         assemble_norm_project_forward,
         (-(-batch * height // FORWARD_TILE["BM"]),),
-        *(tokens, learned[0], learned[1], sources(present, packed), learned[2], norm_weight, norm_bias),
-        *(None if lora_a is None else lora_a.to(dtype).contiguous(), rows, h, q, scale, s, mean, rstd),
-        *(eps, batch * height, height, p, n, k),
+        TOKENS=tokens,
+        PREFIX=learned[0],
+        SUFFIX=learned[1],
+        SOURCE=sources(present, packed),
+        MASK=learned[2],
+        GAMMA=norm_weight,
+        BETA=norm_bias,
+        A=None if lora_a is None else lora_a.to(dtype).contiguous(),
+        ROWS=rows,
+        H=h,
+        Q=q,
+        SCALE=scale,
+        S=s,
+        MEAN=mean,
+        RSTD=rstd,
+        eps=eps,
+        M=batch * height,
+        T=height,
+        P=p,
+        N=n,
+        K=k,
         R=r,
         ALIGNED=aligned(k, tokens, *learned),
         TYPE=element_type(dtype),
@@ -212,4 +227,4 @@ def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, nor
         BR=rank_tile(r),
         **FORWARD_TILE,
     )
-    return rows, h, s, mean, rstd, q, scale
+    return Assembled(rows, h, s, mean, rstd, q, scale)

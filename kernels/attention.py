@@ -29,7 +29,7 @@ CHUNK_BYTES = 2**20  # probabilities of as many (sample, head) pairs at a time a
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
-def _visible(lengths: Tensor | None, keys: int, suffix: int, device: torch.device) -> Tensor:
+def visible_keys(lengths: Tensor | None, keys: int, suffix: int, device: torch.device) -> Tensor:
     """Which keys a row may see, [B or 1, 1, 1, keys]: the first lengths[b] token rows, and the suffix rows."""
     position = torch.arange(keys, device=device)
     if lengths is None:
@@ -37,7 +37,7 @@ def _visible(lengths: Tensor | None, keys: int, suffix: int, device: torch.devic
     return ((position < lengths[:, None]) & (position < keys - suffix) | (position >= keys - suffix))[:, None, None]
 
 
-def _blind(lengths: Tensor | None, rows: int, keys: int, suffix: int, causal: bool) -> Tensor | None:
+def blind_rows(lengths: Tensor | None, rows: int, keys: int, suffix: int, causal: bool) -> Tensor | None:
     """Rows that see no key, [B, 1, rows or 1, 1]; None where every row sees one."""
     if lengths is None or (suffix > 0 and not causal):
         return None
@@ -47,7 +47,7 @@ def _blind(lengths: Tensor | None, rows: int, keys: int, suffix: int, causal: bo
 
 def _reference(q, k, v, lengths, suffix, read_only, causal):
     rows, keys = q.shape[2], k.shape[2] - read_only
-    visible = _visible(lengths, keys, suffix, q.device).expand(-1, 1, rows, -1)
+    visible = visible_keys(lengths, keys, suffix, q.device).expand(-1, 1, rows, -1)
     if causal:
         order = torch.arange(rows, device=q.device)
         visible = visible & (order[:, None] >= order[None, :keys])
@@ -60,15 +60,20 @@ def _reference(q, k, v, lengths, suffix, read_only, causal):
 def _sdpa(q, k, v, lengths, suffix, causal):
     if lengths is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    visible = _visible(lengths, k.shape[2], suffix, q.device)
+    visible = visible_keys(lengths, k.shape[2], suffix, q.device)
     if causal:
         order = torch.arange(q.shape[2], device=q.device)
         visible = visible & (order[:, None] >= order)
-    blind = _blind(lengths, q.shape[2], k.shape[2], suffix, causal)
+    blind = blind_rows(lengths, q.shape[2], k.shape[2], suffix, causal)
     if blind is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind)  # without any key: NaN on some devices
     return out.masked_fill(blind, 0)
+
+
+def _nothing(q, k, v):
+    """Attention over 0 samples, differentiable all the same."""
+    return q + (k.sum(2, keepdim=True) + v.sum(2, keepdim=True))
 
 
 # ----------------------------------------------------------------------------------------------------------- flash-attn
@@ -85,7 +90,7 @@ def _flash():
 def _packed(function, q, k, v, lengths, suffix, causal):
     """Attention of the visible rows alone, Sq = S; rows of padding give 0."""
     b, h, rows, d = q.shape
-    visible = _visible(lengths, rows, suffix, q.device)[:, 0, 0]  # [B, S]
+    visible = visible_keys(lengths, rows, suffix, q.device)[:, 0, 0]  # [B, S]
     kept = visible.flatten().nonzero().flatten()
     ends = F.pad(visible.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     packed = (t.transpose(1, 2).flatten(0, 1)[kept] for t in (q, k, v))  # [visible rows, H, Dh]
@@ -109,7 +114,7 @@ def _hidden(q, k, lengths, suffix, causal):
     """bool masks that broadcast to [B * H, Sq, Sk], True where a score does not count."""
     masks = []
     if lengths is not None:
-        hidden = ~_visible(lengths, k.shape[2], suffix, q.device).expand(-1, q.shape[1], -1, -1)
+        hidden = ~visible_keys(lengths, k.shape[2], suffix, q.device).expand(-1, q.shape[1], -1, -1)
         masks.append(hidden.flatten(0, 1))
     if causal:
         order = torch.arange(q.shape[2], device=q.device)
@@ -132,7 +137,7 @@ def _rows_first(pairs: Tensor, shape) -> Tensor:
 
 def forward_aten(q, k, v, lengths, suffix, causal):
     hidden, shape = _hidden(q, k, lengths, suffix, causal), q.shape
-    blind = _blind(lengths, q.shape[2], k.shape[2], suffix, causal)
+    blind = blind_rows(lengths, q.shape[2], k.shape[2], suffix, causal)
     q, k, v = _pairs(q), _pairs(k), _pairs(v)
     out = torch.empty_like(q)
     for s in _chunks(q, k):
@@ -145,7 +150,7 @@ def forward_aten(q, k, v, lengths, suffix, causal):
 def backward_aten(d_out, q, k, v, lengths, suffix, causal, wants_out=False):
     """dq, dk, dv, and the forward's result if wanted; the probabilities are computed again."""
     hidden, shapes, scale = _hidden(q, k, lengths, suffix, causal), (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
-    blind = _blind(lengths, q.shape[2], k.shape[2], suffix, causal)
+    blind = blind_rows(lengths, q.shape[2], k.shape[2], suffix, causal)
     d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
     q, k, v, d_out = _pairs(q), _pairs(k), _pairs(v), _pairs(d_out)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -166,72 +171,62 @@ def backward_aten(d_out, q, k, v, lengths, suffix, causal, wants_out=False):
     return tuple(_rows_first(t, shape) for t, shape in results if t is not None)
 
 
-# ------------------------------------------------------------------------------------------------------------------ ops
+# -------------------------------------------------------------------------------------------------------- registration
 def uses_matmul(q: Tensor, k: Tensor) -> bool:
     """Whether attention runs as matmul + softmax, whose backward computes the probabilities again."""
-    small = q.dtype == torch.bfloat16 and k.shape[2] <= MATMUL_KEYS
-    return small and q.device.type == "cpu" and backend.resolve(q) == "torch"
+    return q.dtype == torch.bfloat16 and q.is_cpu and k.shape[2] <= MATMUL_KEYS and backend.resolve(q) == "torch"
 
 
 def _uses_triton(q: Tensor, causal: bool) -> bool:
-    return backend.resolve(q) == "triton" and few_queries(q) and not causal
+    return not causal and few_queries(q) and backend.resolve(q) == "triton"
 
 
-@torch.library.custom_op(
-    "u2a_fast::attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? lengths, SymInt suffix, bool causal) -> (Tensor, Tensor)",
-)
-def _forward(q, k, v, lengths, suffix, causal):
-    """out [B, H, Sq, Dh], laid out as [B, Sq, H, Dh], and the row log-sum-exp [B * H, Sq] (empty where not kept)."""
-    if _uses_triton(q, causal):
-        return forward_triton(q, k, v, lengths, suffix)
-    return forward_aten(q, k, v, lengths, suffix, causal), q.new_empty(0)
-
-
-@_forward.register_fake
-def _(q, k, v, lengths, suffix, causal):
+def _fake(q, k, v, lengths, suffix, causal):
     if _uses_triton(q, causal):
         return rows_first(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=backend.wide(q.dtype))
-    return rows_first(q), q.new_empty(0)
+    return rows_first(q), None
 
 
-@torch.library.custom_op(
-    "u2a_fast::attention_backward",
-    mutates_args=(),
-    schema="(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? out, Tensor? lse, SymInt suffix, "
-    "bool causal) -> (Tensor, Tensor, Tensor)",
+attention_forward = backend.Op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, SymInt suffix, bool causal) -> (Tensor, Tensor)",
+    aten=lambda *operands: (forward_aten(*operands), None),
+    triton=lambda q, k, v, lengths, suffix, causal: forward_triton(q, k, v, lengths, suffix),
+    fake=_fake,
 )
-@backend.outside_autocast
-def _backward(d_out, q, k, v, lengths, out, lse, suffix, causal):
-    """dq, dk and dv, each [B, H, S, Dh] laid out as [B, S, H, Dh]. `out` and `lse` are given to the Triton kernel."""
-    if lse is not None:
-        return backward_triton(d_out, q, k, v, lengths, out, lse, suffix)
+
+
+def _backward_aten(d_out, q, k, v, lengths, out, lse, suffix, causal):
     return backward_aten(d_out, q, k, v, lengths, suffix, causal)
 
 
-@_backward.register_fake
-def _(d_out, q, k, v, lengths, out, lse, suffix, causal):
-    return rows_first(q), rows_first(k), rows_first(v)
+def _backward_triton(d_out, q, k, v, lengths, out, lse, suffix, causal):
+    return backward_triton(d_out, q, k, v, lengths, out, lse, suffix)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.suffix, ctx.causal = inputs
-    out, lse = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, *((out, lse) if lse.ndim == 2 else (None, None)))
+attention_backward = backend.Op(
+    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? out, Tensor? lse, "
+    "SymInt suffix, bool causal) -> (Tensor, Tensor, Tensor)",
+    aten=_backward_aten,
+    triton=_backward_triton,
+    fake=lambda d_out, q, k, v, *_: (rows_first(q), rows_first(k), rows_first(v)),
+)
 
 
-def _gradients(ctx, d_out, _):
-    if d_out is None:
-        return (None,) * 6
-    grads = _backward(d_out, *ctx.saved_tensors, ctx.suffix, ctx.causal)
-    needs = ctx.needs_input_grad
-    return *(g if need else None for g, need in zip(grads, needs[:3], strict=True)), None, None, None
+class _Attention(torch.autograd.Function):
+    """out [B, H, Sq, Dh], laid out as [B, Sq, H, Dh]."""
 
+    @staticmethod
+    def forward(ctx, q, k, v, lengths, suffix, causal):
+        out, lse = attention_forward(q, k, v, lengths, suffix, causal)
+        ctx.suffix, ctx.causal = suffix, causal
+        ctx.save_for_backward(q, k, v, lengths, None if lse is None else out, lse)
+        return out
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+    @staticmethod
+    @backend.outside_autocast
+    def backward(ctx, d_out):
+        grads = attention_backward(d_out, *ctx.saved_tensors, ctx.suffix, ctx.causal)
+        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -280,8 +275,12 @@ def attention(
 
 def _run(q, k, v, lengths, suffix, causal):
     """Attention without read-only rows, by the implementation that suits device, dtype and shape."""
+    if q.shape[0] == 0:  # nobody: flash kernels refuse it before torch 2.10
+        return _nothing(q, k, v)
     if uses_matmul(q, k) or _uses_triton(q, causal):
-        return _forward(q, k, v, lengths, suffix, causal)[0]
+        if backend.needs_grad(q, k, v):
+            return _Attention.apply(q, k, v, lengths, suffix, causal)
+        return attention_forward(q, k, v, lengths, suffix, causal)[0]
     if lengths is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape == k.shape:
         function = None if torch.compiler.is_compiling() else _flash()  # it packs by counts that a graph does not have
         if function is not None:

@@ -31,7 +31,7 @@ def key_is_visible(rn, length, TOKENS, S):
     return (rn < length) | ((rn >= TOKENS) & (rn < S))
 
 
-@jit
+@jit(varying=("H", "SQ", "S", "TOKENS"))
 def attention_small_query_forward(
     Q,
     K,
@@ -89,7 +89,7 @@ def attention_small_query_forward(
     tl.store(LSE + tl.program_id(0).to(tl.int64) * SQ + rq, lse, mask=qok)
 
 
-@jit
+@jit(varying=("H", "SQ", "S", "TOKENS"))
 def attention_small_query_backward(
     D_OUT,
     Q,
@@ -173,38 +173,72 @@ def few_queries(q: Tensor) -> bool:
     return q.shape[2] <= 64 and _tile(q.shape[2]) * _tile(q.shape[3]) <= MOST_ELEMENTS
 
 
-def _launch(kernel, tensors, strided, shape, keys, suffix, tile):
-    (b, h, rows, d), dtype = shape, strided[0].dtype
-    backend.launch(
-        kernel,
-        (b * h,),
-        *tensors,
-        *(d**-0.5, h, rows, keys, keys - suffix, d),
-        *(stride for t in strided for stride in t.stride()[:3]),
-        ACC=accumulator(dtype),
-        PRECISION=dot_precision(),
-        BQ=_tile(rows),
-        BD=_tile(d),
-        **tile,
-    )
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """{"Q_B": ..., "Q_H": ..., "Q_S": ...} for Q=q, and so on."""
+    return {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate("BHS")}
 
 
 def forward_triton(q, k, v, lengths, suffix):
     """out, laid out as [B, Sq, H, Dh], and the row log-sum-exp."""
     q, k, v = _unit_stride(q, k, v)
-    out, lse = rows_first(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=backend.wide(q.dtype))
-    tensors = q, k, v, *backend.contiguous(lengths), out, lse
-    _launch(attention_small_query_forward, tensors, (q, k, v, out), q.shape, k.shape[2], suffix, FORWARD_TILE)
+    (b, h, rows, d), keys = q.shape, k.shape[2]
+    out, lse = rows_first(q), q.new_empty(b * h, rows, dtype=backend.wide(q.dtype))
+    backend.launch(
+        attention_small_query_forward,
+        (b * h,),
+        Q=q,
+        K=k,
+        V=v,
+        LENGTHS=None if lengths is None else lengths.contiguous(),
+        OUT=out,
+        LSE=lse,
+        scale=d**-0.5,
+        H=h,
+        SQ=rows,
+        S=keys,
+        TOKENS=keys - suffix,
+        DH=d,
+        **_strides(Q=q, K=k, V=v, OUT=out),
+        ACC=accumulator(q.dtype),
+        PRECISION=dot_precision(),
+        BQ=_tile(rows),
+        BD=_tile(d),
+        **FORWARD_TILE,
+    )
     return out, lse
 
 
 def backward_triton(d_out, q, k, v, lengths, out, lse, suffix):
     """dq, dk, dv, laid out as [B, S, H, Dh]."""
     d_out, q, k, v = _unit_stride(d_out, q, k, v)
+    (b, h, rows, d), keys = q.shape, k.shape[2]
     dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
     out = out if out.stride() == dq.stride() else rows_first(out).copy_(out)
-    tensors = d_out, q, k, v, *backend.contiguous(lengths), out, lse, dq, dk, dv
-    strided = d_out, q, k, v, dq, dk
-    tile = BACKWARD_TILE | ({"num_stages": 1} if _tile(q.shape[2]) == 64 else {})  # no registers left to read ahead
-    _launch(attention_small_query_backward, tensors, strided, q.shape, k.shape[2], suffix, tile)
+    tile = BACKWARD_TILE | ({"num_stages": 1} if _tile(rows) == 64 else {})  # no registers left to read ahead
+    backend.launch(
+        attention_small_query_backward,
+        (b * h,),
+        D_OUT=d_out,
+        Q=q,
+        K=k,
+        V=v,
+        LENGTHS=None if lengths is None else lengths.contiguous(),
+        OUT=out,
+        LSE=lse,
+        D_Q=dq,
+        D_K=dk,
+        D_V=dv,
+        scale=d**-0.5,
+        H=h,
+        SQ=rows,
+        S=keys,
+        TOKENS=keys - suffix,
+        DH=d,
+        **_strides(DO=d_out, Q=q, K=k, V=v, OUT=out, DK=dk),
+        ACC=accumulator(q.dtype),
+        PRECISION=dot_precision(),
+        BQ=_tile(rows),
+        BD=_tile(d),
+        **tile,
+    )
     return dq, dk, dv

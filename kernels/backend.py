@@ -3,7 +3,7 @@
 reference   plain PyTorch, differentiated by autograd: what the other two must equal
 torch       ATen calls with hand-written backwards: the CPU path, and the GPU path without Triton
 triton      our Triton kernels: CUDA and ROCm, or CPU tensors under TRITON_INTERPRET=1
-auto        triton for tensors on a GPU (float64 excepted), torch for all others; decided at each call, nothing is
+auto        triton for bf16 and fp16 on the GPUs in targets.py, torch for all else; decided at each call, nothing is
             probed at import
 """
 
@@ -12,9 +12,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .targets import supports_triton
 
 try:
     import triton
@@ -23,10 +27,12 @@ except ImportError:  # no Triton on this platform: the torch backend needs none
     triton = tl = None
 
 BACKENDS = ("auto", "reference", "torch", "triton")
+NAMESPACE = "u2a_fast"  # of the registered ops: torch.ops.u2a_fast
 MOST_AMD_STAGES = 2  # a multiprocessor of an MI300X has 64 KB of shared memory
 
 _backend = "auto"
-_recorded: list[tuple[Callable, tuple[int, ...], dict]] | None = None
+_recorded: list[Launch] | None = None
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def set_backend(name: str) -> None:
@@ -61,36 +67,101 @@ def resolve(*tensors: torch.Tensor | None) -> str:
         ValueError: the tensors lie on different devices, or `"triton"` was chosen for CPU tensors without
             TRITON_INTERPRET=1.
     """
-    given = [t for t in tensors if t is not None]
-    device = given[0].device
-    for t in given:
-        if t.device != device:
-            raise ValueError(f"all tensors of one call must be on one device, not on {device} and {t.device}")
-        if type(t).__name__ == "DTensor":
-            raise TypeError("DTensor inputs are not supported: pass local tensors, for example t.to_local()")
-    if _backend != "auto":
-        if _backend == "triton" and device.type == "cpu" and not interpreting():
-            raise ValueError("backend 'triton' on CPU tensors needs TRITON_INTERPRET=1 set before Python starts")
-        return _backend
-    on_gpu = device.type == "cuda" and triton is not None and given[0].dtype != torch.float64
-    return "triton" if on_gpu else "torch"
+    first = next(t for t in tensors if t is not None)
+    device = first.device
+    for t in tensors:
+        if t is not None and (t.device != device or type(t).__name__ == "DTensor"):
+            _refuse(device, t)
+    if _backend == "auto":
+        return "torch" if first.is_cpu or not _fits_triton(first) else "triton"
+    if _backend == "triton" and first.is_cpu and not interpreting():
+        raise ValueError("backend 'triton' on CPU tensors needs TRITON_INTERPRET=1 set before Python starts")
+    return _backend
+
+
+def _refuse(device: torch.device, t: torch.Tensor) -> None:
+    if type(t).__name__ == "DTensor":
+        raise TypeError("DTensor inputs are not supported: pass local tensors, for example t.to_local()")
+    raise ValueError(f"all tensors of one call must be on one device, not on {device} and {t.device}")
+
+
+def _fits_triton(t: torch.Tensor) -> bool:
+    return triton is not None and supports_triton(t.device, t.dtype)[0]
+
+
+class Op:
+    """One op: what runs in eager calls, and its registration for `torch.compile` and export.
+
+    Eager calls go to the implementation itself, since the dispatcher costs as much as a small op does; while a graph is
+    traced they go to the registered op, which the graph then holds. It has no autograd formula: an `autograd.Function`
+    around the call differentiates it, eager or traced.
+
+    Args:
+        schema: `"name(Tensor x, ...) -> Tensor"`. Every result is a `Tensor`; one that was not asked for is None.
+        aten: the implementation in ATen calls, for any device.
+        fake: shapes and dtypes of the results.
+        triton: the implementation in Triton kernels; None: `aten` everywhere.
+    """
+
+    def __init__(self, schema: str, aten: Callable, fake: Callable, triton: Callable | None = None):
+        name = schema.split("(")[0]
+        self.aten, self.triton = aten, triton or aten
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, self.run, device)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        self.registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def __call__(self, *args):
+        first = args[0] if args[0] is not None else _first_tensor(args)
+        if torch.compiler.is_compiling():
+            return self.registered(*args)
+        if first.is_cpu and _backend != "triton":  # the shortest way for the smallest ops
+            return self.aten(*args)
+        return self.registered(*args) if isinstance(first, FakeTensor) else self.run(*args)
+
+    def run(self, *args):
+        """What the registered op runs."""
+        return (self.triton if resolve(_first_tensor(args)) == "triton" else self.aten)(*args)
+
+
+def _first_tensor(args: Iterable) -> torch.Tensor:
+    return next(a for a in args if isinstance(a, torch.Tensor))
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call on these tensors has to be recorded: an `autograd.Function` costs time even where it need not."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What is computed in from x: the autocast dtype where autocast is on (float64 stays float64), else that of x."""
+    device = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
-    """x in the compute dtype: the autocast dtype where autocast is on (float64 stays float64), else x itself."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    """x in the compute dtype."""
+    return cast(x, compute_dtype(x))
+
+
+def cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`t.to(dtype)`, which costs a call even where it changes nothing."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def outside_autocast(function: Callable) -> Callable:
-    """The function of a backward, with autocast off: its dtypes are those of the forward, wherever it is called."""
+    """The backward of a Function, with autocast off: its dtypes are those of the forward, wherever it is called."""
 
     @functools.wraps(function)
-    def run(*args):
-        device = next(a for a in args if torch.is_tensor(a)).device.type
-        with torch.autocast(device, enabled=False):
-            return function(*args)
+    def run(ctx, *grads):
+        given = next((g for g in grads if g is not None), None)
+        if given is None or not torch.is_autocast_enabled(given.device.type):
+            return function(ctx, *grads)
+        with torch.autocast(given.device.type, enabled=False):
+            return function(ctx, *grads)
 
     return run
 
@@ -105,9 +176,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def jit(function: Callable) -> Callable:
-    """`triton.jit`, or the function itself where Triton is not installed."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Callable:
+    """`triton.jit`, or the function itself where Triton is not installed.
+
+    `varying` names arguments that change from batch to batch: no binary is built for their being 1 or a multiple of 16.
+    """
+    if function is None:
+        return functools.partial(jit, varying=varying)
+    return function if triton is None else triton.jit(function, do_not_specialize=varying)
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -115,8 +191,27 @@ def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def launch(kernel: Callable, grid: tuple[int, ...], *args, **options) -> None:
-    """Run `kernel[grid](*args, **options)`; an empty grid runs nothing.
+class Launch(NamedTuple):
+    """A launch that was asked for."""
+
+    kernel: Callable
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, launches are noted instead of run; on meta tensors nothing needs a device."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Run `kernel[grid](**arguments)`; an empty grid runs nothing.
 
     Triton's own interpreter multiplies the raw bit patterns of bfloat16, so under it a launch computes in fp32 and
     rounds what it wrote, and nothing else, on return.
@@ -124,30 +219,19 @@ def launch(kernel: Callable, grid: tuple[int, ...], *args, **options) -> None:
     if 0 in grid:
         return
     if _recorded is not None:
-        _recorded.append((kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | options))
+        _recorded.append(Launch(kernel, grid, arguments))
         return
     if not interpreting():
-        if torch.version.hip is not None and "num_stages" in options:
-            options["num_stages"] = min(options["num_stages"], MOST_AMD_STAGES)
-        with torch.cuda.device_of(next(a for a in args if torch.is_tensor(a))):
-            kernel[grid](*args, **options)
+        if torch.version.hip is not None and "num_stages" in arguments:
+            arguments["num_stages"] = min(arguments["num_stages"], MOST_AMD_STAGES)
+        with torch.cuda.device_of(_first_tensor(arguments.values())):
+            kernel[grid](**arguments)
         return
-    wide = [_widened(a) if torch.is_tensor(a) and a.dtype == torch.bfloat16 else a for a in args]
-    kernel[grid](*wide, **options)
-    for original, computed in zip(args, wide, strict=True):
-        if computed is not original and not _same_bits(computed, original.float()):
-            original.copy_(computed)
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[tuple[Callable, tuple[int, ...], dict]]]:
-    """Inside, launches are not run: the list that is yielded receives (kernel, grid, arguments by name) of each."""
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
+    wide = {n: _widened(a) if torch.is_tensor(a) and a.dtype == torch.bfloat16 else a for n, a in arguments.items()}
+    kernel[grid](**wide)
+    for name, original in arguments.items():
+        if wide[name] is not original and not _same_bits(wide[name], original.float()):
+            original.copy_(wide[name])
 
 
 def _widened(t: torch.Tensor) -> torch.Tensor:

@@ -187,9 +187,11 @@ def occupancy(target: str, found: dict, warps: int) -> int:
 
 
 def computed_us(launch: Launch, target: str) -> float:
-    device = DEVICES[target]
-    peak = device.int8 if launch.int8 else device.bf16
-    return 1e6 * max(launch.bytes / device.bandwidth, launch.flops / peak)
+    return _microseconds(launch.bytes, launch.flops, DEVICES[target], launch.int8)
+
+
+def _microseconds(bytes: int, flops: int, device: Device, int8: bool) -> float:
+    return 1e6 * max(bytes / device.bandwidth, flops / (device.int8 if int8 else device.bf16))
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -290,10 +292,10 @@ def computed_total(rows: list[dict], function: str, phase: str, variant: str, **
 
 def computed_ratios(rows: list[dict]) -> dict[str, tuple[float, float]]:
     """{what: (computed time over that of the frozen product alone, limit)}"""
-    alone = computed_us(record(lambda: frozen_linear(VIT_B))[0], "sm_90")
+    alone = _microseconds(*frozen_linear(VIT_B), DEVICES["sm_90"], int8=False)
     return {
-        what: (sum(times * computed_total(rows, *case) for case, times in parts.items()) / alone, limit)
-        for what, limit, parts in RATIOS
+        what: (library + sum(times * computed_total(rows, *case) for case, times in parts.items()) / alone, limit)
+        for what, limit, library, parts in RATIOS
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .backend import jit, tl
+from .backend import cast, jit, tl
 from .dropout import kept, kept_tile, threshold
 from .quantize import dequantize_rows_aten
 from .reduce import launch_reduce_rows, launch_sum_parts, splits
@@ -23,7 +23,7 @@ LOW_RANK_TILE = {"BM": 64, "num_warps": 8, "num_stages": 3}
 
 
 # -------------------------------------------------------------------------------------------------------------- Triton
-@jit
+@jit(varying=("M", "SPLIT"))
 def lora_linear_backward_low_rank(
     DY,  # [M, GROUPS * WIDTH]
     S,  # [M, GROUPS * R] or None: no dB then
@@ -71,7 +71,7 @@ def lora_linear_backward_low_rank(
         tl.store(db_at, db, mask=nok[:, None] & rok[None, :])
 
 
-@jit
+@jit(varying=("M", "dropped_below", "scale"))
 def lora_linear_backward_input(
     DY,  # [M, N]
     W,  # [N, K], int8 if WS is given
@@ -136,7 +136,14 @@ def launch_low_rank(dy, s, lora_b, scaling, groups):
     backend.launch(
         lora_linear_backward_low_rank,
         (groups * tiles, split, -(-r // block)),
-        *(dy, s, lora_b, g_parts, db_parts, m, n // groups, split),
+        DY=dy,
+        S=s,
+        B=lora_b,
+        G_PARTS=g_parts,
+        DB_PARTS=db_parts,
+        M=m,
+        WIDTH=n // groups,
+        SPLIT=split,
         R=r,
         GROUPS=groups,
         ACC=accumulator(dy.dtype),
@@ -145,19 +152,29 @@ def launch_low_rank(dy, s, lora_b, scaling, groups):
         BR=block,
         **LOW_RANK_TILE,
     )
-    db = None if s is None else launch_sum_parts(db_parts, scaling, lora_b.dtype)
-    return launch_sum_parts(g_parts, scaling, dy.dtype), db
+    return launch_sum_parts(g_parts, scaling, dy.dtype, db_parts, lora_b.dtype)
 
 
 def launch_input(dy, weight, weight_scale, g, lora_a, dropout, seed):
     """dX [M, K]: dy [M, N], weight [N, K]; g [M, groups * r] and lora_a [groups * r, K], or neither."""
     (m, n), k, tile = dy.shape, weight.shape[1], gemm_tile(dy.dtype)
     r = 0 if lora_a is None else lora_a.shape[0]
-    dx, mask = dy.new_empty(m, k), (threshold(dropout), 1 / (1 - dropout))
+    dx = dy.new_empty(m, k)
     backend.launch(
         lora_linear_backward_input,
         (-(-m // tile["BM"]) * -(-k // tile["BN"]),),
-        *(dy, weight, weight_scale, g if r else None, lora_a, seed, dx, *mask, m, n, k),
+        DY=dy,
+        W=weight,
+        WS=weight_scale,
+        G=g if r else None,
+        A=lora_a,
+        SEED=seed,
+        DX=dx,
+        dropped_below=threshold(dropout),
+        scale=1 / (1 - dropout),
+        M=m,
+        N=n,
+        K=k,
         R=r,
         ACC=accumulator(dy.dtype),
         PRECISION=dot_precision(),
@@ -170,87 +187,111 @@ def launch_input(dy, weight, weight_scale, g, lora_a, dropout, seed):
 
 def linear_backward_triton(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
     """As `linear_backward_aten`."""
-    x, weight, weight_scale, s, lora_a, lora_b = backend.contiguous(x, weight, weight_scale, s, lora_a, lora_b)
+    rows = flat(dy).contiguous()
+    x, weight, weight_scale, s = backend.contiguous(flat(x), weight, weight_scale, flat(s))
+    lora_a, lora_b = backend.contiguous(lora_a, lora_b)
     dx = g = da = db = None
     if lora_b is not None:
-        g, db = launch_low_rank(dy, s, lora_b, scaling, groups)
-    if weight is not None:
-        dx = launch_input(dy, weight, weight_scale, None if lora_a is None else g, lora_a, dropout, seed)
+        g, db = launch_low_rank(rows, s, lora_b, scaling, groups)
+    if weight is not None and lora_a is None and weight_scale is None:  # nothing to fuse: the library's GEMM
+        dx = rows @ as_float(weight, None, dy.dtype)
+    elif weight is not None:
+        dx = launch_input(rows, weight, weight_scale, None if lora_a is None else g, lora_a, dropout, seed)
     if x is not None:
         da = launch_reduce_rows(g, x, lora_a.dtype, dropout, seed)
-    return dx, g if wants_ds else None, da, db
+    return _like_rows(dy, dx), _like_rows(dy, g) if wants_ds else None, da, db
 
 
 # ---------------------------------------------------------------------------------------------------------------- ATen
-def blocks(n: int, r: int, groups: int) -> list[tuple[slice, slice]]:
-    """(rows of B, columns of S) of each diagonal block."""
-    width = n // groups
-    return [(slice(g * width, (g + 1) * width), slice(g * r, (g + 1) * r)) for g in range(groups)]
-
-
 def as_float(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if weight_scale is None else dequantize_rows_aten(weight, weight_scale, dtype)
+    return cast(weight, dtype) if weight_scale is None else dequantize_rows_aten(weight, weight_scale, dtype)
 
 
 def linear_backward_aten(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
-    """(dX, dS = G, dA, dB), None for those whose operand (weight, wants_ds, x, s) is not given. dy [M, N]."""
-    dx = g = da = db = mask = None
+    """dX [..., K], dS = G [..., groups * r], dA, dB; None where its operand (weight, wants_ds, x, s) is not given."""
+    rows, dx, g, da, db, mask = flat(dy), None, None, None, None, None
     if wants_ds or lora_a is not None:
-        g, b = dy.new_empty(dy.shape[0], groups * lora_b.shape[1]), lora_b.to(dy.dtype)
-        for rows, columns in blocks(*b.shape, groups):
-            torch.addmm(g[:, columns], dy[:, rows], b[rows], beta=0, alpha=scaling, out=g[:, columns])
+        g = times_b(rows, cast(lora_b * scaling, dy.dtype), groups)
     if lora_a is not None and seed is not None:
-        mask = kept(dy.shape[0], lora_a.shape[1], dropout, seed)
+        mask = kept(rows.shape[0], lora_a.shape[1], dropout, seed)
     if weight is not None and lora_a is None:
-        dx = dy @ as_float(weight, weight_scale, dy.dtype)
+        dx = rows @ as_float(weight, weight_scale, dy.dtype)
     elif weight is not None:
-        a = lora_a.to(dy.dtype)
-        dx = torch.addmm(a.new_empty(a.shape[1]), g, a, beta=0, alpha=1 / (1 - dropout))
-        dx = dx if mask is None else dx.mul_(mask)
-        dx.addmm_(dy, as_float(weight, weight_scale, dy.dtype))
+        dx = g @ cast(lora_a, dy.dtype)
+        if mask is not None:
+            dx.mul_(1 / (1 - dropout)).mul_(mask)
+        dx.addmm_(rows, as_float(weight, weight_scale, dy.dtype))
     if x is not None:
-        da = (g.t() @ (x if mask is None else torch.where(mask, x, 0))).to(lora_a.dtype).mul_(1 / (1 - dropout))
+        x = flat(x)
+        da = cast(g.t() @ (x if mask is None else torch.where(mask, x, 0)), lora_a.dtype)
+        if mask is not None:
+            da.mul_(1 / (1 - dropout))
     if s is not None:
-        db = dy.new_empty(lora_b.shape)
-        for rows, columns in blocks(*lora_b.shape, groups):
-            torch.mm(dy[:, rows].t(), s[:, columns], out=db[rows])
-        db = db.to(lora_b.dtype).mul_(scaling)
-    return dx, g if wants_ds else None, da, db
+        db = b_grad(rows, flat(s), lora_b, scaling, groups)
+    return _like_rows(dy, dx), _like_rows(dy, g) if wants_ds else None, da, db
 
 
-# ----------------------------------------------------------------------------------------------------------------- ops
-def flat(t: Tensor | None) -> Tensor | None:
-    """[..., C] -> [M, C]"""
-    return None if t is None else t.reshape(-1, t.shape[-1])
+def times_b(dy: Tensor, b: Tensor, groups: int) -> Tensor:
+    """dY B, block by block: dy [M, N], b [N, r] -> [M, groups * r]."""
+    if groups == 1:
+        return dy @ b
+    g = torch.bmm(split_groups(dy, groups), b.view(groups, -1, b.shape[1]))  # [groups, M, r]
+    return g.transpose(0, 1).flatten(1)
 
 
-@torch.library.custom_op(
-    "u2a_fast::linear_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? x, Tensor? weight, Tensor? weight_scale, Tensor? s, Tensor? lora_a, Tensor? lora_b, "
-    "float scaling, int groups, float dropout, Tensor? seed, bool wants_ds) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-@backend.outside_autocast
-def linear_backward(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
-    """dX, dS, dA, dB; empty where the operand that stands for it (weight, wants_ds, x, s) is not given."""
-    backward = linear_backward_triton if backend.resolve(dy) == "triton" else linear_backward_aten
-    operands = (flat(dy).contiguous(), flat(x), weight, weight_scale, flat(s), lora_a, lora_b)
-    dx, ds, da, db = backward(*operands, scaling, groups, dropout, seed, wants_ds)
-    dx, ds = (None if t is None else t.view(*dy.shape[:-1], t.shape[1]) for t in (dx, ds))
-    return tuple(dy.new_empty(0) if t is None else t for t in (dx, ds, da, db))
-
-
-@linear_backward.register_fake
-def _(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
-    lead = dy.shape[:-1]
-    return (
-        dy.new_empty(0) if weight is None else dy.new_empty(*lead, weight.shape[1]),
-        dy.new_empty(*lead, groups * lora_b.shape[1]) if wants_ds else dy.new_empty(0),
-        dy.new_empty(0) if x is None else lora_a.new_empty(lora_a.shape),
-        dy.new_empty(0) if s is None else lora_b.new_empty(lora_b.shape),
+def b_grad(dy: Tensor, s: Tensor, lora_b: Tensor, scaling: float, groups: int) -> Tensor:
+    """scaling * dY^T S, block by block: dy [M, N], s [M, groups * r] -> [N, r], in the dtype of lora_b."""
+    if groups == 1:
+        return scaled_product(lora_b, dy.t(), s, scaling)
+    like = lora_b.view(groups, -1, lora_b.shape[1])
+    return scaled_product(like, split_groups(dy, groups).transpose(1, 2), split_groups(s, groups), scaling).flatten(
+        0, 1
     )
 
 
+def scaled_product(like: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * a @ b in the shape and dtype of `like`, which is not read: it stands in the place of a sum."""
+    product = torch.addmm if a.dim() == 2 else torch.baddbmm
+    return cast(product(cast(like, a.dtype), a, b, beta=0, alpha=scaling), like.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+def flat(t: Tensor | None) -> Tensor | None:
+    """[..., C] -> [M, C]"""
+    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def split_groups(t: Tensor, groups: int) -> Tensor:
+    """[M, groups * C] -> [groups, M, C], a view."""
+    return t.view(t.shape[0], groups, t.shape[1] // groups).transpose(0, 1)
+
+
+def _like_rows(dy: Tensor, t: Tensor | None) -> Tensor | None:
+    """[M, C] -> [..., C] with the leading dimensions of dy."""
+    return t if t is None or dy.dim() == 2 else t.view(*dy.shape[:-1], t.shape[1])
+
+
+def _fake(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
+    lead = dy.shape[:-1]
+    return (
+        None if weight is None else dy.new_empty(*lead, weight.shape[1]),
+        dy.new_empty(*lead, groups * lora_b.shape[1]) if wants_ds else None,
+        None if x is None else lora_a.new_empty(lora_a.shape),
+        None if s is None else lora_b.new_empty(lora_b.shape),
+    )
+
+
+linear_backward = backend.Op(
+    "linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? weight_scale, Tensor? s, Tensor? lora_a, "
+    "Tensor? lora_b, float scaling, int groups, float dropout, Tensor? seed, bool wants_ds) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    aten=linear_backward_aten,
+    triton=linear_backward_triton,
+    fake=_fake,
+)
+
+
+# ------------------------------------------------------------------------------------------------ of both Functions
 def save(ctx, x, weight, bias, weight_scale, s, lora_a, lora_b, seed):
     """Keep the operands of the gradients that will be asked for and no others: x for dA and dW alone, S for dB."""
     need_x, need_w, need_bias, need_low, need_b = ctx.needs_input_grad[:5]  # "low": A, or S where S is an input

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .backend import jit, tl
-from .linear_backward import as_float, blocks, flat, gradients, save
+from .backend import cast, jit, tl
+from .linear_backward import as_float, flat, gradients, save
 from .quantize import (
     TINY,
     QuantizedRows,
@@ -54,7 +54,7 @@ def linear_lowrank_reference(h, weight, bias, s, lora_b, scaling, weight_scale, 
 
 
 # -------------------------------------------------------------------------------------------------------------- Triton
-@jit
+@jit(varying=("M",))
 def linear_lowrank_forward(
     H,  # [M, K], int8 if HS is given
     HS,  # [M] fp32 scales of H's rows, or None
@@ -96,7 +96,7 @@ def linear_lowrank_forward(
     wp = W + (group * WIDTH + column % WIDTH)[None, :] * K + rk[:, None]
     acc = tl.zeros((BM, BN), ACC)
     for k in range(0, K, BK):
-        if EVEN:
+        if EVEN:  # without a mask these loads are copied asynchronously, 16 bytes each
             h = tl.load(hp)
             w = tl.load(wp)
         else:
@@ -106,6 +106,7 @@ def linear_lowrank_forward(
         hp += BK
         wp += BK
     y = acc.to(WIDE)
+    # int8: one scale a row and one a column, before anything that is not int8 joins
     if HS is not None:
         y *= tl.load(HS + rm, mask=mok, other=0.0)[:, None]
     if WS is not None:
@@ -123,31 +124,44 @@ def linear_lowrank_forward(
     tl.store(y_at, y.to(Y.dtype.element_ty), mask=mok[:, None] & nok[None, :])
 
 
-def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, quantized=None):
-    """h [M, K], s [M, groups * r] or None -> [M, N]; quantized: q [M, K] and scale [M] of h, or None"""
-    (m, k), n, dtype, h_scale = h.shape, weight.shape[0], h.dtype, None
+def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
+    """h [..., K], s [..., groups * r] or None -> [..., N]; q [..., K] and scale [M]: h, quantised already."""
+    if lora_b is None and weight_scale is None:  # nothing to fuse: the library's GEMM
+        return linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale)
+    rows, dtype = flat(h), h.dtype
+    (m, k), n, r = rows.shape, weight.shape[0], 0 if lora_b is None else lora_b.shape[1]
     check_rows(m)
-    r = 0 if lora_b is None else lora_b.shape[1]
-    y = h.new_empty(m, n)
+    y, h_scale = h.new_empty(m, n), None
     if quantize_input:
-        h, h_scale = quantized or launch_quantize_rows(h)
-    h, h_scale, weight, weight_scale = backend.contiguous(h, h_scale, weight, weight_scale)
-    bias, s, lora_b = backend.contiguous(bias, s, lora_b)
-    tile = gemm_tile(h.dtype)
+        rows, h_scale = launch_quantize_rows(rows) if q is None else (flat(q), scale)
+    rows, h_scale, weight, weight_scale = backend.contiguous(rows, h_scale, weight, weight_scale)
+    bias, s, lora_b = backend.contiguous(bias, flat(s), lora_b)
+    tile = gemm_tile(rows.dtype)
     backend.launch(
         linear_lowrank_forward,
         (-(-m // tile["BM"]) * groups * -(-n // groups // tile["BN"]),),
-        *(h, h_scale, weight, weight_scale, bias, s if r else None, lora_b, y, scaling, m, n // groups, k),
+        H=rows,
+        HS=h_scale,
+        W=weight,
+        WS=weight_scale,
+        BIAS=bias,
+        S=s,
+        B=lora_b,
+        Y=y,
+        scaling=scaling,
+        M=m,
+        WIDTH=n // groups,
+        K=k,
         R=r,
         GROUPS=groups,
-        ACC=accumulator(h.dtype),
+        ACC=accumulator(rows.dtype),
         WIDE=accumulator(dtype),
         PRECISION=dot_precision(),
         EVEN=k % tile["BK"] == 0,
         BR=rank_tile(r),
         **tile,
     )
-    return y
+    return y.view(*h.shape[:-1], n)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ATen
@@ -161,11 +175,10 @@ def int8_product(h: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(h, F.pad(weight, (0, -k % 8, 0, -n % 8)).t())[:m, :n]
 
 
-def linear_int8(h, weight, bias, weight_scale, quantized):
-    """Rows of h [M, K] quantised, times int8 weight [N, K] -> [M, N]; scales and bias while a chunk is in cache."""
-    q, h_scale = quantized or quantize_rows_aten(h)
-    product, wide = int8_product(q, weight), backend.wide(h.dtype)
-    y, h_scale, weight_scale = h.new_empty(product.shape), h_scale.to(wide), weight_scale.to(wide)
+def linear_int8(q, h_scale, weight, bias, weight_scale, dtype):
+    """q [M, K] int8 times weight [N, K] int8 -> [M, N] in `dtype`; scales and bias while a chunk is in cache."""
+    product, wide = int8_product(q, weight), backend.wide(dtype)
+    y, h_scale, weight_scale = q.new_empty(product.shape, dtype=dtype), h_scale.to(wide), weight_scale.to(wide)
     bias, chunks = None if bias is None else bias.to(wide), row_chunks(product)
     buffer = chunk_buffer(product, chunks, wide)
     for s in chunks:
@@ -174,69 +187,78 @@ def linear_int8(h, weight, bias, weight_scale, quantized):
     return y
 
 
-def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, quantized=None):
-    """As `linear_lowrank_triton`; the low-rank product is added in place, block by block."""
+def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
+    """As `linear_lowrank_triton`; the low-rank products are added in place."""
+    rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
     if quantize_input:
-        y = linear_int8(h, weight, bias, weight_scale, quantized)
+        q, scale = quantize_rows_aten(rows) if q is None else (flat(q), scale)
+        y = linear_int8(q, scale, weight, bias, weight_scale, h.dtype)
     else:
         w = as_float(weight, weight_scale, h.dtype).t()
-        y = h @ w if bias is None else torch.addmm(bias.to(h.dtype), h, w)
+        y = rows @ w if bias is None else torch.addmm(cast(bias, h.dtype), rows, w)
     if lora_b is not None:
-        b = lora_b.to(h.dtype)
-        for rows, columns in blocks(*b.shape, groups):
-            y[:, rows].addmm_(s[:, columns], b[rows].t(), alpha=scaling)
-    return y
+        add_lowrank(y, flat(s), cast(lora_b, y.dtype), scaling, groups)
+    return y if rows is h else y.view(*h.shape[:-1], y.shape[1])
 
 
-# ------------------------------------------------------------------------------------------------------------------ op
-@torch.library.custom_op(
-    "u2a_fast::linear_lowrank",
-    mutates_args=(),
-    schema="(Tensor h, Tensor weight, Tensor? bias, Tensor? s, Tensor? lora_b, float scaling, "
+def add_lowrank(y, s, lora_b, scaling, groups):
+    """y [M, N] += scaling * s B^T, block by block: s [M, groups * r], B = lora_b [N, r]."""
+    if groups == 1:
+        y.addmm_(s, lora_b.t(), alpha=scaling)
+        return
+    for part, own, b in zip(y.chunk(groups, 1), s.chunk(groups, 1), lora_b.t().chunk(groups, 1), strict=True):
+        part.addmm_(own, b, alpha=scaling)
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+linear_lowrank_op = backend.Op(
+    "linear_lowrank(Tensor h, Tensor weight, Tensor? bias, Tensor? s, Tensor? lora_b, float scaling, "
     "Tensor? weight_scale, int groups, bool quantize_input, Tensor? q, Tensor? scale) -> Tensor",
+    aten=linear_lowrank_aten,
+    triton=linear_lowrank_triton,
+    fake=lambda h, weight, *_: h.new_empty(*h.shape[:-1], weight.shape[0]),
 )
-def _linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
-    """q [..., K] and scale [M]: h, quantised already."""
-    forward = linear_lowrank_triton if backend.resolve(weight) == "triton" else linear_lowrank_aten
-    quantized = None if q is None else (flat(q), scale)
-    y = forward(flat(h), weight, bias, flat(s), lora_b, scaling, weight_scale, groups, quantize_input, quantized)
-    return y.view(*h.shape[:-1], y.shape[1])
 
 
-@_linear_lowrank.register_fake
-def _(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
-    return h.new_empty(*h.shape[:-1], weight.shape[0])
+class _LinearLowrank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
+        ctx.scaling, ctx.groups, ctx.dropout = scaling, groups, 0.0
+        save(ctx, h, weight, bias, weight_scale, s, None, lora_b, None)
+        return linear_lowrank_op(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale)
 
-
-def _save(ctx, inputs, output):
-    h, weight, bias, s, lora_b, ctx.scaling, weight_scale, ctx.groups, *_ = inputs
-    ctx.dropout = 0.0
-    save(ctx, h, weight, bias, weight_scale, s, None, lora_b, None)
-
-
-_linear_lowrank.register_autograd(lambda ctx, dy: (*gradients(ctx, dy), *[None] * 6), setup_context=_save)
+    @staticmethod
+    @backend.outside_autocast
+    def backward(ctx, dy):
+        return *gradients(ctx, dy), None, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------- public
 def check(x, weight, bias, lora_a, lora_b, weight_scale, groups, quantize_input):
     """Refuse what `linear_lowrank` and `lora_linear` cannot compute."""
-    operands = {"the input": x, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "weight_scale": weight_scale}
-    if weight.dtype != torch.int8:
-        operands["weight"] = weight
-    for name, operand in operands.items():
+    for name, operand in (
+        ("the input", x),
+        ("bias", bias),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("weight_scale", weight_scale),
+    ):
         if operand is not None and not operand.is_floating_point():
             raise TypeError(f"{name} must be floating, not {operand.dtype}: convert it first")
+    int8 = weight.dtype == torch.int8
+    if not int8 and not weight.is_floating_point():
+        raise TypeError(f"weight must be floating, not {weight.dtype}: convert it first")
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"weight must be [N, K] for an input [..., K], not {tuple(weight.shape)} for {tuple(x.shape)}")
     n = weight.shape[0]
     if weight.numel() >= 2**31:
         raise ValueError(f"weight {tuple(weight.shape)} has 2**31 elements or more: split it by rows")
-    if (weight.dtype == torch.int8) != (weight_scale is not None):
+    if int8 != (weight_scale is not None):
         raise ValueError(
             f"weight_scale goes with an int8 weight and only with it: weight is {weight.dtype}, "
             f"weight_scale {'missing' if weight_scale is None else 'given'}"
         )
-    if quantize_input and weight.dtype != torch.int8:
+    if quantize_input and not int8:
         raise ValueError(f"int8 rows need an int8 weight, not {weight.dtype}: see quantize_rows")
     for name, vector in (("bias", bias), ("weight_scale", weight_scale)):
         if vector is not None and vector.shape != (n,):
@@ -245,6 +267,11 @@ def check(x, weight, bias, lora_a, lora_b, weight_scale, groups, quantize_input)
         raise ValueError(f"lora_b must be [{n}, r] like the weight's rows, not {tuple(lora_b.shape)}")
     if groups < 1 or n % groups:
         raise ValueError(f"groups must divide the weight's {n} rows, and {groups} does not")
+
+
+def is_plain(x, weight, bias) -> bool:
+    """Whether without an adapter autograd's own linear does the same, and keeps no copy in another dtype."""
+    return weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
 
 
 def linear_lowrank(
@@ -263,10 +290,19 @@ def linear_lowrank(
     Args:
         h: [..., K]; not kept for backward unless the weight is trained. Or int8 rows, from the pass that wrote h
             (`assemble_norm_project(quantize=True)`), for an int8 weight.
+        weight: [N, K], floating, or int8 with `weight_scale` (w = int8 * scale).
+        bias: [N] or None.
         s: [..., groups * r], h A^T without the scaling; None together with `lora_b`: the frozen product alone.
-        weight, bias, lora_b, scaling, weight_scale, groups, quantize_input: as in `lora_linear`.
+        lora_b: [N, r]; block g of its rows uses block g of the columns of `s`.
+        scaling: multiplies the low-rank product.
+        weight_scale: [N] fp32.
+        groups: projections side by side in N, 3 for q, k, v.
+        quantize_input: multiply int8 rows of h by the int8 weight (W8A8); the backward dequantises the weight.
 
     Gradients reach h, bias, s, lora_b and a floating weight.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes that do not fit together.
 
     >>> linear_lowrank(torch.ones(1, 2), torch.eye(2), None, torch.full((1, 1), 2.0), torch.ones(2, 1), scaling=0.5)
     tensor([[2., 2.]])
@@ -286,4 +322,7 @@ def linear_lowrank(
     operands = (h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
     if backend.resolve(h, weight, bias, s, lora_b, weight_scale) == "reference":
         return linear_lowrank_reference(*operands)
-    return _linear_lowrank(*operands, q, scale)
+    if lora_b is None and is_plain(h, weight, bias):
+        return F.linear(h, weight, bias)
+    run = _LinearLowrank.apply if backend.needs_grad(h, weight, bias, s, lora_b) else linear_lowrank_op
+    return run(*operands, q, scale)

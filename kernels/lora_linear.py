@@ -21,6 +21,7 @@ from .linear_backward import flat, gradients, save
 from .linear_lowrank import (
     check,
     frozen_linear_reference,
+    is_plain,
     linear_lowrank_aten,
     linear_lowrank_reference,
     linear_lowrank_triton,
@@ -43,7 +44,7 @@ def lora_linear_reference(
 
 
 # -------------------------------------------------------------------------------------------------------------- Triton
-@jit
+@jit(varying=("dropped_below", "scale", "M"))
 def lora_linear_project(
     X,  # [M, K]
     A,  # [R, K]
@@ -82,10 +83,18 @@ def project_triton(x, lora_a, dropout, seed):
     """x [M, K], lora_a [R, K] -> S [M, R]"""
     (m, k), r, tile = x.shape, lora_a.shape[0], PROJECT_TILE
     s, block = x.new_empty(m, r), rank_tile(r)
+    x, lora_a = backend.contiguous(x, lora_a)
     backend.launch(
         lora_linear_project,
         (-(-m // tile["BM"]), -(-r // block)),
-        *(*backend.contiguous(x, lora_a), seed, s, threshold(dropout), 1 / (1 - dropout), m, k),
+        X=x,
+        A=lora_a,
+        SEED=seed,
+        S=s,
+        dropped_below=threshold(dropout),
+        scale=1 / (1 - dropout),
+        M=m,
+        K=k,
         R=r,
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(),
@@ -104,37 +113,44 @@ def project_aten(x, lora_a, dropout, seed):
     return torch.addmm(x.new_empty(a.shape[1]), drop(x, dropout, seed), a, beta=0, alpha=1 / (1 - dropout))
 
 
-# ------------------------------------------------------------------------------------------------------------------ op
-@torch.library.custom_op(
-    "u2a_fast::lora_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, "
+# -------------------------------------------------------------------------------------------------------- registration
+def _with(project, linear_lowrank):
+    def forward(x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input):
+        """y [..., N] and S [..., groups * r], None without an adapter."""
+        s = None if lora_a is None else project(flat(x), lora_a, dropout, seed).view(*x.shape[:-1], lora_a.shape[0])
+        operands = (x, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
+        return linear_lowrank(*operands, None, None), s
+
+    return forward
+
+
+def _fake(x, weight, bias, lora_a, *_):
+    s = None if lora_a is None else x.new_empty(*x.shape[:-1], lora_a.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), s
+
+
+_lora_linear = backend.Op(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, "
     "Tensor? weight_scale, int groups, float dropout, Tensor? seed, bool quantize_input) -> (Tensor, Tensor)",
+    aten=_with(project_aten, linear_lowrank_aten),
+    triton=_with(project_triton, linear_lowrank_triton),
+    fake=_fake,
 )
-def _lora_linear(x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input):
-    """y [..., N] and S [..., groups * r] (empty without an adapter)"""
-    on_triton = backend.resolve(x) == "triton"
-    project, forward = (project_triton, linear_lowrank_triton) if on_triton else (project_aten, linear_lowrank_aten)
-    rows = flat(x)
-    s = rows.new_empty(rows.shape[0], 0) if lora_a is None else project(rows, lora_a, dropout, seed)
-    y = forward(rows, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
-    return y.view(*x.shape[:-1], y.shape[1]), s.view(*x.shape[:-1], s.shape[1])
 
 
-@_lora_linear.register_fake
-def _(x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input):
-    rank = 0 if lora_a is None else lora_a.shape[0]
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], rank)
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input):
+        operands = (x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input)
+        y, s = _lora_linear(*operands)
+        ctx.scaling, ctx.groups, ctx.dropout = scaling, groups, dropout
+        save(ctx, x, weight, bias, weight_scale, s, lora_a, lora_b, seed)
+        return y
 
-
-def _save(ctx, inputs, output):
-    x, weight, bias, lora_a, lora_b, ctx.scaling, weight_scale, ctx.groups, ctx.dropout, seed, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    save(ctx, x, weight, bias, weight_scale, output[1], lora_a, lora_b, seed)
-
-
-_lora_linear.register_autograd(lambda ctx, dy, _: (*gradients(ctx, dy), *[None] * 6), setup_context=_save)
+    @staticmethod
+    @backend.outside_autocast
+    def backward(ctx, dy):
+        return *gradients(ctx, dy), None, None, None, None, None, None
 
 
 # -------------------------------------------------------------------------------------------------------------- public
@@ -194,4 +210,8 @@ def lora_linear(
     operands = (x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input)
     if backend.resolve(x, weight, bias, lora_a, lora_b, weight_scale, seed) == "reference":
         return lora_linear_reference(*operands)
+    if lora_a is None and is_plain(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if backend.needs_grad(x, weight, bias, lora_a, lora_b):
+        return _LoraLinear.apply(*operands)
     return _lora_linear(*operands)[0]

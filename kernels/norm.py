@@ -18,24 +18,20 @@ from .norm_aten import norm_aten, norm_backward_aten
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, eps, kept_dtype):
-        """y [..., D]; mean and 1 / standard deviation, fp32."""
+    def forward(ctx, x, weight, bias, eps, kept_dtype):
+        """y [..., D]"""
         y, mean, rstd = norm_aten(x, weight, bias, eps)
-        return y.to(x.dtype), mean, rstd  # ATen on a GPU computes wide where rows and parameters differ
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, _, kept_dtype = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x.to(kept_dtype), mean, rstd, weight, bias)
+        ctx.save_for_backward(x if x.dtype == kept_dtype else x.to(kept_dtype), mean, rstd, weight, bias)
+        # ATen on a GPU computes wide where rows and parameters differ. Only then: of a `to` that changes nothing
+        # torch.compile lost the gradient before torch 2.13.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dy, _mean, _rstd):
+    @backend.outside_autocast
+    def backward(ctx, dy):
         x, mean, rstd, weight, bias = ctx.saved_tensors
-        mask = [need and t is not None for need, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
+        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and bias is not None]
         grads = norm_backward_aten(dy, x.to(ctx.dtypes[0]), mean, rstd, weight, bias, mask)
         grads = [g.to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, mask, strict=True)]
         return *grads, None, None
@@ -50,6 +46,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     if backend.resolve(x, weight, bias) == "reference":
         wide = [None if t is None else t.to(backend.wide(x.dtype)) for t in (x, weight, bias)]
         return F.layer_norm(wide[0], x.shape[-1:], *wide[1:], eps).to(x.dtype)
-    compute = backend.in_autocast_dtype(x.new_empty(0)).dtype
-    kept = compute if compute.itemsize < x.dtype.itemsize else x.dtype
-    return _LayerNorm.apply(x, weight, bias, eps, kept)[0]
+    if not backend.needs_grad(x, weight, bias):
+        return norm_aten(x, weight, bias, eps)[0].to(x.dtype)
+    compute = backend.compute_dtype(x)
+    return _LayerNorm.apply(x, weight, bias, eps, compute if compute.itemsize < x.dtype.itemsize else x.dtype)

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from . import backend
 
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 CHUNK_ROWS = 256  # rows taken in fp32 at a time: a second-level cache holds them
 
 
 def norm_aten(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(h, mean, 1 / standard deviation)"""
+    if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
+        return torch.native_layer_norm(x, weight.shape, weight, bias, eps)
     dtype, own = _dtypes(x, weight, bias)
     bias = None if bias is None else bias.to(own)
-    return torch.native_layer_norm(x.to(dtype), x.shape[-1:], weight.to(own), bias, eps)
+    return torch.native_layer_norm(x.to(dtype), weight.shape, weight.to(own), bias, eps)
 
 
 def _dtypes(x: Tensor, *parameters: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
@@ -37,6 +40,8 @@ def norm_backward_aten(dh, x, mean, rstd, weight, bias, mask):
 
     ATen adds up the parameters' gradients in the dtype of the rows; where one is asked for, it gets the rows in fp32.
     """
+    if dh.dtype == x.dtype == weight.dtype and x.dtype.itemsize >= 4:
+        return _backward(dh, x, mean, rstd, weight, mask)
     dtype, own = _dtypes(x, weight, bias)
     wide = backend.wide(x.dtype)
     if dtype != wide and (mask[1] or mask[2]):
@@ -45,17 +50,10 @@ def norm_backward_aten(dh, x, mean, rstd, weight, bias, mask):
 
 
 def _backward(dh, x, mean, rstd, weight, mask):
-    stats = (*x.shape[:-1], 1)
-    return torch.ops.aten.native_layer_norm_backward(
-        dh,
-        x,
-        x.shape[-1:],
-        mean.view(stats),
-        rstd.view(stats),
-        weight,
-        weight,  # stands for the bias, of which only the shape matters
-        mask,
-    )
+    if mean.dim() != x.dim():
+        mean, rstd = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
+    # the second weight stands for the bias, of which only the shape matters
+    return layer_norm_backward(dh, x, weight.shape, mean, rstd, weight, weight, mask)
 
 
 def _backward_in_chunks(dh, x, mean, rstd, weight, mask):

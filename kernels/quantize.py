@@ -84,7 +84,7 @@ def round_half_even(x):
     return (x + 12582912.0) - 12582912.0  # 1.5 * 2**23: what is left has no fraction
 
 
-@jit
+@jit(varying=("N",))
 def quantize_rows_kernel(
     W,  # [N, K]
     Q,  # [N, K] int8
@@ -116,33 +116,31 @@ def launch_quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [N, K] -> q [N, K] int8, scale [N] fp32"""
     (n, k), tile = w.shape, QUANTIZE_TILE
     q, scale = torch.empty((n, k), dtype=torch.int8, device=w.device), w.new_empty(n, dtype=torch.float32)
-    grid = (-(-n // tile["BN"]),)
-    backend.launch(quantize_rows_kernel, grid, w.contiguous(), q, scale, n, k, TINY=TINY, **tile)
+    backend.launch(
+        quantize_rows_kernel,
+        (-(-n // tile["BN"]),),
+        W=w.contiguous(),
+        Q=q,
+        SCALE=scale,
+        N=n,
+        K=k,
+        TINY=TINY,
+        **tile,
+    )
     return q, scale
 
 
-@torch.library.custom_op("u2a_fast::quantize_rows", mutates_args=(), schema="(Tensor w) -> (Tensor, Tensor)")
-def _quantize_rows(w):
-    return launch_quantize_rows(w) if backend.resolve(w) == "triton" else quantize_rows_aten(w)
-
-
-@_quantize_rows.register_fake
-def _(w):
-    return torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format), w.new_empty(
-        w.shape[0], dtype=torch.float32
-    )
-
-
-@torch.library.custom_op(
-    "u2a_fast::dequantize_rows", mutates_args=(), schema="(Tensor q, Tensor scale, ScalarType dtype) -> Tensor"
+_quantize_rows = backend.Op(
+    "quantize_rows(Tensor w) -> (Tensor, Tensor)",
+    aten=quantize_rows_aten,
+    triton=launch_quantize_rows,
+    fake=lambda w: (w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[0], dtype=torch.float32)),
 )
-def _dequantize_rows(q, scale, dtype):
-    return dequantize_rows_aten(q, scale, dtype)
-
-
-@_dequantize_rows.register_fake
-def _(q, scale, dtype):
-    return torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+_dequantize_rows = backend.Op(
+    "dequantize_rows(Tensor q, Tensor scale, ScalarType dtype) -> Tensor",
+    aten=dequantize_rows_aten,
+    fake=lambda q, scale, dtype: q.new_empty(q.shape, dtype=dtype),
+)
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:

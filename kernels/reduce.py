@@ -18,7 +18,7 @@ REDUCE_TILE = {"BM": 64, "BC": 128, "num_warps": 4, "num_stages": 3}
 MOST_SPLITS = 32
 
 
-@jit
+@jit(varying=("dropped_below", "M", "SPLIT"))
 def reduce_rows(
     L,  # [M, R]
     X,  # [M, C]
@@ -54,18 +54,33 @@ def reduce_rows(
     tl.store(place, acc, mask=(rr < R)[:, None] & (rc < C)[None, :])
 
 
-@jit
+@jit(varying=("n", "split", "n_beside", "split_beside"))
 def sum_parts(
     PARTS,  # [split, n] fp32
     OUT,  # [n]
+    BESIDE,  # [split_beside, n_beside] fp32 or None: a second sum in the same launch
+    OUT_BESIDE,  # [n_beside], given with BESIDE
     scale,
     n,
     split,
+    n_beside,
+    split_beside,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the parts in order."""
-    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Add the parts in order. The first programs have the first sum, those after them the second."""
+    pid = tl.program_id(0).to(tl.int64)
+    first = tl.cdiv(n, BLOCK)
+    if pid < first:
+        sum_block(PARTS, OUT, pid, scale, n, split, ACC, BLOCK)
+    elif BESIDE is not None:
+        sum_block(BESIDE, OUT_BESIDE, pid - first, scale, n_beside, split_beside, ACC, BLOCK)
+
+
+@jit
+def sum_block(PARTS, OUT, block, scale, n, split, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """OUT[o] = scale * sum over the parts of PARTS[:, o], for the o of one block"""
+    o = block * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), ACC)
     for i in range(split):
         acc += tl.load(PARTS + tl.cast(i, tl.int64) * n + o, mask=o < n, other=0.0)
@@ -82,25 +97,51 @@ def launch_reduce_rows(left: Tensor, x: Tensor, dtype: torch.dtype, p: float = 0
     (m, r), c = left.shape, x.shape[1]
     split, block = splits(m, r), rank_tile(r)
     parts = x.new_empty(split, r, c, dtype=backend.wide(x.dtype))
-    grid = (-(-c // REDUCE_TILE["BC"]), split, -(-r // block))
     backend.launch(
         reduce_rows,
-        grid,
-        *(left, x, seed, parts, threshold(p), m, c, split),
+        (-(-c // REDUCE_TILE["BC"]), split, -(-r // block)),
+        L=left,
+        X=x,
+        SEED=seed,
+        PARTS=parts,
+        dropped_below=threshold(p),
+        M=m,
+        C=c,
+        SPLIT=split,
         R=r,
         ACC=accumulator(x.dtype),
         PRECISION=dot_precision(),
         BR=block,
         **REDUCE_TILE,
     )
-    return launch_sum_parts(parts, 1 / (1 - p), dtype)
+    return launch_sum_parts(parts, 1 / (1 - p), dtype)[0]
 
 
-def launch_sum_parts(parts: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """parts [split, ...] -> scale * parts.sum(0) in `dtype`."""
+def launch_sum_parts(
+    parts: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    beside: Tensor | None = None,
+    dtype_beside: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """parts [split, ...] -> scale * parts.sum(0) in `dtype`, and the same of `beside`, where given."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    n, block = out.numel(), 1024
-    grid = (-(-n // block),)
-    acc = accumulator(parts.dtype)
-    backend.launch(sum_parts, grid, parts, out, scale, n, parts.shape[0], ACC=acc, BLOCK=block, num_warps=4)
-    return out
+    out_beside = None if beside is None else beside.new_empty(beside.shape[1:], dtype=dtype_beside)
+    n, n_beside, block = out.numel(), 0 if beside is None else out_beside.numel(), 1024
+    backend.launch(
+        sum_parts,
+        (-(-n // block) + -(-n_beside // block),),
+        PARTS=parts,
+        OUT=out,
+        BESIDE=beside,
+        OUT_BESIDE=out_beside,
+        scale=scale,
+        n=n,
+        split=parts.shape[0],
+        n_beside=n_beside,
+        split_beside=0 if beside is None else beside.shape[0],
+        ACC=accumulator(parts.dtype),
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out, out_beside

@@ -64,7 +64,7 @@ def available(PRESENT, rb, B, M: tl.constexpr):
     return tl.maximum(n, 1)
 
 
-@jit
+@jit(varying=("B",))
 def substitute_forward(
     CLASS,  # [M, B, D]
     PROXIES,  # [M, M, B, D]
@@ -103,7 +103,7 @@ def substitute_forward(
     tl.store(LOSS + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, 1), 0))
 
 
-@jit
+@jit(varying=("B",))
 def substitute_backward(
     CLASS,  # [M, B, D]
     PROXIES,  # [M, M, B, D]
@@ -152,13 +152,6 @@ def substitute_backward(
         tl.store(D_CLASS + j * size + at, dc.to(D_CLASS.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel, class_tokens, proxies, present, *rest, **options):
-    (m, b, d), grid = class_tokens.shape, _grid(class_tokens)
-    tensors = class_tokens.contiguous(), proxies.contiguous(), present.contiguous().view(torch.uint8)
-    acc = accumulator(class_tokens.dtype)
-    backend.launch(kernel, grid, *tensors, *rest, b, d, M=m, ACC=acc, **options, **TILE)
-
-
 def _grid(class_tokens: Tensor) -> tuple[int, int]:
     return -(-class_tokens.shape[1] // TILE["BB"]), -(-class_tokens.shape[2] // TILE["BD"])
 
@@ -167,16 +160,48 @@ def forward_triton(class_tokens, proxies, present):
     """fused [B, D] and the alignment loss []."""
     fused = class_tokens.new_empty(class_tokens.shape[1:])
     parts = class_tokens.new_empty(_grid(class_tokens), dtype=backend.wide(class_tokens.dtype))
-    _launch(substitute_forward, class_tokens, proxies, present, fused, parts)
+    class_tokens, proxies, present = backend.contiguous(class_tokens, proxies, present)
+    m, b, d = class_tokens.shape
+    backend.launch(
+        substitute_forward,
+        _grid(class_tokens),
+        CLASS=class_tokens,
+        PROXIES=proxies,
+        PRESENT=present.view(torch.uint8),
+        FUSED=fused,
+        LOSS=parts,
+        B=b,
+        D=d,
+        M=m,
+        ACC=accumulator(class_tokens.dtype),
+        **TILE,
+    )
     return fused, parts.sum()
 
 
 def backward_triton(d_fused, d_align, class_tokens, proxies, present, stop_gradient):
     """Gradients of class_tokens and proxies; either of the incoming two may be None."""
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (class_tokens, proxies)]
-    d_fused = None if d_fused is None else d_fused.contiguous()
-    _launch(substitute_backward, class_tokens, proxies, present, d_fused, d_align, *grads, STOP=stop_gradient)
-    return tuple(grads)
+    class_tokens, proxies, present, d_fused = backend.contiguous(class_tokens, proxies, present, d_fused)
+    m, b, d = class_tokens.shape
+    d_class, d_proxies = torch.empty_like(class_tokens), torch.empty_like(proxies)
+    backend.launch(
+        substitute_backward,
+        _grid(class_tokens),
+        CLASS=class_tokens,
+        PROXIES=proxies,
+        PRESENT=present.view(torch.uint8),
+        D_FUSED=d_fused,
+        D_ALIGN=d_align,
+        D_CLASS=d_class,
+        D_PROXIES=d_proxies,
+        B=b,
+        D=d,
+        M=m,
+        STOP=stop_gradient,
+        ACC=accumulator(class_tokens.dtype),
+        **TILE,
+    )
+    return d_class, d_proxies
 
 
 # ----------------------------------------------------------------------------------------------------------------- ATen
@@ -197,59 +222,48 @@ def backward_aten(d_fused, d_align, class_tokens, proxies, present, stop_gradien
     return tuple(g.to(class_tokens.dtype).contiguous() for g in (d_class, d_proxies))
 
 
-# ------------------------------------------------------------------------------------------------------------------ ops
-@torch.library.custom_op(
-    "u2a_fast::substitute",
-    mutates_args=(),
-    schema="(Tensor class_tokens, Tensor proxies, Tensor present, bool stop_gradient) -> (Tensor, Tensor)",
-)
-def _forward(class_tokens, proxies, present, stop_gradient):
-    """fused [B, D] and the alignment loss []."""
-    if backend.resolve(class_tokens) == "triton":
-        return forward_triton(class_tokens, proxies, present)
+# -------------------------------------------------------------------------------------------------------- registration
+def _forward_aten(class_tokens, proxies, present, stop_gradient):
     fused, align = _reference(class_tokens, proxies, present, stop_gradient)
     return fused.contiguous(), align
 
 
-@_forward.register_fake
-def _(class_tokens, proxies, present, stop_gradient):
+def _fake(class_tokens, *_):
     fused = class_tokens.new_empty(class_tokens.shape[1:])
     return fused, class_tokens.new_empty((), dtype=backend.wide(class_tokens.dtype))
 
 
-@torch.library.custom_op(
-    "u2a_fast::substitute_backward",
-    mutates_args=(),
-    schema="(Tensor? d_fused, Tensor? d_align, Tensor class_tokens, Tensor proxies, Tensor present, "
-    "bool stop_gradient) -> (Tensor, Tensor)",
+substitute_op = backend.Op(
+    "substitute(Tensor class_tokens, Tensor proxies, Tensor present, bool stop_gradient) -> (Tensor, Tensor)",
+    aten=_forward_aten,
+    triton=lambda class_tokens, proxies, present, _: forward_triton(class_tokens, proxies, present),
+    fake=_fake,
 )
-@backend.outside_autocast
-def _backward(d_fused, d_align, class_tokens, proxies, present, stop_gradient):
-    """Gradients of class_tokens [M, B, D] and of proxies [M, M, B, D]."""
-    backward = backward_triton if backend.resolve(class_tokens) == "triton" else backward_aten
-    return backward(d_fused, d_align, class_tokens, proxies, present, stop_gradient)
+substitute_backward_op = backend.Op(
+    "substitute_backward(Tensor? d_fused, Tensor? d_align, Tensor class_tokens, Tensor proxies, Tensor present, "
+    "bool stop_gradient) -> (Tensor, Tensor)",
+    aten=backward_aten,
+    triton=backward_triton,
+    fake=lambda d_fused, d_align, c, p, *_: (c.new_empty(c.shape), p.new_empty(p.shape)),
+)
 
 
-@_backward.register_fake
-def _(d_fused, d_align, class_tokens, proxies, present, stop_gradient):
-    return class_tokens.new_empty(class_tokens.shape), proxies.new_empty(proxies.shape)
+class _Substitute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, class_tokens, proxies, present, stop_gradient):
+        ctx.set_materialize_grads(False)
+        ctx.stop_gradient = stop_gradient
+        ctx.save_for_backward(class_tokens, proxies, present)
+        return substitute_op(class_tokens, proxies, present, stop_gradient)
 
-
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    *tensors, ctx.stop_gradient = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, d_fused, d_align):
-    if d_fused is None and d_align is None:
-        return None, None, None, None
-    d_class, d_proxies = _backward(d_fused, d_align, *ctx.saved_tensors, ctx.stop_gradient)
-    needs = ctx.needs_input_grad
-    return d_class if needs[0] else None, d_proxies if needs[1] else None, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+    @staticmethod
+    @backend.outside_autocast
+    def backward(ctx, d_fused, d_align):
+        if d_fused is None and d_align is None:
+            return None, None, None, None
+        d_class, d_proxies = substitute_backward_op(d_fused, d_align, *ctx.saved_tensors, ctx.stop_gradient)
+        needs = ctx.needs_input_grad
+        return d_class if needs[0] else None, d_proxies if needs[1] else None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -281,7 +295,8 @@ def substitute(
     _check(class_tokens, proxies, present)
     if backend.resolve(class_tokens, proxies, present) == "reference":
         return _reference(class_tokens, proxies, present, stop_gradient)
-    return _forward(class_tokens, proxies, present, stop_gradient)
+    run = _Substitute.apply if backend.needs_grad(class_tokens, proxies) else substitute_op
+    return run(class_tokens, proxies, present, stop_gradient)
 
 
 def _check(class_tokens, proxies, present):

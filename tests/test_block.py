@@ -6,7 +6,7 @@ import torch
 
 from u2a_fast import LoraConfig
 from u2a_fast.encoders import from_pretrained_model
-from u2a_fast.quantization import quantize_encoder
+from u2a_fast.encoders.frozen import quantize_encoder
 
 
 @pytest.mark.slow

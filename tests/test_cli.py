@@ -106,11 +106,12 @@ def test_evaluate_reads_classes_by_name(trained, common, tmp_path):
             for row in rows:
                 if row["label"] in kept:
                     writer.writerow({**row, "image": row["image"] and str(Path(common[1]).parent / row["image"])})
-        model, data = load_model(trained), load_table(folder)["test"]
+        model, data = load_model(trained, dtype=torch.float32), load_table(folder)["test"]
         logits, _, labels = scenario_logits(model, data, ["full"], 16, 0)
         assert [model.config.id2label[i] for i in labels.tolist()] == [r["label"] for r in rows if r["label"] in kept]
         scores[name] = logits["full"]
-    assert torch.equal(scores["late"], scores["all"][[row["label"] in COLOURS[1:] for row in rows]])
+    # Close, not equal: the samples stand in batches of other sizes, which some CPUs multiply in another order.
+    torch.testing.assert_close(scores["late"], scores["all"][[row["label"] in COLOURS[1:] for row in rows]])
 
 
 @pytest.mark.slow

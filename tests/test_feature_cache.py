@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from u2a_fast import LoraConfig
 from u2a_fast.encoders import from_pretrained_model
+from u2a_fast.encoders.frozen import quantize_encoder
 from u2a_fast.feature_cache import FeatureCache
-from u2a_fast.quantization import quantize_encoder
 
 FAMILIES = ["vit", "bert", "clip_text", "wav2vec2", "whisper"]
 

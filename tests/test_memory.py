@@ -237,7 +237,7 @@ def test_pmf_training_takes_a_fraction_of_full_fine_tuning(quantization, limit):
     encoders = {name: model.bfloat16() for name, model in models.items()}
     model = PMF(encoders, num_labels=101, fusion_layers=2, quantization=quantization)
     for batch in (1, 32):
-        rows = model.memory_report(batch_size=batch, tokens={"text": length})
+        rows = memory.memory_report(model, batch_size=batch, tokens={"text": length})
         assert rows[0].total <= limit * rows[2].total
 
 
@@ -269,7 +269,7 @@ def test_a_model_reports_itself(quantization, capsys):
     encoders = {"image": tiny_encoders.build("vit").bfloat16(), "text": tiny_encoders.build("bert").bfloat16()}
     configs = {m: model.config for m, model in encoders.items()}
     model = U2A(encoders, num_labels=2, lora=LoraConfig(r=8), quantization=quantization).eval()
-    rows = model.memory_report(batch_size=16, tokens={"text": 7})
+    rows = memory.memory_report(model, batch_size=16, tokens={"text": 7})
     planned = memory.plan(configs, batch=16, tokens={"text": 7}, quantization=quantization)
     assert [row.name for row in rows] == [row.name for row in planned]
     assert rows[1:] == planned[1:]
@@ -284,10 +284,13 @@ def test_a_model_reports_itself(quantization, capsys):
 def test_a_report_takes_other_lengths_and_leaves_everything_as_it_was(tmp_path):
     encoders = {"image": tiny_encoders.build("vit"), "text": tiny_encoders.build("bert", vocab_size=3)}
     model = PMF(encoders, num_labels=2, fusion_layers=1, feature_cache=tmp_path)
-    plain, longer = model.memory_report(4)[0], model.memory_report(4, tokens={"image": 17, "text": 20})[0]
+    plain, longer = (
+        memory.memory_report(model, 4)[0],
+        memory.memory_report(model, 4, tokens={"image": 17, "text": 20})[0],
+    )
     assert longer.activations > plain.activations > 0
     with torch.no_grad():
-        assert model.memory_report(4)[0] == plain
+        assert memory.memory_report(model, 4)[0] == plain
     assert model.feature_cache is not None and not any(tmp_path.rglob("*.safetensors"))
 
 

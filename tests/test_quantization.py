@@ -10,8 +10,11 @@ import torch
 from transformers import BertModel, BitsAndBytesConfig
 
 from u2a_fast import U2A, LoraConfig, memory
+from u2a_fast.doctor import int8_path
 from u2a_fast.encoders import from_pretrained_model
-from u2a_fast.quantization import MODES, int8_path, mode_of, normalise, quantize_encoder, unpack_nf4
+from u2a_fast.encoders.frozen import mode_of, quantize_encoder
+from u2a_fast.kernels import unpack_nf4
+from u2a_fast.quantization import MODES, read_quantization
 
 PAIR = {"image": "vit", "text": "bert"}
 FAMILIES = ["bert", "vit", "dinov2", "clip_text", "whisper"]
@@ -77,7 +80,7 @@ def logits(model):
     ],
 )
 def test_quantization_is_read_per_modality(given, image, text):
-    assert normalise(given, ("image", "text")) == {"image": image, "text": text}
+    assert read_quantization(given, ("image", "text")) == {"image": image, "text": text}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ def test_quantization_is_read_per_modality(given, image, text):
 )
 def test_what_cannot_be_stored_is_refused(given, error, words):
     with pytest.raises(error, match=words):
-        normalise(given, ("image", "text"))
+        read_quantization(given, ("image", "text"))
 
 
 def test_a_refusal_leaves_every_encoder_as_it_was():
@@ -334,7 +337,7 @@ def test_trained_files_load_onto_any_storage(override, tmp_path):
     model.save_pretrained(tmp_path)
     encoders = {name: tiny_encoders.build(family) for name, family in PAIR.items()}
     loaded = U2A.from_pretrained(tmp_path, encoders=encoders, quantization=override)
-    wanted = normalise(override, PAIR)
+    wanted = read_quantization(override, PAIR)
     assert {name: mode_of(encoder) for name, encoder in loaded.encoders.items()} == wanted
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(torch.equal(dict(loaded.named_parameters())[name], p) for name, p in trained.items())

@@ -25,6 +25,15 @@ def normalise(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
+def _norm_operands(norm: nn.LayerNorm) -> kernels.Norm:
+    return kernels.Norm(norm._parameters["weight"], norm._parameters["bias"], norm.eps)
+
+
+def _add(x: torch.Tensor, update: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """`x + scale * update`, to the last bit as `kernels.transformer_block` does it."""
+    return x + update if scale is None else torch.addcmul(x, update, scale)
+
+
 # Hugging Face's spellings that keep several tensors for backward, as the same function of one kept tensor.
 LEAN_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "quick_gelu": quick_gelu,
@@ -35,6 +44,16 @@ LEAN_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+# Hugging Face's spellings of what `kernels.transformer_block` computes; others run apart from it.
+FUSED_ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_tanh"),
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+
+NO_NORMS = kernels.Norm(), kernels.Norm()
 FP16_LIMIT = torch.finfo(torch.float16).max - 1000  # Hugging Face's margin
 
 
@@ -46,8 +65,8 @@ class Block(GradientCheckpointingLayer):
         pre-norm:   x = x + scale1 * o(attend(qkv(norm1(x))))     x = x + scale2 * fc2(act(fc1(norm2(x))))
         post-norm:  x = norm1(x + o(attend(qkv(x))))              x = norm2(x + fc2(act(fc1(x))))
 
-    Its parts are public because PMF composes them differently: `project` (norm and q, k, v), `heads`,
-    `kernels.attention`, `complete` (everything after attention).
+    Its parts are public because PMF composes them differently: `project` (norm and q, k, v), `attend_project`,
+    `complete` (everything after attention). Where nothing stands between them, they run as one op.
     """
 
     def __init__(
@@ -69,10 +88,11 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.qkv, self.o, self.fc1, self.fc2 = qkv, o, fc1, fc2
         self.norm1, self.norm2 = norm1, norm2
-        self.scale1 = None if scale1 is None else nn.Parameter(scale1.detach(), requires_grad=False)
-        self.scale2 = None if scale2 is None else nn.Parameter(scale2.detach(), requires_grad=False)
+        for name, scale in (("scale1", scale1), ("scale2", scale2)):
+            self.register_parameter(name, None if scale is None else nn.Parameter(scale.detach(), requires_grad=False))
         self.num_heads, self.pre_norm, self.causal, self.clamps_fp16 = num_heads, pre_norm, causal, clamps_fp16
         self.activation = activation
+        self.fused_activation = FUSED_ACTIVATIONS.get(activation)
         self.act = LEAN_ACTIVATIONS.get(activation) or ACT2FN[activation]
         if isinstance(self.act, nn.Module) and [*self.act.parameters()]:
             raise ValueError(f"the activation {activation!r} has parameters of its own, which our block would not load")
@@ -102,18 +122,35 @@ class Block(GradientCheckpointingLayer):
                 above and are seen by none, themselves included. Computed apart, so that the other rows are bitwise
                 what they are without.
         """
-        residual, qkv = self.project(tokens, suffix, present, mask_token)
-        if suffix is not None:
-            suffix_rows = suffix_rows + suffix.shape[0]
-        q, k, v = self.heads(qkv)
-        lora_a = self.o.lora_before_dropout
-        attended, s = kernels.attention_project(q, k, v, lora_a, lengths, suffix=suffix_rows, causal=self.causal)
-        tokens = self.complete(residual, attended, s)
+        if readers is None and suffix is None and present is None and self._is_fused(tokens):
+            return self._fused(tokens, lengths, suffix_rows)
+        qkv, residual = self.project(tokens, suffix, present, mask_token)
+        suffix_rows = suffix_rows if suffix is None else suffix_rows + suffix.shape[0]
+        tokens = self.complete(residual, *self.attend_project(qkv, None, lengths, suffix_rows, self.causal))
         if readers is None:
             return tokens
-        residual, qkv = self.project(readers)
-        q = self.heads(qkv)[0].expand(k.shape[0], -1, -1, -1)
-        return tokens, self.complete(residual, kernels.attention(q, k, v, lengths, suffix=suffix_rows))
+        width = readers.shape[2]
+        own, residual = self.project(readers)
+        q = own[..., :width].expand(qkv.shape[0], -1, -1)
+        return tokens, self.complete(residual, *self.attend_project(q, qkv[..., width:], lengths, suffix_rows))
+
+    def _is_fused(self, tokens: torch.Tensor) -> bool:
+        """Whether both sublayers can run as one op each."""
+        if not tokens.is_cpu or self.fused_activation is None or kernels.backend.resolve(tokens) != "torch":
+            return False
+        clamped = self.clamps_fp16 and tokens.dtype == torch.float16
+        return not clamped and all(linear.is_fusable for linear in self.linears)
+
+    def _fused(self, x: torch.Tensor, lengths: torch.Tensor | None, suffix_rows: int) -> torch.Tensor:
+        """Both sublayers as one op."""
+        modules, own, (batch, rows, _) = self._modules, self._parameters, x.shape
+        qkv, o, fc1, fc2 = (modules[name].operands() for name in ("qkv", "o", "fc1", "fc2"))
+        norms = [_norm_operands(modules[name]) for name in ("norm1", "norm2")]
+        before, after = (norms, NO_NORMS) if self.pre_norm else (NO_NORMS, norms)
+        attention = kernels.Half(before[0], qkv, o, own["scale1"], after[0])
+        mlp = kernels.Half(before[1], fc1, fc2, own["scale2"], after[1])
+        see = kernels.Attention(self.num_heads, (batch, rows, rows), lengths, suffix_rows, self.causal)
+        return kernels.transformer_block(x, attention, mlp, see, self.fused_activation)
 
     def project(
         self,
@@ -122,55 +159,50 @@ class Block(GradientCheckpointingLayer):
         present: torch.Tensor | None = None,
         mask_token: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens `[B, S, D]` -> the assembled rows `[B, T, D]`, and their q, k, v side by side `[B, T, 3 D]`."""
+        """tokens `[B, S, D]` -> q, k, v of the assembled rows side by side `[B, T, 3 D]`, and the rows `[B, T, D]`."""
         norm = self.norm1 if self.pre_norm else None
-        rows, s, residual = kernels.assemble_norm_project(
-            tokens=tokens,
-            prefix=None,
-            suffix=suffix,
-            present=present,
-            mask_token=mask_token,
-            norm_weight=None if norm is None else norm.weight,
-            norm_bias=None if norm is None else norm.bias,
-            eps=self.norm1.eps,
-            lora_a=self.qkv.lora_before_dropout,
-            quantize=self.qkv.takes_quantized,
-        )
-        return residual, self.qkv.forward_projected(rows, s)
+        return self.qkv.after_norm(norm, tokens, suffix=suffix, present=present, mask_token=mask_token)
 
-    def heads(self, parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Several of q, k, v side by side, `[B, T, P * D]` -> `[B, H, T, D / H]` of each."""
-        batch, length, width = parts.shape
-        head_dim = self.norm1.normalized_shape[0] // self.num_heads
-        heads = parts.view(batch, length, width // (self.num_heads * head_dim), self.num_heads, head_dim)
-        return heads.permute(2, 0, 3, 1, 4).unbind(0)
+    def attend_project(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor | None,
+        lengths: torch.Tensor | None = None,
+        suffix: int = 0,
+        causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention within each sample, and the low-rank product of its result that `o` needs: what `complete` takes.
+
+        Args:
+            q: `[B, T, D]` beside kv `[B, S, 2 D]`; or `[B, T, 3 D]`, q, k and v side by side, and kv None.
+            lengths, suffix, causal: as in `kernels.attention`.
+
+        Returns:
+            attended `[B * T, D]` and s `[B * T, r]`, None without an adapter on `o`.
+        """
+        batch, rows, width = q.shape
+        groups = [kernels.Group(batch, rows, rows if kv is None else kv.shape[1])]
+        kv = None if kv is None else kv.reshape(-1, kv.shape[2])
+        seen = {"lengths": lengths, "suffix": suffix, "causal": causal}
+        lora_a = self.o.lora_before_dropout
+        return kernels.attention_rows(q.reshape(-1, width), kv, self.num_heads, groups, lora_a, **seen)
 
     def complete(self, residual: torch.Tensor, attended: torch.Tensor, s: torch.Tensor | None = None) -> torch.Tensor:
-        """residual `[B or 1, T, D]` and attention's output `[B, H, T, D / H]` -> the block's output `[B, T, D]`.
+        """residual `[B or 1, T, D]` and attention's result `[B * T, D]` -> the block's output `[B, T, D]`.
 
-        `s` `[B, T, r]` is the low-rank product of `attended`, where it was computed together with it.
+        `s` `[B * T, r]` is the low-rank product of `attended`, where it was computed together with it.
         """
-        batch, heads, length, head_dim = attended.shape
-        attended = self.o.forward_projected(attended.transpose(1, 2).reshape(batch, length, heads * head_dim), s)
+        attended = self.o.forward_projected(attended, s).view(-1, *residual.shape[1:])
         if not self.pre_norm:
             x = normalise(self.norm1, residual + attended)
-            return normalise(self.norm2, x + self._mlp(x, None))
-        x = residual + (attended if self.scale1 is None else attended * self.scale1)
-        update = self._mlp(x, self.norm2)
-        x = x + (update if self.scale2 is None else update * self.scale2)
+            update, x = self._mlp(x, None)
+            return normalise(self.norm2, x + update)
+        x = _add(residual, attended, self.scale1)
+        update, x = self._mlp(x, self.norm2)
+        x = _add(x, update, self.scale2)
         return x.clamp(-FP16_LIMIT, FP16_LIMIT) if self.clamps_fp16 and x.dtype == torch.float16 else x
 
-    def _mlp(self, x: torch.Tensor, norm: nn.LayerNorm | None) -> torch.Tensor:
-        rows, s, _ = kernels.assemble_norm_project(
-            tokens=x,
-            prefix=None,
-            suffix=None,
-            present=None,
-            mask_token=None,
-            norm_weight=None if norm is None else norm.weight,
-            norm_bias=None if norm is None else norm.bias,
-            eps=self.norm2.eps,
-            lora_a=self.fc1.lora_before_dropout,
-            quantize=self.fc1.takes_quantized,
-        )
-        return self.fc2(self.act(self.fc1.forward_projected(rows, s)))
+    def _mlp(self, x: torch.Tensor, norm: nn.LayerNorm | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`fc2(act(fc1(norm(x))))`, and x for the residual."""
+        hidden, x = self.fc1.after_norm(norm, x)
+        return self.fc2(self.act(hidden)), x

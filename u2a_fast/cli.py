@@ -17,16 +17,16 @@ from .evaluation import evaluate, print_report
 from .lora import LoraConfig
 from .memory import plan, print_plan
 from .methods import load_model
-from .training import TrainOptions, load_splits, option, train
+from .training import DATA_HELP, TrainOptions, load_splits, option, train
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     model: str = option("out", "folder of a trained model")
-    data: str = option("emoji", "emoji, stamps, or a folder or table")
+    data: str = option("emoji", DATA_HELP)
     output_dir: str = option("out/evaluation", "where report.csv and report.png go")
-    batch_size: int = option(32, "samples a pass")
-    seed: int = option(0, "of split and missing tables")
+    batch_size: int = option(32, "how many samples a pass takes")
+    seed: int = option(0, "seed of split and missing tables")
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class PredictOptions:
     model: str = option("out", "folder of a trained model")
     input: str = option("-", "JSON lines of samples, one object each ('-': standard input)")
     output: str = option("-", "where the predictions go, JSON lines ('-': standard output)")
-    batch_size: int = option(32, "samples a pass")
+    batch_size: int = option(32, "how many samples a pass takes")
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
     encoders: dict[str, str] = option(None, '{modality: hub id or folder}, for example {"text": "bert-base-uncased"}')
-    batch: int = option(32, "samples a step, every modality present")
+    batch: int = option(32, "how many samples a step takes, every modality present")
     quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
     checkpointing: bool = option(False, "keep only what enters each block")
     optimizer: str = option("adamw", "adamw or adamw_8bit")

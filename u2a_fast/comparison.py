@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .evaluation import Row, plot_report
 from .methods import METHODS
-from .methods.base import check_choice
+from .methods.config import check_choice
 from .training import (
     BASELINES,
     RUN_FILE,
@@ -30,8 +30,8 @@ Cell = tuple[float, float]  # mean and standard deviation of an accuracy over se
 class CompareOptions(TrainOptions):
     """The options of `train`, for every method and seed; `method` and `seed` are set by the comparison."""
 
-    methods: list[str] | None = option(None, "which methods; None: all")
-    seeds: list[int] | None = option(None, "which seeds; None: 0, 1, 2")
+    methods: list[str] | None = option(None, "which methods to train; None: all but the baselines")
+    seeds: list[int] | None = option(None, "which seeds to train with; None: 0, 1, 2")
 
 
 def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
@@ -43,7 +43,8 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
     Returns:
         `{method: {scenario: (mean, standard deviation) of the accuracy over seeds}}`, baselines included.
     """
-    methods, seeds = options.methods or list(METHODS), options.seeds or [0, 1, 2]
+    ours = [name for name, method in METHODS.items() if not method.baseline]
+    methods, seeds = options.methods or ours, options.seeds or [0, 1, 2]
     for name in methods:
         check_choice("methods", name, list(METHODS))
     runs: dict[str, list[list[Row]]] = {}

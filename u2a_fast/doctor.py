@@ -10,7 +10,6 @@ import torch
 
 from .kernels.backend import interpreting, triton
 from .kernels.targets import has_bfloat16, supports_triton
-from .quantization import int8_path
 
 OPTIONAL = {
     "bitsandbytes": "no nf4 encoders, no 8-bit optimizer, no encoders loaded with BitsAndBytesConfig",
@@ -19,6 +18,15 @@ OPTIONAL = {
     "soundfile": "no audio files",
     "scipy": "no resampling of audio",
 }
+
+
+def int8_path() -> str:
+    """How int8 products run on this machine."""
+    if torch.cuda.is_available():
+        return "int8: weights dequantised per tile; int8_w8a8: int8 tensor cores"
+    if torch.cpu._is_vnni_supported():
+        return "int8: weights dequantised per use; int8_w8a8: torch._int_mm with VNNI"
+    return "int8: weights dequantised per use; int8_w8a8: torch._int_mm without VNNI, slower than floating point"
 
 
 def findings() -> dict[str, str]:

@@ -117,19 +117,19 @@ def scenario_logits(
     try:
         for start in tqdm(range(0, len(dataset), batch_size), desc="evaluating", unit="batch"):
             rows = slice(start, min(start + batch_size, len(dataset)))
-            batch = to_device(collate([dataset[i] for i in range(rows.start, rows.stop)]), model.device)
+            batch = collate([dataset[i] for i in range(rows.start, rows.stop)])
             present, target = batch.pop("modality_mask"), batch.pop("labels", None)
             if target is None:
                 raise ValueError("evaluate needs a label in every sample: this data set has none")
             if classes is not None:  # what is no class is left for the check to name
-                target = torch.where(target < 0, target, classes.to(target.device)[target.clamp(min=0)])
+                target = torch.where(target < 0, target, classes[target.clamp(min=0)])
             model.check_labels(target, len(present))
-            encoded = model.encode(batch, present)
+            encoded = model.encode(to_device(batch, model.device), present)
             for name in scenarios:
-                mask = _leave(name, present, tables[name][rows].to(present.device))
+                mask = _leave(name, present, tables[name][rows])
                 logits[name].append(model.fuse(encoded, mask)[0].float().cpu())
-            natural.append(present.cpu())
-            labels.append(target.cpu())
+            natural.append(present)
+            labels.append(target)
     finally:
         model.train(was_training)
     return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(natural), torch.cat(labels)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import kernels
-from .quantization import nf4_linear, storage_of
-
-if TYPE_CHECKING:
-    from .encoders import Encoder
+from .quantization import storage_of
 
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
 
@@ -95,8 +92,7 @@ class LoraConfig:
 
     @classmethod
     def _read_peft(cls, config: Any) -> LoraConfig:
-        default = type(config)()
-        empty: tuple = ([], {})
+        default, empty = type(config)(), ([], {})
         given = {name: value for name, value in vars(config).items() if name not in PEFT_READ + PEFT_WITHOUT_EFFECT}
         asked = [name for name, value in given.items() if value != getattr(default, name) and value not in empty]
         if asked:
@@ -163,22 +159,22 @@ class LoraLinear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LoraLinear:
         """As in `nn.Module`, but scales move without changing their dtype: rounded, they would be other weights."""
-        exact = None if self.weight_scale is None else self.weight_scale.detach()
+        scale = self.weight_scale
+        exact = None if scale is None else scale.detach()
         super()._apply(fn, recurse)
-        moved = self.weight_scale
-        if exact is not None and moved is not None and moved.dtype != exact.dtype:
-            moved.data = exact.to(moved.device)
+        if exact is not None and self.weight_scale.dtype != exact.dtype:
+            self.weight_scale.data = exact.to(self.weight_scale.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        given, errors = state_dict.get(prefix + "weight"), rest[-1]
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        given = state_dict.get(prefix + "weight")
         if given is not None and storage_of(given) != self.storage:
             errors.append(
                 f"{prefix}weight is stored as {storage_of(given)} in the file and as {self.storage} in this model: "
                 "build the model with the quantization that the file was saved with"
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Give every role of `config.target_modules` its factors: A uniform as in PEFT, B zero."""
@@ -224,7 +220,7 @@ class LoraLinear(nn.Module):
         lora_a, lora_b = self.factors()
         dropout = self.dropout if self.training and lora_a is not None else 0.0
         if self.storage == "nf4":
-            return nf4_linear(self, x, None, dropout)
+            return self._nf4(x, lora_a=lora_a, lora_b=lora_b, dropout=dropout)
         return kernels.lora_linear(
             x,
             self.weight,
@@ -239,17 +235,58 @@ class LoraLinear(nn.Module):
         )
 
     @property
-    def takes_quantized(self) -> bool:
-        """Whether the pass that writes the input may quantise it: dropout would need the input itself."""
+    def is_fusable(self) -> bool:
+        """Whether it can be part of a sublayer's op: dropout draws a mask, 4-bit weights are unpacked for each use."""
+        weight = self._parameters["weight"]
+        return not ((self.dropout > 0 and self.training) or weight.dtype == torch.uint8 or weight.requires_grad)
+
+    def operands(self) -> kernels.Linear:
+        """What `kernels` takes of it."""
+        own = self._parameters  # attributes of a module are slow to read, and a block reads twenty
+        low = (own["lora_a"], own["lora_b"]) if self.adapter_enabled and self.adapted == self.roles else self.factors()
+        options = self.scaling, len(self.roles), self.quantize_input
+        return kernels.Linear(own["weight"], own["bias"], *low, own["weight_scale"], *options)
+
+    def after_norm(
+        self, norm: nn.LayerNorm | None, x: torch.Tensor, **learned: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward(norm(rows))`, and the rows for the residual: x `[B, S, D]`, joined with `learned` rows.
+
+        Args:
+            learned: `suffix`, `present` and `mask_token` of `kernels.assemble_norm_project`.
+        """
+        weights = (None, None, 1e-5) if norm is None else (norm.weight, norm.bias, norm.eps)
         dropped = self.has_adapter and self.training and self.dropout > 0
-        return self.quantize_input and not dropped
+        joined = any(rows is not None for rows in learned.values())
+        if not (dropped or joined or self.storage == "nf4"):
+            return kernels.norm_linear(
+                x,
+                *weights,
+                self.weight,
+                self.bias,
+                *self.factors(),
+                self.scaling,
+                weight_scale=self.weight_scale,
+                groups=len(self.roles),
+                quantize_input=self.quantize_input,
+            )
+        h, s, rows = kernels.assemble_norm_project(
+            tokens=x,
+            **learned,
+            norm_weight=weights[0],
+            norm_bias=weights[1],
+            eps=weights[2],
+            lora_a=self.lora_before_dropout,
+            quantize=self.quantize_input and not dropped,  # dropout needs the input itself
+        )
+        return self.forward_projected(h, s), rows
 
     def forward_projected(self, x: torch.Tensor | kernels.QuantizedRows, s: torch.Tensor | None) -> torch.Tensor:
         """The same with `s = x A^T` [..., G * r] already computed by the pass that wrote `x`."""
         if s is None and torch.is_tensor(x):
             return self(x)
         if self.storage == "nf4":
-            return nf4_linear(self, x, s, 0.0)
+            return self._nf4(x, s=s, lora_b=self.factors()[1])
         return kernels.linear_lowrank(
             x,
             self.weight,
@@ -262,6 +299,11 @@ class LoraLinear(nn.Module):
             quantize_input=self.quantize_input,
         )
 
+    def _nf4(self, x: torch.Tensor, **low_rank: Any) -> torch.Tensor:
+        shape, groups = (self.out_features, self.in_features), len(self.roles)
+        stored = (self.weight, self.weight_scale, shape, self.bias)
+        return kernels.nf4_linear(x, *stored, scaling=self.scaling, groups=groups, **low_rank)
+
     def extra_repr(self) -> str:
         adapter = f", r={self.lora_b.shape[1]} on {self.adapted}" if self.lora_a is not None else ""
         stored = self.weight.dtype if self.storage == "float" else self.storage
@@ -271,12 +313,3 @@ class LoraLinear(nn.Module):
 def read_lora(lora: Any) -> LoraConfig | None:
     """A method's `lora` argument: None, ours, PEFT's, or a dictionary."""
     return None if lora is None else LoraConfig.read(lora)
-
-
-def add_adapters(encoders: Iterable[Encoder], lora: LoraConfig | None) -> None:
-    """Give every block's linears their adapters."""
-    if lora is not None:
-        for encoder in encoders:
-            for block in encoder.blocks:
-                for linear in block.linears:
-                    linear.add_adapter(lora)

@@ -1,8 +1,8 @@
 """What training takes, in bytes: weights, gradients, optimizer states and what autograd keeps for backward.
 
 `plan` counts for encoders that need not exist: it runs two and three layers of them on fake tensors (shapes without
-numbers) and multiplies, so that encoders of ten thousand million parameters take seconds on a laptop. `report` counts a
-model that is there. Both set ours beside PEFT's LoRA and full fine-tuning of the same encoders.
+numbers) and multiplies, so that encoders of ten thousand million parameters take seconds on a laptop. `memory_report`
+counts a model that is there. Both set ours beside PEFT's LoRA and full fine-tuning of the same encoders.
 
 Not counted: workspaces of a single operation, the allocator's fragments, and the framework itself. Counts are those of
 the CPU's paths; on a GPU flash attention keeps its result too.
@@ -14,7 +14,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +34,8 @@ from .memory_counts import (
     tensors_of,
     with_tokens,
 )
-from .quantization import normalise
-
-if TYPE_CHECKING:
-    from .methods import MultimodalModel
+from .methods import MultimodalModel
+from .quantization import read_quantization
 
 # Optimizer bytes for each trained parameter: two fp32 states, or two of 8 bit with an fp32 absmax per block of 256.
 OPTIMIZERS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
@@ -91,9 +89,9 @@ def plan(
     ['U2A, int8', 'PEFT LoRA, bf16 autocast', 'full fine-tuning, fp32']
     """
     if method != "u2a":
-        raise ValueError(f"plan counts the method u2a, not {method!r}: build the model and call its memory_report()")
+        raise ValueError(f"plan counts the method u2a, not {method!r}: build the model and call memory_report(model)")
     configs = {m: with_tokens(read_config(c, m), (tokens or {}).get(m)) for m, c in encoder_configs.items()}
-    modes = normalise(quantization, configs)
+    modes = read_quantization(quantization, configs)
     case = Case(configs, batch, dict(tokens or {}), checkpointing, lora, modes, dtype)
     depths = {name: config.num_hidden_layers for name, config in configs.items()}
     ours = extrapolate(lambda layers: count_ours(case, layers), depths)
@@ -104,14 +102,15 @@ def plan(
 def _baselines(case: Case, optimizer: str) -> list[MemoryRow]:
     rows = []
     for title, adapt in (("PEFT LoRA, bf16 autocast", True), ("full fine-tuning, fp32", False)):
-        counts = [_baseline(case, name, adapt) for name in case.configs]
+        counts = [
+            extrapolate(
+                lambda layers, name=name, adapt=adapt: count_hugging_face(case, name, layers[name], adapt),
+                {name: config.num_hidden_layers},
+            )
+            for name, config in case.configs.items()
+        ]
         rows.append(_row(title, tuple(map(sum, zip(*counts, strict=True))), optimizer))
     return rows
-
-
-def _baseline(case: Case, name: str, adapt: bool) -> Counts:
-    depth = {name: case.configs[name].num_hidden_layers}
-    return extrapolate(lambda layers: count_hugging_face(case, name, layers[name], adapt), depth)
 
 
 def _row(name: str, counts: Counts, optimizer: str) -> MemoryRow:
@@ -121,13 +120,18 @@ def _row(name: str, counts: Counts, optimizer: str) -> MemoryRow:
     return MemoryRow(name, weights, 4 * trained, round(OPTIMIZERS[optimizer] * trained), activations)
 
 
-def report(
+def memory_report(
     model: MultimodalModel, batch_size: int = 32, tokens: Mapping[str, int] | None = None, optimizer: str = "adamw"
 ) -> list[MemoryRow]:
     """The same rows for a model that is there, in its present state (frozen parts, storage, checkpointing).
 
     Its activations are measured on two small batches of dummy inputs, in training mode and, where the encoders are
-    fp32, under bf16 autocast; they grow linearly with the batch.
+    fp32, under bf16 autocast; they grow linearly with the batch. `print_plan` shows the rows as a table.
+
+    Args:
+        batch_size: samples in a step, every modality present.
+        tokens: `{modality: rows of a sample}`; by default what the encoder's config gives, and 128 for texts.
+        optimizer: `"adamw"` (two fp32 states) or `"adamw_8bit"`.
     """
     configs = {name: encoder.config for name, encoder in model.encoders.items()}
     small = [_saved_by(model, configs, batch, tokens or {}) for batch in (2, 4)]
@@ -158,7 +162,7 @@ def _saved_by(model: MultimodalModel, configs: Mapping[str, Any], batch: int, to
         takes = inspect.signature(encoder.stem["embeddings"].forward).parameters if "embeddings" in encoder.stem else ()
         if tokens.get(m) and "interpolate_pos_encoding" in takes:
             inputs[m]["interpolate_pos_encoding"] = True
-    present = torch.ones(batch, len(configs), dtype=torch.bool, device=model.device)
+    present = torch.ones(batch, len(configs), dtype=torch.bool)
     labels = torch.zeros(batch, dtype=torch.long, device=model.device)
     if model.problem_type(labels) != "single_label_classification":
         labels = torch.zeros(batch, model.config.num_labels, device=model.device)

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from .encoders import Encoder, from_pretrained_model
 from .encoders.build import TOWERS, family_of
+from .kernels.nf4 import NF4_BLOCK
 from .lora import LoraConfig, LoraLinear
-from .quantization import NF4_BLOCK, STORAGE
-
-if TYPE_CHECKING:
-    from .methods import MultimodalModel
+from .methods import U2A
+from .quantization import STORAGE
 
 TEXT_TOKENS = 128  # length of a text where none is given
 DEPTHS = (2, 3)  # layers that are counted; what a further layer adds is the difference
@@ -153,7 +152,7 @@ class Case:
     dtype: torch.dtype
 
 
-Counts = tuple[int, ...]  # bytes of weights, trained parameters, bytes of activations
+Counts = tuple[int, int, int]  # bytes of weights, trained parameters, bytes of activations
 
 
 def extrapolate(count: Callable[[dict[str, int]], Counts], depths: Mapping[str, int]) -> Counts:
@@ -174,8 +173,6 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def count_ours(case: Case, layers: Mapping[str, int]) -> Counts:
-    from .methods import U2A
-
     with _fake():
         built = {}
         for name, config in case.configs.items():
@@ -195,10 +192,10 @@ def count_ours(case: Case, layers: Mapping[str, int]) -> Counts:
     return weights + 4 * trained, trained, kept
 
 
-def _read(model: MultimodalModel, case: Case, name: str) -> Tensor:
+def _read(model: U2A, case: Case, name: str) -> Tensor:
     """Class token and proxies of one modality, `[M, B, D]`, all samples present."""
     tokens, _ = model.encoders[name].embed(**dummy_inputs(case.configs[name], case.batch, case.tokens.get(name)))
-    class_token, proxies = model._read(name, tokens, None, None)
+    class_token, proxies = model.read(name, tokens, None)
     return torch.cat([class_token[None], proxies])
 
 

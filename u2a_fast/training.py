@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from .data import MissingPattern, MultimodalCollator, with_missing
 from .evaluation import Row, evaluate, print_report, write_report
 from .lora import LoraConfig
 from .methods import METHODS, LateFusion
-from .methods.base import MultimodalModel, check_choice, check_modalities
+from .methods.base import MultimodalModel, check_modalities
+from .methods.config import check_choice
 
 RUN_FILE = "run.yaml"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -32,33 +33,55 @@ def option(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
+class BuiltinData:
+    """A data set that `--data` knows by name: `load(seed=...)` gives its splits."""
+
+    load: Callable[..., Mapping[str, Any]]
+    image_size: int
+
+
+DATASETS = {
+    "emoji": BuiltinData(data_module.load_emoji, image_size=112),  # 72 pixels wide
+    "stamps": BuiltinData(data_module.load_stamps, image_size=112),  # a quarter of the time
+}
+TABLE_IMAGE_SIZE = 224  # of a user's own pictures
+DATA_HELP = ", ".join(DATASETS) + ", or a folder or table with image, text, audio and label columns"
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """Everything `u2a-fast train` takes; a YAML file may set the same names."""
 
-    data: str = option("emoji", "emoji, stamps, or a folder or table with image, text, audio and label columns")
-    method: str = option("u2a", "one of " + ", ".join(METHODS))
+    data: str = option("emoji", DATA_HELP)
+    method: str = option("u2a", "which method to train, one of " + ", ".join(METHODS))
     output_dir: str = option("out", "where checkpoint, report and model card go")
-    encoders: dict[str, str] | None = option(None, "{modality: hub id or folder}; None: the small ones of [demo]")
+    encoders: dict[str, str] | None = option(
+        None, "{modality: hub id or folder} of the encoders; None: those of [demo]"
+    )
     missing_rate: float = option(0.7, "share of training samples that lose one modality")
-    missing_kind: str = option("both", "both, any, or the name of the modality that is lost")
+    missing_kind: str = option("both", "which modality is lost: both, any, or the name of one")
     lora_r: int = option(16, "rank of the adapters")
-    lora_alpha: float = option(16, "their scaling is alpha / r")
+    lora_alpha: float = option(16, "the adapters are scaled by alpha / r")
     lora_dropout: float = option(0.0, "dropout inside the adapters")
     modality_dropout: float = option(0.1, "u2a only: chance that a complete sample loses a modality in a step")
-    label_smoothing: float = option(0.2, "of the cross entropy, while training")
+    label_smoothing: float = option(0.2, "label smoothing of the cross entropy, while training")
     tuning: str = option("bitfit", "joint_embedding only: bitfit or lora")
     quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
-    epochs: float = option(12, "passes over the training split")
+    epochs: float = option(12, "how many passes over the training split")
     max_steps: int = option(-1, "stop after so many steps, whatever epochs says")
-    batch_size: int = option(16, "samples a step")
+    batch_size: int = option(16, "how many samples a step takes")
     learning_rate: float = option(7e-4, "peak of the cosine schedule, for all but the head")
-    head_learning_rate: float = option(1e-3, "the same for the head, whose classes start from nothing")
-    weight_decay: float = option(0.01, "of AdamW")
-    seed: int = option(0, "of weights, order, missing table and split")
+    head_learning_rate: float = option(1e-3, "peak for the head, whose classes start from nothing")
+    weight_decay: float = option(0.01, "weight decay of AdamW")
+    seed: int = option(0, "seed of weights, order, missing table and split")
     feature_cache: str | None = option(None, "pmf only: folder that keeps frozen features across epochs")
-    dtype: str = option("auto", "of the frozen encoders: float32, bfloat16, or auto: bfloat16 where it is fast")
+    dtype: str = option("auto", "dtype of the frozen encoders: float32, bfloat16, or auto (bfloat16 where it is fast)")
     baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
 
 
 def train(options: TrainOptions) -> list[Row]:
@@ -172,17 +195,15 @@ def build_model(
 
 
 def adaptation(method: type[MultimodalModel], options: TrainOptions) -> dict[str, Any]:
-    """What adapts the frozen encoders, under the name that the method's constructor has for it; PMF adapts nothing."""
-    lora = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout)
-    names = inspect.signature(method.__init__).parameters
-    if "tuning" in names:
-        return {"tuning": lora if options.tuning == "lora" else options.tuning}
-    chosen = {
-        "lora": lora,
-        "modality_dropout": options.modality_dropout,
-        "feature_cache": options.feature_cache,
-    }
-    return {name: value for name, value in chosen.items() if name in names}
+    """What the method's `recipe` takes of the options; TypeError where its constructor has other names."""
+    chosen, parameters = method.recipe(options), inspect.signature(method.__init__).parameters.values()
+    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        unknown = set(chosen) - {parameter.name for parameter in parameters}
+        if unknown:
+            raise TypeError(
+                f"{method.__name__} takes no {min(unknown)!r}, which its recipe names: define a recipe for it"
+            )
+    return chosen
 
 
 def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments:
@@ -224,17 +245,13 @@ def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, st
 
 
 def load_splits(data: str, seed: int) -> Mapping[str, Any]:
-    """`{"train", "validation", "test"}` of the emoji, the stamps, or a user's own folder or table."""
-    if data == "emoji":
-        return data_module.load_emoji(seed=seed)
-    if data == "stamps":
-        return data_module.load_stamps(seed=seed)
-    return data_module.load_table(data, seed=seed)
+    """`{"train", "validation", "test"}` of one of DATASETS, or of a user's own folder or table."""
+    return DATASETS[data].load(seed=seed) if data in DATASETS else data_module.load_table(data, seed=seed)
 
 
 def default_encoders(data: str, columns: list[str]) -> dict[str, str]:
     """The folder of a small pretrained encoder for each modality among the columns."""
-    size = 112 if data in ("emoji", "stamps") else 224  # emoji are 72 pixels wide; stamps take a quarter of the time
+    size = DATASETS[data].image_size if data in DATASETS else TABLE_IMAGE_SIZE
     folders = {
         "image": lambda: data_module.dinov2_folder(image_size=size),
         "text": data_module.minilm_folder,

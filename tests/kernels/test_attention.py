@@ -28,12 +28,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def restore_backend():
-    yield
-    set_backend("auto")
-
-
 def buffer(case, dtype, heads=2, width=20, seed=0):
     """[B, S, 3, H, Dh] with a non-zero mean, as one q,k,v product leaves it."""
     tokens, suffix, read_only, _, _ = CASES[case]
@@ -257,11 +251,11 @@ def test_the_plain_interpreter_sees_the_strides_that_were_passed(monkeypatch):
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda view, stride: seen.append((view.dtype, view.stride(), stride))
+            return lambda X, stride: seen.append((X.dtype, X.stride(), stride))
 
     seen, view = [], torch.ones(2, 5, 3, 8).bfloat16()[:, :, 1]
     monkeypatch.setattr(module.backend, "interpreting", lambda: True)
-    module.backend.launch(Kernel(), (1,), view, view.stride())
+    module.backend.launch(Kernel(), (1,), X=view, stride=view.stride())
     assert seen == [(torch.float32, view.stride(), view.stride())]
 
 
@@ -271,22 +265,22 @@ def test_opcheck(causal, suffix, lengths):
     set_backend("torch")
     q, k, v = torch.randn(3, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
     lengths = torch.tensor([5, 0, 3]) if lengths else None
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(module._forward, (*leaves, lengths, suffix, causal))
-    torch.library.opcheck(module._backward, (torch.randn_like(q), q, k, v, lengths, None, None, suffix, causal))
+    forward, backward = module.attention_forward.registered, module.attention_backward.registered
+    torch.library.opcheck(forward, (q, k, v, lengths, suffix, causal))
+    torch.library.opcheck(backward, (torch.randn_like(q), q, k, v, lengths, None, None, suffix, causal))
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck_of_every_subset(which, causal):
-    """Of the matmul op itself, which fp64 does not reach through the public function."""
+    """Of matmul + softmax itself, which fp64 does not reach through the public function."""
     q, k, v = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64).permute(2, 0, 3, 1, 4)
     leaves = [(q, k, v)[i].detach().clone().requires_grad_() for i in which]
 
     def outputs(*values):
         tensors = dict(zip(which, values, strict=True))
         given = (tensors.get(i, t) for i, t in enumerate((q, k, v)))
-        return module._forward(*given, torch.tensor([3, 0]), 1, causal)[0]
+        return module._Attention.apply(*given, torch.tensor([3, 0]), 1, causal)
 
     set_backend("torch")
     assert torch.autograd.gradcheck(outputs, leaves)

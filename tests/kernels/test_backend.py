@@ -95,7 +95,7 @@ def test_the_autocast_dtype_wins_except_over_float64(dtype):
 
 
 def test_an_empty_grid_launches_nothing():
-    backend.launch(None, (0, 3), torch.ones(1))
+    backend.launch(None, (0, 3), X=torch.ones(1))
 
 
 def test_a_launch_passes_grid_arguments_and_options_and_no_more_stages_than_amd_has_room_for(monkeypatch):
@@ -103,14 +103,15 @@ def test_a_launch_passes_grid_arguments_and_options_and_no_more_stages_than_amd_
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **options: launched.append((grid, args, options))
+            return lambda **arguments: launched.append((grid, arguments))
 
     x = torch.ones(1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backend.launch(Kernel(), (2,), None, x, 5, BM=16, num_stages=3)
+    backend.launch(Kernel(), (2,), P=None, X=x, M=5, BM=16, num_stages=3)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    backend.launch(Kernel(), (2,), None, x, 5, BM=16, num_stages=3)
-    assert launched == [((2,), (None, x, 5), {"BM": 16, "num_stages": stages}) for stages in (3, 2)]
+    backend.launch(Kernel(), (2,), P=None, X=x, M=5, BM=16, num_stages=3)
+    given = {"P": None, "X": x, "M": 5, "BM": 16}
+    assert launched == [((2,), given | {"num_stages": stages}) for stages in (3, 2)]
 
 
 def test_recorded_launches_are_not_run_and_name_their_arguments():

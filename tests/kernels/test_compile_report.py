@@ -72,7 +72,9 @@ def test_moving_more_bytes_than_needed_is_named(monkeypatch):
 def compiled(m, k, n, target="sm_90"):
     meta = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
     (launch,) = compile_report.record(
-        lambda: linear_lowrank_triton(meta(m, k), meta(n, k), None, None, None, 1.0, None, 1, False)
+        lambda: linear_lowrank_triton(
+            meta(m, k), meta(n, k), None, meta(m, 16), meta(n, 16), 1.0, None, 1, False, None, None
+        )
     )
     return compile_report.compile_launch(launch, target)
 
@@ -124,10 +126,11 @@ def test_another_process_finds_what_was_compiled(tmp_path):
 
 def test_a_launch_is_counted_from_its_tensors_and_sizes():
     shape = compile_cases.VIT_B
-    (launch,) = compile_report.record(lambda: compile_cases.frozen_linear(shape))
+    (launch,) = compile_report.record(lambda: compile_cases.linear_lowrank_forward(shape, 16))
     m, k, n = 64 * 197, 768, 3 * 768
-    assert launch.bytes == 2 * (m * k + n * k + n + m * n)
-    assert launch.flops == 2 * m * n * k
+    assert launch.bytes == 2 * (m * k + n * k + n + m * n + m * 3 * 16) + 4 * n * 16
+    assert launch.flops == 2 * m * n * (k + 16)
+    assert compile_cases.frozen_linear(shape) == (2 * (m * k + n * k + n + m * n), 2 * m * n * k)
     assert compile_report.computed_us(launch, "sm_90") == pytest.approx(1e6 * launch.flops / 989e12)
     (copy,) = compile_report.record(lambda: compile_cases.launch_quantize_rows(compile_cases.meta(m, k)))
     assert compile_report.computed_us(copy, "sm_80") == pytest.approx(1e6 * (3 * m * k + 4 * m) / 2.04e12)

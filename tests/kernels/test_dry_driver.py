@@ -131,7 +131,7 @@ def test_kernels_compile_and_fit_at_odd_sizes(target, run):
 
 
 # --------------------------------------------------------------------------------------- how many launches and binaries
-LAUNCHES = 20  # of a block, forward and backward; the goal is 14
+LAUNCHES = 14  # of a block, forward and backward
 
 
 def test_a_blocks_launches_are_few():
@@ -156,7 +156,6 @@ def sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="row counts are specialised: == 1 and multiples of 16 are other binaries")
 def test_steps_of_new_sizes_compile_nothing_new():
     model = U2A(tiny_encoders.build_many(FAMILIES), num_labels=5, lora=LoraConfig(r=4))
     built = []

@@ -78,8 +78,8 @@ MUTANTS = {
     "padding ranks of A not masked": Mutant(BACKWARD, "mask=(rr < R)[:, None] & kok", "mask=kok", linear(SMALL)),
     # terms and factors
     "scaling forgotten in y": Mutant(LINEAR, "(b * scaling)", "b", linear(SMALL)),
-    "scaling forgotten in G": Mutant(BACKWARD, "(g_parts, scaling", "(g_parts, 1.0", linear(SMALL)),
-    "scaling forgotten in dB": Mutant(BACKWARD, "(db_parts, scaling", "(db_parts, 1.0", linear(SMALL)),
+    "scaling forgotten in G": Mutant(REDUCE, "pid, scale, n", "pid, 1.0, n", linear(SMALL)),
+    "scaling forgotten in dB": Mutant(REDUCE, "pid - first, scale", "pid - first, 1.0", linear(SMALL)),
     "bias forgotten": Mutant(LINEAR, "if BIAS is not None", "if BIAS is None", linear(SMALL)),
     "dX without G A": Mutant(BACKWARD, "if G is not None", "if G is None", linear(SMALL)),
     "weight's scale forgotten in y": Mutant(LINEAR, "if WS is not None", "if WS is None", linear(INT8)),

@@ -71,7 +71,7 @@ def test_matmul_equals_torchs(dtype, out, acc):
     a, b = (t.mul(40).round().to(dtype) if dtype == torch.int8 else t.to(dtype) for t in (a, b))
     c = torch.empty(70, 50, dtype=out)
     with interpreted(("bounds", "races", "order")):
-        backend.launch(matmul, (3, 2), a, b, c, 70, 50, 96, BM=32, BN=32, BK=32, ACC=acc)
+        backend.launch(matmul, (3, 2), a=a, b=b, c=c, M=70, N=50, K=96, BM=32, BN=32, BK=32, ACC=acc)
     exact = a.double() @ b.double()
     rounding = 0 if dtype == torch.int8 else torch.finfo(out).eps
     assert (c.double() - exact).abs().max() <= 4 * rounding * exact.abs().max()
@@ -88,8 +88,8 @@ def test_bfloat16_arithmetic_comparison_and_reductions_equal_torchs():
     x, y, z = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16(), torch.empty(1000).bfloat16()
     reduced = torch.empty(2)
     with interpreted():
-        backend.launch(elementwise, (4,), x, y, z, 1000, B=256)
-        backend.launch(reductions, (1,), x[:256], reduced, N=256)
+        backend.launch(elementwise, (4,), x=x, y=y, z=z, n=1000, B=256)
+        backend.launch(reductions, (1,), x=x[:256], out=reduced, N=256)
     v = x * y + x
     assert torch.equal(z, torch.where(v > 0, v, -x))
     assert reduced[0] == x[:256].max()
@@ -104,22 +104,22 @@ def test_memory_not_written_reads_as_nan():
 
 def test_a_read_past_the_end_is_caught():
     with interpreted(), pytest.raises(InterpreterError, match="OutOfBounds"):
-        backend.launch(unmasked_copy, (2,), torch.randn(64), torch.empty(64), B=64)
+        backend.launch(unmasked_copy, (2,), x=torch.randn(64), y=torch.empty(64), B=64)
 
 
 def test_a_read_between_two_rows_of_a_view_is_inside_and_past_its_last_is_not():
     view = torch.randn(4, 10)[:, :5]
     with interpreted():
-        backend.launch(unmasked_copy, (1,), view, torch.empty(32), B=32)
+        backend.launch(unmasked_copy, (1,), x=view, y=torch.empty(32), B=32)
         with pytest.raises(InterpreterError, match="OutOfBounds"):
-            backend.launch(unmasked_copy, (1,), view[:3], torch.empty(32), B=32)
+            backend.launch(unmasked_copy, (1,), x=view[:3], y=torch.empty(32), B=32)
 
 
 def test_a_race_is_caught_and_atomics_are_none():
     with interpreted(("races",)):
-        backend.launch(atomic_sum, (4,), torch.randn(1024), torch.zeros(4), B=256)
+        backend.launch(atomic_sum, (4,), x=torch.randn(1024), y=torch.zeros(4), B=256)
         with pytest.raises(InterpreterError, match="Race"):
-            backend.launch(increment, (8,), torch.zeros(1))
+            backend.launch(increment, (8,), y=torch.zeros(1))
 
 
 def test_two_orders_expose_float_atomics():
@@ -127,13 +127,13 @@ def test_two_orders_expose_float_atomics():
     for seed in (1, 2):
         sums.append(torch.zeros(4))
         with interpreted(("order",), seed=seed):
-            backend.launch(atomic_sum, (64,), data, sums[-1], B=256)
+            backend.launch(atomic_sum, (64,), x=data, y=sums[-1], B=256)
     assert not torch.equal(*sums)
 
 
 def test_the_context_leaves_the_switch_and_torch_as_they_were():
     with interpreted() as launched:
-        backend.launch(increment, (1,), torch.zeros(1))
+        backend.launch(increment, (1,), y=torch.zeros(1))
         assert backend.get_backend() == "triton"
     assert launched == ["increment"]
     assert backend.get_backend() == "auto" and not torch.are_deterministic_algorithms_enabled()

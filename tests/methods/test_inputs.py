@@ -1,5 +1,7 @@
 """Bad input gets one sentence that names the cause and the cure, before anything is computed."""
 
+import importlib
+
 import parity
 import pytest
 import tiny_encoders
@@ -154,6 +156,23 @@ def test_regression_with_one_label(inputs):
     out = model(**inputs, labels=torch.tensor([0.5, 1.0, -1.0]))
     expected = (out.logits.squeeze(1) - torch.tensor([0.5, 1.0, -1.0])).square().mean()
     torch.testing.assert_close(out.task_loss, expected)
+
+
+@pytest.mark.parametrize("empty", [{}, {"input_ids": None, "attention_mask": None}])
+@pytest.mark.parametrize("options", [{}, {"absent": "where"}])
+def test_inputs_without_a_tensor_are_an_absent_modality(options, empty, inputs):
+    encoders = {name: tiny_encoders.build(family) for name, family in FAMILIES.items()}
+    model = U2A(encoders, num_labels=4, **options).eval()
+    expected = model(image=inputs["image"]).logits
+    assert torch.equal(model(image=inputs["image"], text=empty).logits, expected)
+
+
+def test_data_parallel_is_refused(model, monkeypatch):
+    """As `nn.DataParallel` copies it to two GPUs, here without the copying."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [tensors, tensors])
+    with pytest.raises(ValueError, match=r"nn\.DataParallel is not supported: start one process a GPU"):
+        replicate.replicate(model, [0, 1])
 
 
 def test_tuple_output(model, inputs):

@@ -7,6 +7,7 @@ import tiny_encoders
 import torch
 
 from u2a_fast import JointEmbedding, LoraConfig
+from u2a_fast.encoders.padding import padding_of
 from u2a_fast.methods.joint_embedding import vicreg
 from u2a_fast.reference import ReferenceJointEmbedding
 from u2a_fast.reference import joint_embedding as reference_module
@@ -139,12 +140,14 @@ def test_prompts_see_neither_each_other_nor_themselves():
     fast, _, _ = models(PAIR)
     inputs = parity.batch(PAIR, COUNT)
     together = fast.prompts["text"].detach().clone()
+    tokens, mask = fast.encoders["text"].embed(**inputs["text"])
+    padding = padding_of(mask)
     rows = []
     for i in range(len(together)):
         fast.prompts["text"] = torch.nn.Parameter(together[i : i + 1])
-        rows.append(fast._read("text", inputs["text"])[1])
+        rows.append(fast.read("text", tokens, padding)[1])
     fast.prompts["text"] = torch.nn.Parameter(together)
-    parity.assert_close(fast._read("text", inputs["text"])[1], torch.stack(rows).mean(dim=0), 1e-12, "mean of prompts")
+    parity.assert_close(fast.read("text", tokens, padding)[1], torch.stack(rows).mean(dim=0), 1e-12, "mean of prompts")
 
 
 def test_what_stands_in_absent_rows_never_matters():

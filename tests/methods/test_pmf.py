@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViTConfig, ViTModel
 
 from u2a_fast import PMF, MultimodalCollator, evaluate, load_model
+from u2a_fast.lora import LoraLinear
 from u2a_fast.reference import ReferencePMF
 
 PAIR = {"image": "vit", "text": "bert"}
@@ -232,11 +233,16 @@ def test_nothing_is_kept_below_the_fusion_layers():
     assert fast.encoders["image"].blocks[0].norm1.weight.grad.any()
 
 
-def test_a_fusion_layer_computes_keys_and_values_of_tokens_once():
+def test_a_fusion_layer_computes_keys_and_values_of_tokens_once(monkeypatch):
     """Rows that go through the fused q, k, v product of a fusion layer: tokens once, prompts once for all samples."""
     fast, _, _ = models(PAIR, fusion_layers=1)
-    rows = []
-    fast.encoders["image"].blocks[1].qkv.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:2]))
+    rows, qkv, project = [], fast.encoders["image"].blocks[1].qkv, LoraLinear.after_norm
+
+    def counted(self, norm, x, **learned):
+        rows.extend([x.shape[:2]] if self is qkv else [])
+        return project(self, norm, x, **learned)
+
+    monkeypatch.setattr(LoraLinear, "after_norm", counted)
     fast.encoders["image"].blocks[1].fc2.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:2]))
     fast(**parity.batch(PAIR, COUNT))
     tokens = 10

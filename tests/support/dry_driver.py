@@ -60,6 +60,7 @@ def dry(target: str, compiles: bool = True):
     device, before = DryDevice(target, compiles), driver._active
     hip = "6.4" if device.amd else None
     with (
+        mock.patch.object(backend, "_backend", "triton"),
         mock.patch.object(backend, "resolve", lambda *tensors: "triton"),
         mock.patch.object(torch.version, "hip", hip),
         mock.patch.object(torch.cuda, "device_of", contextlib.nullcontext),

@@ -30,7 +30,7 @@ def copy_of_kernels(mutant: Mutant | None = None):
     name = f"mutant_{next(_numbers)}"
     with tempfile.TemporaryDirectory() as folder:
         for path in SOURCE.glob("*.py"):
-            text = path.read_text().replace("u2a_fast::", f"{name}::")
+            text = path.read_text().replace('NAMESPACE = "u2a_fast"', f'NAMESPACE = "{name}"')
             if mutant is not None and path.name == mutant.file:
                 assert mutant.old in text, f"{mutant.old!r} is no longer in {mutant.file}"
                 text = text.replace(mutant.old, mutant.new)

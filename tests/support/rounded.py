@@ -4,8 +4,7 @@ import copy
 
 import torch
 
-from u2a_fast.kernels import dequantize_rows
-from u2a_fast.quantization import unpack_nf4
+from u2a_fast.kernels import dequantize_rows, unpack_nf4
 
 
 def dequantised(model):

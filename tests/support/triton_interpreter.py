@@ -53,18 +53,18 @@ def interpreted(sanitizers=("bounds",), seed=0, backend=backend):
     assert set(sanitizers) <= set(SANITIZERS), f"sanitizers are {SANITIZERS}"
     launched = []
 
-    def launch(kernel, grid, *args, **options):
+    def launch(kernel, grid, **arguments):
         if 0 in grid:
             return
         launched.append(kernel.__name__)
         with contextlib.ExitStack() as checks:
             if "bounds" in sanitizers:
-                checks.enter_context(_bounds([a for a in args if torch.is_tensor(a)]))
+                checks.enter_context(_bounds([a for a in arguments.values() if torch.is_tensor(a)]))
             if "races" in sanitizers:
                 checks.enter_context(_races())
             if "order" in sanitizers:
                 checks.enter_context(_grid_order(seed))
-            interpret(kernel)[grid](*args, **options)
+            interpret(kernel)[grid](**arguments)
 
     before = {name: getattr(backend, name) for name in ("_backend", "launch", "interpreting")}
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..block import Block, normalise
+from .padding import Padding, padding_of, take_rows
 
 EmbedResult = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -28,10 +30,13 @@ class Family:
         heads: the config attribute that counts attention heads.
         activation: the config attribute that names the MLP's activation.
         embed: `(encoder, **inputs) -> tokens [B, S, D], padding_mask [B, S] or None`.
+        padding: `(encoder, **inputs) -> padding_mask`, the one that `embed` gives, from the inputs alone; None where
+            `embed` gives none. With it, a step can ask for all that it needs to know of a batch at once.
         class_token: `"first"` row, `"last"` real row, or the `"mean"` of the real rows.
         scales: paths inside a layer of the two LayerScale vectors, or None.
         causal: whether row i sees rows up to i only (CLIP text).
         clamps_fp16: whether layers keep their fp16 results finite (Whisper).
+        requires: what the config must say, where one class has layers of two kinds (Wav2Vec2).
     """
 
     name: str
@@ -41,6 +46,7 @@ class Family:
     roles: dict[str, str]
     norms: tuple[str, str]
     embed: Callable[..., EmbedResult]
+    padding: Callable[..., torch.Tensor] | None = None
     pre_norm: bool = True
     heads: str = "num_attention_heads"
     activation: str = "hidden_act"
@@ -48,6 +54,7 @@ class Family:
     scales: tuple[str, str] | None = None
     causal: bool = False
     clamps_fp16: bool = False
+    requires: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Encoder(nn.Module):
@@ -96,14 +103,18 @@ class Encoder(nn.Module):
         }
         return self.family.embed(self, **inputs)
 
+    def padding_mask(self, **inputs: torch.Tensor) -> torch.Tensor | None:
+        """The mask that `embed` will give, bool `[B, S]`; None where there is none, or none is known before."""
+        return None if self.family.padding is None else self.family.padding(self, **inputs)
+
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         tokens, padding_mask = self.embed(**inputs)
-        return self.finish(self.run(tokens, padding_mask))
+        return self.finish(self.run(tokens, padding_of(padding_mask)))
 
     def run(
         self,
         tokens: torch.Tensor,
-        padding_mask: torch.Tensor | None = None,
+        padding: Padding | torch.Tensor | None = None,
         suffix: torch.Tensor | None = None,
         present: torch.Tensor | None = None,
         layers: slice = slice(None),
@@ -111,11 +122,13 @@ class Encoder(nn.Module):
         """All blocks (or `layers` of them): tokens `[B, S, D]` -> `[B, S + Q, D]`, before `finish`.
 
         Args:
-            padding_mask: bool `[B, S]`; real tokens may stand anywhere in a row.
+            padding: of the tokens; or the mask that `embed` gave, which is worked out here then.
             suffix: `[Q, D]` learned rows, appended once and always visible.
             present: bool `[B]`; token rows of absent samples are never read, the first suffix row stands in.
         """
-        order, lengths = key_order(padding_mask)
+        if torch.is_tensor(padding):
+            padding = padding_of(padding)
+        order, lengths = (None, None) if padding is None else (padding.order, padding.lengths)
         if order is not None:
             tokens = take_rows(tokens, order)
         rows, mask_token = 0, None if present is None else suffix[0]
@@ -159,35 +172,3 @@ def masked_mean(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
         return tokens.mean(dim=1)
     kept = torch.where(mask[:, :, None], tokens, 0)
     return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def key_order(padding_mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """How `kernels.attention` is told of padding: `(order [B, S] or None, lengths [B] or None)`.
-
-    Attention takes the number of real keys at the front of each row. A mask with holes or on the left is brought into
-    that form by a stable reordering of the rows; without positions inside the blocks the order does not matter.
-    """
-    if padding_mask is None:
-        return None, None
-    lengths = padding_mask.sum(dim=1)
-    if not torch.compiler.is_compiling():
-        if bool(padding_mask.all()):
-            return None, None
-        if bool((padding_mask[:, :-1] >= padding_mask[:, 1:]).all()):
-            return None, lengths
-    return (~padding_mask).to(torch.uint8).argsort(dim=1, stable=True), lengths
-
-
-def real_rows_first(
-    tokens: torch.Tensor, padding_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens `[B, S, D]` and their mask with the padding of every sample at its end; what is real keeps its order."""
-    order, _ = key_order(padding_mask)
-    if order is None:
-        return tokens, padding_mask
-    return take_rows(tokens, order), padding_mask.gather(1, order)
-
-
-def take_rows(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """tokens `[B, S, D]`, order `[B, S]` -> row `order[b, s]` of sample b at place s."""
-    return tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))

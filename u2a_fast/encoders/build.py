@@ -13,12 +13,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ..block import Block
 from ..lora import LoraLinear
 from .base import Encoder, Family
-from .families import FAMILIES, WAV2VEC2, WAV2VEC2_STABLE
+from .families import FAMILIES
 
-SUPPORTED = (
-    "BERT, RoBERTa, ELECTRA, ViT, DeiT, DINOv2, CLIP text, CLIP vision, SigLIP vision, AST, Wav2Vec2, HuBERT, "
-    "Whisper encoder"
-)
+SUPPORTED = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
 TOWERS = {
     ("clip", "text"): "CLIPTextModel",
     ("clip", "image"): "CLIPVisionModel",
@@ -92,10 +89,8 @@ def load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
 def family_of(model: nn.Module) -> Family:
     """The spec that reads a model; ValueError where there is none."""
     name = type(model).__name__
-    if name in ("Wav2Vec2Model", "HubertModel"):
-        return WAV2VEC2_STABLE if model.config.do_stable_layer_norm else WAV2VEC2
     for family in FAMILIES:
-        if name in family.classes:
+        if name in family.classes and all(getattr(model.config, k) == v for k, v in family.requires.items()):
             return family
     if "For" in name:
         raise ValueError(f"{name} carries a task head: pass the encoder below it, model.base_model")

@@ -19,7 +19,13 @@ def embed_text(
     tokens = encoder.stem["embeddings"](input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
     if "embeddings_project" in encoder.stem:  # ELECTRA with embeddings narrower than its blocks
         tokens = encoder.stem["embeddings_project"](tokens)
-    return tokens, None if attention_mask is None else attention_mask.bool()
+    return tokens, text_padding(encoder, attention_mask=attention_mask)
+
+
+def text_padding(
+    encoder: Encoder, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
+) -> torch.Tensor | None:
+    return None if attention_mask is None else attention_mask.bool()
 
 
 def embed_clip_text(
@@ -29,13 +35,19 @@ def embed_clip_text(
     position_ids: torch.Tensor | None = None,
 ) -> EmbedResult:
     tokens = encoder.stem["embeddings"](input_ids, position_ids=position_ids)
+    return tokens, clip_text_padding(encoder, input_ids, attention_mask)
+
+
+def clip_text_padding(
+    encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
+) -> torch.Tensor:
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     eos = encoder.config.eos_token_id
     # Configs from before transformers 4.31 say 2 and mean the highest id. Rows after the end of text are padding; so
     # are those before the text that hold the same id, which CLIP pads with.
     end = real & (input_ids == (input_ids.amax(dim=1, keepdim=True) if eos == 2 else eos))
     after_end = end.int().cumsum(dim=1) - end.int() > 0
-    return tokens, real & ~after_end
+    return real & ~after_end
 
 
 def embed_image(encoder: Encoder, pixel_values: torch.Tensor, **options: bool) -> EmbedResult:
@@ -52,24 +64,37 @@ def embed_spectrogram(encoder: Encoder, input_values: torch.Tensor) -> EmbedResu
 def embed_waveform(
     encoder: Encoder, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> EmbedResult:
-    stem, config = encoder.stem, encoder.config
-    convolutions = list(zip(config.conv_kernel, config.conv_stride, strict=True))
-    shortest = 1  # samples that make one row
-    for kernel, stride in reversed(convolutions):
-        shortest = (shortest - 1) * stride + kernel
+    stem, shortest = encoder.stem, _samples_of_a_row(encoder)
     input_values = pad(input_values, (0, max(0, shortest - input_values.shape[1])))
     features = stem["feature_extractor"](input_values).transpose(1, 2)  # [B, S, C]
     tokens = stem["feature_projection"](features)
     tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # [B, S, D]
-    real = None
-    if attention_mask is not None:
-        lengths = attention_mask.sum(dim=1).clamp(min=shortest)
-        for kernel, stride in convolutions:
-            lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
-        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    real = waveform_padding(encoder, input_values, attention_mask)
+    if real is not None:
         tokens = torch.where(real[:, :, None], tokens, 0)  # the positional convolution must not see padding
     tokens = tokens + stem["positions"](tokens)
     return stem["post_norm"](tokens) if "post_norm" in stem else tokens, real
+
+
+def waveform_padding(
+    encoder: Encoder, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    if attention_mask is None:
+        return None
+    shortest = _samples_of_a_row(encoder)
+    rows, lengths = max(input_values.shape[1], shortest), attention_mask.sum(dim=1).clamp(min=shortest)
+    for kernel, stride in zip(encoder.config.conv_kernel, encoder.config.conv_stride, strict=True):
+        rows = (rows - kernel) // stride + 1
+        lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
+    return torch.arange(rows, device=lengths.device) < lengths[:, None]
+
+
+def _samples_of_a_row(encoder: Encoder) -> int:
+    """The shortest waveform from which the convolutions make a row."""
+    shortest = 1
+    for kernel, stride in zip(reversed(encoder.config.conv_kernel), reversed(encoder.config.conv_stride), strict=True):
+        shortest = (shortest - 1) * stride + kernel
+    return shortest
 
 
 def embed_whisper(
@@ -134,6 +159,7 @@ BERT = Family(
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     pre_norm=False,
     embed=embed_text,
+    padding=text_padding,
 )
 VIT = Family(
     name="ViT, DeiT",
@@ -164,6 +190,7 @@ CLIP_TEXT = Family(
     class_token="last",
     causal=True,
     embed=embed_clip_text,
+    padding=clip_text_padding,
 )
 CLIP_VISION = Family(
     name="CLIP vision",
@@ -204,9 +231,11 @@ WAV2VEC2 = Family(
     pre_norm=False,
     class_token="mean",
     embed=embed_waveform,
+    padding=waveform_padding,
+    requires={"do_stable_layer_norm": False},
 )
 WAV2VEC2_STABLE = Family(
-    name="Wav2Vec2, HuBERT with do_stable_layer_norm",
+    name="Wav2Vec2, HuBERT",
     classes=("Wav2Vec2Model", "HubertModel"),
     stem={**WAV2VEC2_STEM, "final_norm": "encoder.layer_norm"},
     layers="encoder.layers",
@@ -214,6 +243,8 @@ WAV2VEC2_STABLE = Family(
     norms=("layer_norm", "final_layer_norm"),
     class_token="mean",
     embed=embed_waveform,
+    padding=waveform_padding,
+    requires={"do_stable_layer_norm": True},
 )
 WHISPER = Family(
     name="Whisper encoder",

@@ -11,7 +11,7 @@ from .late_fusion import LateFusion
 from .pmf import PMF
 from .u2a import U2A
 
-METHODS: dict[str, type[MultimodalModel]] = {"u2a": U2A, "pmf": PMF, "joint_embedding": JointEmbedding}
+METHODS = {method.config_class.model_type: method for method in (U2A, PMF, JointEmbedding, LateFusion)}
 
 __all__ = ["METHODS", "PMF", "U2A", "JointEmbedding", "LateFusion", "MultimodalModel", "load_model"]
 
@@ -25,7 +25,6 @@ def load_model(name_or_path: str | os.PathLike, **options: Any) -> MultimodalMod
     from transformers import PreTrainedConfig
 
     kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
-    known = {method.config_class.model_type: method for method in (*METHODS.values(), LateFusion)}
-    if kind not in known:
-        raise ValueError(f"{name_or_path} holds a {kind!r} model: u2a_fast loads {', '.join(known)}")
-    return known[kind].from_pretrained(name_or_path, **options)
+    if kind not in METHODS:
+        raise ValueError(f"{name_or_path} holds a {kind!r} model: u2a_fast loads {', '.join(METHODS)}")
+    return METHODS[kind].from_pretrained(name_or_path, **options)

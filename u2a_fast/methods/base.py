@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..quantization import check_storage, mode_of, normalise, quantize_encoder, stored_elements
-from .config import MultimodalConfig, MultimodalOutput
+from .. import host
+from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
+from ..quantization import read_quantization
+from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
 from .loading import as_encoder, load_processor, overlay, saved_processors, saved_state
+from .presence import Rows, check_modalities, presence, present_rows, refuse_empty
 
-if TYPE_CHECKING:
-    from ..memory import MemoryRow
-
+PaddingMasks = Mapping[str, Tensor | None]
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -36,6 +36,12 @@ class MultimodalModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     min_modalities = 2
+    baseline = False  # whether it stands for what there was before: `compare` runs it on request only
+
+    all_absent = Option(("error", "prior").__contains__, 'one of ["error", "prior"]')
+    label_smoothing = Option(lambda value: 0 <= value < 1, "at least 0 and below 1")
+    auxiliary_weight = 0.0  # of the auxiliary loss
+    static_shapes = False  # whether every row runs, so that nothing depends on values of the batch
 
     def __init__(
         self,
@@ -43,22 +49,20 @@ class MultimodalModel(PreTrainedModel):
         num_labels: int,
         problem_type: str | None,
         quantization: Any,
-        all_absent: str,
         processors: Mapping[str, Any] | None,
-        label_smoothing: float,
         **arguments: Any,
     ):
-        check_choice("all_absent", all_absent, ("error", "prior"))
+        for name, value in arguments.items():
+            if isinstance(option := getattr(type(self), name, None), Option):
+                option.check(value)
         if num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, not {num_labels}")
         if problem_type is not None:
             check_choice("problem_type", problem_type, PROBLEM_TYPES)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, not {label_smoothing}")
         if len(encoders) < self.min_modalities:
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
         check_modalities(processors or (), list(encoders))
-        modes = normalise(quantization, encoders)
+        modes = read_quantization(quantization, encoders)
         built = {name: as_encoder(name, given, None) for name, given in encoders.items()}
         for name, encoder in built.items():
             check_storage(encoder, modes[name])
@@ -68,40 +72,44 @@ class MultimodalModel(PreTrainedModel):
             encoders={name: encoder.name_or_path for name, encoder in built.items()},
             encoder_dtypes={name: str(encoder.dtype).removeprefix("torch.") for name, encoder in built.items()},
             encoders_in_8bit=[name for name, encoder in built.items() if encoder.loaded_in_8bit],
-            arguments={
-                **arguments,
-                "all_absent": all_absent,
-                "label_smoothing": label_smoothing,
-                "quantization": stored if any(stored.values()) else None,
-            },
+            arguments={**arguments, "quantization": stored if any(stored.values()) else None},
             num_labels=num_labels,
             problem_type=problem_type,
         )
         super().__init__(config)
         self.encoders = nn.ModuleDict(built)
-        self.all_absent, self.label_smoothing = all_absent, label_smoothing
         self._processors = dict(processors or {})
 
     # -------------------------------------------------------------------------------------------- what a method says
-    def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> Any:
-        """Everything that `fuse` needs of a batch; rows of absent modalities hold anything."""
+    def encode(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None = None
+    ) -> Any:
+        """Everything that `fuse` needs of a batch; rows of absent modalities hold anything.
+
+        Args:
+            present: bool `[B, M]`, on the CPU or, at the cost of waiting for it, on a device.
+            padding: the encoders' `padding_mask` by modality, on the CPU, where they are there already.
+        """
         raise NotImplementedError
 
-    def fuse(self, encoded: Any, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`encode`'s result and bool `[B, M]` -> logits `[B, C]` and the auxiliary loss (scalar)."""
+    def fuse(self, encoded: Any, present: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode`'s result and `present` as it took it -> logits `[B, C]` and the auxiliary loss (scalar)."""
         raise NotImplementedError
 
-    def drop_modalities(self, present: torch.Tensor) -> torch.Tensor:
+    def drop_modalities(self, present: Tensor) -> Tensor:
         """Presence as a training step sees it; the default drops nothing."""
         return present
 
-    auxiliary_weight = 0.0
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        """Constructor arguments for the `TrainOptions` that are this method's own."""
+        raise NotImplementedError(f"{cls.__name__} does not say which options of training it takes: define its recipe")
 
     # ------------------------------------------------------------------------------------------------------- forward
     def forward(
         self,
-        modality_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        modality_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         return_dict: bool | None = None,
         **inputs: Mapping[str, Any],
     ) -> MultimodalOutput | tuple:
@@ -112,16 +120,28 @@ class MultimodalModel(PreTrainedModel):
                 modality without a keyword is absent. Inputs of absent rows may hold anything, NaN included.
             labels: `[B]` class indices, or `[B, C]` floats for multi-label and regression problems.
 
+        Values are checked too (a sample with nothing present, a label out of range), and kernels are chosen by them:
+        those that lie on a device come over in one copy a step, which waits for the device; those on the CPU, as the
+        collator leaves them, cost nothing. With static shapes (`absent="where"`) nothing waits, so that values on a
+        device go unchecked.
+
         Raises:
             ValueError: unknown modality, mask of another shape, a sample with nothing present, label out of range.
             TypeError: a mask that is not bool.
         """
-        present = self.presence(inputs, modality_mask)
+        present, padding = presence(self.config.modalities, inputs, modality_mask), None
+        inputs = {name: values for name, values in inputs.items() if any(map(torch.is_tensor, values.values()))}
         if labels is not None:
-            self.check_labels(labels, present.shape[0])
+            self.check_labels(labels, len(present))
+        if not self.static_shapes:
+            (present, on_host), padding = self._to_host(inputs, present, labels)
+            if labels is not None:
+                self.check_labels(on_host, len(present))
+        if self.all_absent == "error" and host.readable(present):
+            refuse_empty(present)
         if self.training:
             present = self.drop_modalities(present)
-        logits, auxiliary = self.fuse(self.encode(inputs, present), present)
+        logits, auxiliary = self.fuse(self.encode(inputs, present, padding), present)
         output = MultimodalOutput(logits=logits)
         if labels is not None:
             output.task_loss = self.task_loss(logits, labels)
@@ -130,51 +150,31 @@ class MultimodalModel(PreTrainedModel):
             output = MultimodalOutput(**{name: output[name] for name in ("loss", "logits", "task_loss", "align_loss")})
         return output.to_tuple() if return_dict is False else output
 
-    def presence(self, inputs: Mapping[str, Any], modality_mask: torch.Tensor | None) -> torch.Tensor:
-        """The checked presence mask of a batch, bool `[B, M]`."""
-        modalities = self.config.modalities
-        check_modalities(inputs, modalities)
-        given = {name: _first_tensor(values) for name, values in inputs.items()}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
-        if not given:
-            raise ValueError(
-                f"the batch holds none of {', '.join(modalities)}: if Trainer dropped the columns, "
-                "pass TrainingArguments(remove_unused_columns=False)"
-            )
-        first = next(iter(given.values()))
-        batch, device = first.shape[0], first.device
-        if modality_mask is None:
-            modality_mask = torch.ones(batch, len(modalities), dtype=torch.bool, device=device)
-        if not torch.is_tensor(modality_mask) or modality_mask.dtype != torch.bool:
-            found = getattr(modality_mask, "dtype", type(modality_mask).__name__)
-            raise TypeError(f"modality_mask must be a bool tensor (True = present), not {found}")
-        if modality_mask.shape != (batch, len(modalities)):
-            raise ValueError(
-                f"modality_mask must be [{batch}, {len(modalities)}] (samples, {', '.join(modalities)}), "
-                f"not {list(modality_mask.shape)}"
-            )
-        for name, tensor in given.items():
-            if tensor.shape[0] != batch:
-                raise ValueError(f"the batch holds {batch} samples but {tensor.shape[0]} rows of {name}")
-        missing = torch.tensor([name not in given for name in modalities], device=device)
-        present = modality_mask & ~missing
-        if self.all_absent == "error" and not torch.compiler.is_compiling():
-            empty = (~present.any(dim=1)).nonzero().flatten().tolist()
-            if empty:
-                raise ValueError(
-                    f"samples {empty[:5]} of the batch have every modality absent: drop them, "
-                    'or build the model with all_absent="prior"'
-                )
-        return present
+    def _to_host(
+        self, inputs: Mapping[str, Mapping[str, Any]], *tensors: Tensor | None
+    ) -> tuple[list[Tensor | None], PaddingMasks]:
+        """The tensors, and the padding mask of every modality, on the CPU, in one copy."""
+        masks = {name: self.encoders[name].padding_mask(**values) for name, values in inputs.items()}
+        copies = host.to_host(*tensors, *masks.values())
+        return copies[: len(tensors)], dict(zip(masks, copies[len(tensors) :], strict=True))
 
-    def task_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def rows(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None = None
+    ) -> dict[str, Rows]:
+        """The samples of each modality that the batch holds inputs of, by name. See `encode` for `padding`."""
+        if padding is None:
+            (present,), padding = self._to_host(inputs, present)
+        here = zip(self.config.modalities, present.unbind(1), strict=True)
+        return {name: present_rows(inputs[name], rows, padding[name]) for name, rows in here if name in inputs}
+
+    def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.problem_type(labels) == "regression":
             return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
         if self.problem_type(labels) == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return F.cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing if self.training else 0.0)
 
-    def problem_type(self, labels: torch.Tensor) -> str:
+    def problem_type(self, labels: Tensor) -> str:
         """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers."""
         if self.config.problem_type is not None:
             return self.config.problem_type
@@ -182,8 +182,8 @@ class MultimodalModel(PreTrainedModel):
             return "regression"
         return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
-    def check_labels(self, labels: torch.Tensor, batch: int) -> None:
-        """Refuse labels that do not fit `batch` samples and the classes of this model; -100 stands for none."""
+    def check_labels(self, labels: Tensor, batch: int) -> None:
+        """Refuse labels that do not fit `batch` samples and, on the CPU, the classes of this model; -100: no label."""
         count = self.config.num_labels
         if not torch.is_tensor(labels) or labels.dim() == 0:
             raise TypeError(f"labels must be a tensor of {batch} rows, not {labels!r}")
@@ -195,7 +195,7 @@ class MultimodalModel(PreTrainedModel):
             return
         if labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(f"labels must be [{batch}] class indices, not {list(labels.shape)} of {labels.dtype}")
-        if torch.compiler.is_compiling():
+        if not host.readable(labels):
             return
         outside = labels[(labels < 0) & (labels != -100) | (labels >= count)]
         if outside.numel():
@@ -225,7 +225,7 @@ class MultimodalModel(PreTrainedModel):
         return {name: self._processors[name] for name in names}
 
     @torch.no_grad()
-    def predict(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 32) -> torch.Tensor:
+    def predict(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 32) -> Tensor:
         """Raw samples -> logits `[N, C]`; an absent key, None or NaN is a missing modality.
 
         Raises:
@@ -246,8 +246,8 @@ class MultimodalModel(PreTrainedModel):
                 batch = collate([{name: sample.get(name) for name in named or modalities} for sample in chosen])
                 present = dict(zip(collate.modalities, batch.pop("modality_mask").unbind(1), strict=True))
                 nowhere = torch.zeros(len(chosen), dtype=torch.bool)
-                batch["modality_mask"] = torch.stack([present.get(name, nowhere) for name in modalities], dim=1)
-                logits.append(self(**to_device(batch, self.device)).logits)
+                mask = torch.stack([present.get(name, nowhere) for name in modalities], dim=1)
+                logits.append(self(**to_device(batch, self.device), modality_mask=mask).logits)
         finally:
             self.train(was_training)
         return torch.cat(logits) if logits else torch.empty(0, self.config.num_labels)
@@ -262,27 +262,17 @@ class MultimodalModel(PreTrainedModel):
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
-    def memory_report(
-        self, batch_size: int = 32, tokens: Mapping[str, int] | None = None, optimizer: str = "adamw"
-    ) -> list[MemoryRow]:
-        """Bytes of a training step, this model first, then PEFT's LoRA and full fine-tuning of the same encoders.
-
-        Args:
-            batch_size: samples in a step, every modality present.
-            tokens: `{modality: rows of a sample}`; by default what the encoder's config gives, and 128 for texts.
-            optimizer: `"adamw"` (two fp32 states) or `"adamw_8bit"`.
-
-        `u2a_fast.memory.print_plan` shows the rows as a table.
-        """
-        from ..memory import report
-
-        return report(self, batch_size, tokens, optimizer)
-
     def get_input_embeddings(self) -> None:
         return None  # the default raises on a composite model, and accelerate calls it unguarded
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: constructors initialise what they make, and encoders arrive with their weights."""
+
+    def _replicate_for_data_parallel(self) -> None:
+        """Called by `nn.DataParallel`, whose copies have no parameters of their own."""
+        raise ValueError(
+            "nn.DataParallel is not supported: start one process a GPU, as `torchrun` does, or show one GPU"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -329,7 +319,8 @@ class MultimodalModel(PreTrainedModel):
         if config.model_type != cls.config_class.model_type:
             raise ValueError(f"{name_or_path} holds a {config.model_type} model, not {cls.config_class.model_type}")
         check_modalities(encoders or (), config.modalities)
-        modes = normalise(overrides.get("quantization", config.arguments.get("quantization")), config.modalities)
+        arguments = {**config.arguments, **overrides}
+        modes = read_quantization(arguments.get("quantization"), config.modalities)
         built = {}
         for name in config.modalities:
             source = (encoders or {}).get(name, config.encoders[name])
@@ -338,9 +329,7 @@ class MultimodalModel(PreTrainedModel):
             in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
             encoder = as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
             built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
-        model = cls(
-            built, num_labels=config.num_labels, problem_type=config.problem_type, **{**config.arguments, **overrides}
-        )
+        model = cls(built, num_labels=config.num_labels, problem_type=config.problem_type, **arguments)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         state, folder = saved_state(name_or_path)
         overlay(model, state, str(name_or_path))
@@ -348,31 +337,8 @@ class MultimodalModel(PreTrainedModel):
         return model.eval()
 
 
-def packed_rows(inputs: Mapping[str, Any], here: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The samples that are present: their indices in the batch, and their rows of every input tensor."""
-    index = here.nonzero().flatten()
-    return index, {k: v[index] if torch.is_tensor(v) else v for k, v in inputs.items()}
-
-
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor of its nested dictionaries on `device`."""
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     return batch.to(device) if torch.is_tensor(batch) else batch
-
-
-def _first_tensor(values: Any) -> torch.Tensor | None:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"a modality's inputs must be a dictionary of tensors, not {type(values).__name__}")
-    return next((value for value in values.values() if torch.is_tensor(value)), None)
-
-
-def check_modalities(names: Iterable[str], modalities: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in modalities]
-    if unknown:
-        raise ValueError(f"unknown modality {unknown[0]!r}: this model has {', '.join(modalities)}")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {json.dumps(list(choices))}, not {value!r}")

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {json.dumps(list(choices))}, not {value!r}")
+
+
+class Option:
+    """A constructor argument that may change later. It lives in `config.arguments` alone: what is set is what is saved.
+
+    Args:
+        accepts: which values are taken.
+        rule: what `accepts` says, for the message.
+    """
+
+    def __init__(self, accepts: Callable[[Any], bool], rule: str):
+        self.accepts, self.rule = accepts, rule
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        return self if model is None else model.config.arguments[self.name]
+
+    def __set__(self, model: Any, value: Any) -> None:
+        self.check(value)
+        model.config.arguments[self.name] = value
+
+    def check(self, value: Any) -> None:
+        if not self.accepts(value):
+            raise ValueError(f"{self.name} must be {self.rule}, not {value!r}")
 
 
 class MultimodalConfig(PreTrainedConfig):

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import host
 from ..encoders import Encoder
-from ..encoders.base import key_order, real_rows_first
-from ..lora import LoraConfig, add_adapters, read_lora
-from .base import MultimodalModel, check_choice, packed_rows
-from .config import MultimodalConfig
+from ..encoders.frozen import add_adapters
+from ..encoders.padding import Padding, real_rows_first
+from ..lora import LoraConfig, read_lora
+from .base import MultimodalModel, PaddingMasks
+from .config import MultimodalConfig, Option, check_choice
 
 
 class JointEmbeddingConfig(MultimodalConfig):
@@ -24,8 +26,8 @@ class JointEmbeddingConfig(MultimodalConfig):
 class JointEncoded:
     """Per modality, in modality order: its class token and the mean of its prompt rows, `[B, D_m]`; zeros if absent."""
 
-    class_tokens: list[torch.Tensor]
-    read: list[torch.Tensor]
+    class_tokens: list[Tensor]
+    read: list[Tensor]
 
 
 class JointEmbedding(MultimodalModel):
@@ -70,6 +72,8 @@ class JointEmbedding(MultimodalModel):
     """
 
     config_class = JointEmbeddingConfig
+    all_absent = Option("error".__eq__, '"error", since a prediction needs something present')
+    vicreg_weight = Option(lambda value: value >= 0, "at least 0")
 
     def __init__(
         self,
@@ -85,8 +89,6 @@ class JointEmbedding(MultimodalModel):
         processors: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
     ):
-        if all_absent != "error":
-            raise ValueError(f'all_absent must be "error", not {all_absent!r}: a prediction needs something present')
         if read_only_prompts < 1:
             raise ValueError(f"read_only_prompts must be at least 1, not {read_only_prompts}")
         if isinstance(tuning, str) and tuning != "bitfit":
@@ -98,15 +100,14 @@ class JointEmbedding(MultimodalModel):
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             read_only_prompts=read_only_prompts,
             tuning=lora.to_dict() if lora else "bitfit",
             fusion=fusion,
             vicreg_weight=vicreg_weight,
         )
-        self.auxiliary_weight = vicreg_weight
         add_adapters(self.encoders.values(), lora)
         if lora is None:
             train_biases(self.encoders.values())
@@ -122,46 +123,57 @@ class JointEmbedding(MultimodalModel):
             self.head = nn.ModuleDict({m: nn.Linear(d, num_labels) for m, d in widths.items()})
         self.post_init()
 
-    def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> JointEncoded:
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"tuning": options.lora if options.tuning == "lora" else options.tuning}
+
+    @property
+    def auxiliary_weight(self) -> float:
+        return self.vicreg_weight
+
+    def encode(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None = None
+    ) -> JointEncoded:
         """Both readings of every modality, on the rows that are present only."""
-        encoded = JointEncoded([], [])
-        for i, name in enumerate(self.config.modalities):
-            index, rows = packed_rows(inputs.get(name, {}), present[:, i])
-            readings = [self.prompts[name].new_zeros(len(present), self.encoders[name].width)] * 2
-            if rows:
-                here = self._read(name, rows)
-                readings = [zeros.index_copy(0, index, own) for zeros, own in zip(readings, here, strict=True)]
+        rows, encoded = self.rows(inputs, present, padding), JointEncoded([], [])
+        for name, encoder in self.encoders.items():
+            readings = [self.prompts[name].new_zeros(len(present), encoder.width)] * 2
+            if name in rows:
+                own = self.read(name, *rows[name].embed(encoder))
+                readings = [rows[name].spread(reading, len(present)) for reading in own]
             encoded.class_tokens.append(readings[0])
             encoded.read.append(readings[1])
         return encoded
 
-    def _read(self, name: str, rows: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs of b samples -> class token and mean of the prompt rows, after the last norm: `[b, D]` each."""
+    def read(self, name: str, tokens: Tensor, padding: Padding | None) -> tuple[Tensor, Tensor]:
+        """tokens `[b, S, D]` -> class token and mean of the prompt rows, after the last norm: `[b, D]` each."""
         encoder, prompts = self.encoders[name], self.prompts[name]
-        tokens, padding_mask = real_rows_first(*encoder.embed(**rows))
-        lengths = key_order(padding_mask)[1]
+        tokens, padding = real_rows_first(tokens, padding)
+        lengths = padding and padding.lengths
         readers = prompts.to(tokens.dtype)[None]  # [1, K, D], and [b, K, D] from the first block on
         for block in encoder.blocks:
             tokens, readers = block(tokens, lengths, None, 0, None, None, readers)
-        class_token = encoder.class_token(encoder.finish(tokens), padding_mask)
+        class_token = encoder.class_token(encoder.finish(tokens), padding and padding.mask)
         return class_token.to(prompts.dtype), encoder.finish(readers).to(prompts.dtype).mean(dim=1)
 
-    def fuse(self, encoded: JointEncoded, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fuse(self, encoded: JointEncoded, present: Tensor) -> tuple[Tensor, Tensor]:
         """present `[B, M]` may mark less than was encoded, never more."""
         embeddings, loss = [], 0
+        (on_host,), device = host.to_host(present), encoded.read[0].device
+        present = host.send(present, device)
         for j, target in enumerate(self.config.modalities):
             real, total = encoded.class_tokens[j], 0
             sources = [i for i in range(present.shape[1]) if i != j]
             for i in sources:
                 predicted = self.predictor[self.config.modalities[i]][target](encoded.read[i])  # [B, D_j]
-                both = present[:, i] & present[:, j]
+                both = host.send((on_host[:, i] & on_host[:, j]).nonzero().flatten(), device)
                 loss = loss + vicreg(predicted[both], real[both])
                 total = total + torch.where(present[:, i, None], predicted, 0)
             mean = total / present[:, sources].sum(dim=1, keepdim=True).clamp(min=1)
             embeddings.append(torch.where(present[:, j, None], real, mean.to(real.dtype)))
         return self.classify(embeddings), loss
 
-    def classify(self, embeddings: list[torch.Tensor]) -> torch.Tensor:
+    def classify(self, embeddings: list[Tensor]) -> Tensor:
         """One `[B, D_m]` per modality -> logits `[B, C]`."""
         if isinstance(self.head, nn.Linear):
             return self.head(torch.cat(embeddings, dim=1))
@@ -169,7 +181,7 @@ class JointEmbedding(MultimodalModel):
         return torch.stack(logits).mean(dim=0)
 
 
-def vicreg(predicted: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def vicreg(predicted: Tensor, real: Tensor) -> Tensor:
     """VICReg (Bardes et al., arXiv 2105.04906) of predicted `[N, d]` against real, which gets no gradient.
 
     ::

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..lora import LoraConfig, add_adapters, read_lora
-from .base import MultimodalModel, packed_rows
+from .. import host
+from ..encoders.frozen import add_adapters
+from ..lora import LoraConfig, read_lora
+from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig
 
 
@@ -25,6 +27,7 @@ class LateFusion(MultimodalModel):
 
     config_class = LateFusionConfig
     min_modalities = 1
+    baseline = True
 
     def __init__(
         self,
@@ -43,30 +46,35 @@ class LateFusion(MultimodalModel):
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             lora=lora and lora.to_dict(),
         )
         add_adapters(self.encoders.values(), lora)
         self.head = nn.Linear(sum(encoder.width for encoder in self.encoders.values()), num_labels)
         self.post_init()
 
-    def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> list[torch.Tensor]:
-        """One `[B, D_m]` per modality, zeros in absent rows."""
-        tokens = []
-        for i, (name, encoder) in enumerate(self.encoders.items()):
-            index, rows = packed_rows(inputs.get(name, {}), present[:, i])
-            class_token = self.head.weight.new_zeros(present.shape[0], encoder.width)
-            if rows:
-                embedded, padding_mask = encoder.embed(**rows)
-                hidden = encoder.finish(encoder.run(embedded, padding_mask))
-                here = encoder.class_token(hidden, padding_mask).to(class_token.dtype)
-                class_token = class_token.index_copy(0, index, here)
-            tokens.append(class_token)
-        return tokens
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"lora": options.lora}
 
-    def fuse(self, encoded: list[torch.Tensor], present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None = None
+    ) -> list[Tensor]:
+        """One `[B, D_m]` per modality, zeros in absent rows."""
+        rows, class_tokens = self.rows(inputs, present, padding), []
+        for name, encoder in self.encoders.items():
+            if name in rows:
+                tokens, where = rows[name].embed(encoder)
+                own = encoder.class_token(encoder.finish(encoder.run(tokens, where)), where and where.mask)
+                class_tokens.append(rows[name].spread(own.to(self.head.weight.dtype), len(present)))
+            else:
+                class_tokens.append(self.head.weight.new_zeros(len(present), encoder.width))
+        return class_tokens
+
+    def fuse(self, encoded: list[Tensor], present: Tensor) -> tuple[Tensor, Tensor]:
+        present = host.send(present, self.head.weight.device)
         kept = [torch.where(present[:, i, None], tokens, 0) for i, tokens in enumerate(encoded)]
         logits = self.head(torch.cat(kept, dim=1))
         return logits, logits.new_zeros(())

@@ -8,36 +8,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .. import kernels
+from .. import host, kernels
 from ..block import Block
-from ..encoders.base import EmbedResult, key_order, real_rows_first
+from ..encoders.padding import Padding, padding_of, real_rows_first
 from ..feature_cache import FeatureCache
-from .base import MultimodalModel, packed_rows
-from .config import MultimodalConfig
+from .base import MultimodalModel, PaddingMasks
+from .config import MultimodalConfig, Option
+from .presence import Rows
 
 
 class PMFConfig(MultimodalConfig):
     model_type = "pmf"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PackedTokens:
-    """The b samples that have one modality: index `[b]`, tokens `[b, S, D]`, padding_mask `[b, S]` (at the end)."""
+    """The b samples that have one modality, padding at the end of each: tokens `[b, S, D]`.
 
-    index: torch.Tensor
-    tokens: torch.Tensor
-    padding_mask: torch.Tensor | None
+    positions: int64 `[b]`, their places in the batch, on the CPU. index: the same beside the tokens.
+    """
 
-    def keep(self, here: torch.Tensor) -> PackedTokens:
-        """Those of them that are marked in `here` `[B]`."""
-        kept = here[self.index]
-        if kept.all():
+    positions: Tensor
+    index: Tensor
+    tokens: Tensor
+    padding: Padding | None
+
+    def keep(self, here: Tensor) -> PackedTokens:
+        """Those of them that are marked in `here`, bool `[B]` on the CPU."""
+        kept = here[self.positions].nonzero().flatten()
+        if len(kept) == len(self.positions):
             return self
-        mask = self.padding_mask
-        return PackedTokens(self.index[kept], self.tokens[kept], None if mask is None else mask[kept])
+        rows = host.send(kept, self.index.device)
+        padding = self.padding and self.padding.select(kept)
+        return PackedTokens(self.positions[kept], self.index[rows], self.tokens[rows], padding)
 
 
 class FusionPart(nn.Module):
@@ -58,39 +64,37 @@ class FusionPart(nn.Module):
         # Two modalities need no target in the name: translator.0.weight, not translator.image.0.weight.
         self.translator = nn.ModuleDict(translators) if len(targets) > 1 else next(iter(translators.values()))
 
-    def message(self, target: str, y: torch.Tensor) -> torch.Tensor:
+    def message(self, target: str, y: Tensor) -> Tensor:
         """What the rows y `[b, n, d]` say to modality `target`: `[b, n, d']`."""
         return (self.translator[target] if isinstance(self.translator, nn.ModuleDict) else self.translator)(y)
 
-    def query(self, block: Block, x: torch.Tensor, kv: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    def query(self, block: Block, x: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
         """y = Layer([x ; qcp ; qp])[-n:], `[b, n, D]`. kv: K and V of x, `[b, S, 2 D]`."""
         batch, _, width = x.shape
         count, learned = len(self.query_prompt), len(self.query_context_prompt) + len(self.query_prompt)
         prompts = torch.cat([self.query_context_prompt, self.query_prompt])
-        rows, own = block.project(prompts.to(x.dtype)[None])  # the same for all samples: [1, c + n, D], [1, c + n, 3 D]
-        q = block.heads(own[:, -count:])[0].expand(batch, -1, -1, -1)
-        k, v = block.heads(kernels.assemble(kv, suffix=own[0, :, width:]))  # [b, H, S + c + n, D / H]
+        own, rows = block.project(prompts.to(x.dtype)[None])  # the same for all samples: [1, c + n, 3 D], [1, c + n, D]
+        q = own[:, -count:, :width].expand(batch, -1, -1)  # [b, n, D]
+        kv = kernels.assemble(kv, suffix=own[0, :, width:])  # [b, S + c + n, 2 D]
         if not block.causal:
-            attended = kernels.attention(q, k, v, lengths, suffix=learned)
+            attended = block.attend_project(q, kv, lengths, learned)[0]
         else:  # learned rows come after the tokens: query i sees all rows but the queries after it
-            last = k.shape[2] - count + 1
-            seen = [(q[:, :, i : i + 1], k[:, :, : last + i], v[:, :, : last + i]) for i in range(count)]
-            each = [kernels.attention(*qkv, lengths, learned - count + 1 + i) for i, qkv in enumerate(seen)]
-            attended = torch.cat(each, dim=2)
+            last = kv.shape[1] - count + 1
+            seen = [(q[:, i : i + 1], kv[:, : last + i]) for i in range(count)]
+            each = [block.attend_project(*qkv, lengths, learned - count + 1 + i)[0] for i, qkv in enumerate(seen)]
+            attended = torch.stack(each, dim=1).flatten(0, 1)
         return block.complete(rows[:, -count:], attended)
 
-    def fuse(
-        self, block: Block, x: torch.Tensor, qkv: torch.Tensor, messages: torch.Tensor, lengths: torch.Tensor | None
-    ) -> torch.Tensor:
+    def fuse(self, block: Block, x: Tensor, qkv: Tensor, messages: Tensor, lengths: Tensor | None) -> Tensor:
         """Layer([x ; fcp ; messages])[: N], `[b, N, D]`. qkv: of x, `[b, N, 3 D]`."""
         if block.causal:  # its tokens look back only, and learned rows come after them
-            return block.complete(x, kernels.attention(*block.heads(qkv), lengths, causal=True))
+            return block.complete(x, *block.attend_project(qkv, None, lengths, causal=True))
         width = x.shape[2]
-        _, context = block.project(self.fusion_context_prompt.to(x.dtype)[None])  # [1, c', 3 D]
-        _, said = block.project(messages.to(x.dtype))  # [b, n', 3 D]
+        context, _ = block.project(self.fusion_context_prompt.to(x.dtype)[None])  # [1, c', 3 D]
+        said, _ = block.project(messages.to(x.dtype))  # [b, n', 3 D]
         learned = kernels.assemble(said[..., width:], prefix=context[0, :, width:])  # [b, c' + n', 2 D]
-        k, v = block.heads(torch.cat([qkv[..., width:], learned], dim=1))
-        return block.complete(x, kernels.attention(block.heads(qkv)[0], k, v, lengths, suffix=learned.shape[1]))
+        kv = torch.cat([qkv[..., width:], learned], dim=1)
+        return block.complete(x, block.attend_project(qkv[..., :width], kv, lengths, learned.shape[1])[0])
 
 
 class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
@@ -105,23 +109,23 @@ class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
     samples, and only rows that are read go through attention, output projection and MLP.
     """
 
-    def __init__(self, widths: dict[str, int], *prompts: Any):
+    def __init__(self, widths: dict[str, int], *prompts: int):
         targets = {m: {t: d for t, d in widths.items() if t != m} for m in widths}
         super().__init__({m: FusionPart(d, targets[m], *prompts) for m, d in widths.items()})
 
     def forward(
         self,
         blocks: Sequence[Block],
-        indices: Sequence[torch.Tensor],
-        lengths: Sequence[torch.Tensor | None],
+        indices: Sequence[Tensor],
+        lengths: Sequence[Tensor | None],
         batch: int,
-        *tokens: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+        *tokens: Tensor,
+    ) -> tuple[Tensor, ...]:
         """tokens `[b_m, S_m, D_m]` of the samples `indices` `[b_m]` out of `batch`, for every m -> the same."""
         rows = list(zip(self.items(), blocks, indices, lengths, tokens, strict=True))
         projected, queries = [], {}
         for (name, part), block, index, length, x in rows:
-            _, qkv = block.project(x)  # [b, S, 3 D]
+            qkv, _ = block.project(x)  # [b, S, 3 D]
             y = part.query(block, x, qkv[..., x.shape[2] :], length)
             # A missing modality (ours) says what its query prompts say before they have read anything.
             unread = part.query_prompt.expand(batch, -1, -1)  # [B, n, D]
@@ -174,6 +178,7 @@ class PMF(MultimodalModel):
     """
 
     config_class = PMFConfig
+    all_absent = Option("error".__eq__, '"error", since nothing present gives no logits')
 
     def __init__(
         self,
@@ -191,8 +196,6 @@ class PMF(MultimodalModel):
         label_smoothing: float = 0.0,
         feature_cache: str | os.PathLike | None = None,
     ):
-        if all_absent != "error":
-            raise ValueError(f'all_absent must be "error", not {all_absent!r}: nothing present gives no logits')
         counts = {"query_prompts": query_prompts, "query_context_prompts": query_context_prompts}
         counts |= {"fusion_context_prompts": fusion_context_prompts, "fusion_layers": fusion_layers}
         for name, count in counts.items():
@@ -203,9 +206,9 @@ class PMF(MultimodalModel):
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             train_fusion_context=train_fusion_context,
             **counts,
         )
@@ -219,52 +222,61 @@ class PMF(MultimodalModel):
         self.head = nn.ModuleDict({m: nn.Linear(d, num_labels) for m, d in widths.items()})
         self.post_init()
 
-    def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> list[PackedTokens]:
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"feature_cache": options.feature_cache}
+
+    def encode(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None = None
+    ) -> list[PackedTokens]:
         """The tokens below the fusion layers, of the rows that are present only."""
-        encoded = []
-        for i, (name, encoder) in enumerate(self.encoders.items()):
-            index, rows = packed_rows(inputs.get(name, {}), present[:, i])
-            nothing = torch.zeros(0, 1, encoder.width, dtype=encoder.dtype, device=self.device), None
-            encoded.append(PackedTokens(index, *(self.below(name, rows) if rows else nothing)))
+        rows, encoded = self.rows(inputs, present, padding), []
+        nobody = torch.zeros(0, dtype=torch.long)
+        for name, encoder in self.encoders.items():
+            if name in rows:
+                encoded.append(PackedTokens(rows[name].positions, rows[name].index, *self.below(name, rows[name])))
+            else:
+                nothing = torch.zeros(0, 1, encoder.width, dtype=encoder.dtype, device=self.device)
+                encoded.append(PackedTokens(nobody, host.send(nobody, self.device), nothing, None))
         return encoded
 
-    def below(self, name: str, rows: Mapping[str, Any]) -> EmbedResult:
-        """Inputs of one modality -> tokens `[b, S, D]` where the fusion layers begin, and their padding mask.
+    def below(self, name: str, rows: Rows) -> tuple[Tensor, Padding | None]:
+        """Tokens `[b, S, D]` of one modality where the fusion layers begin, and their padding.
 
         Nothing trains down here, so nothing is kept for backward.
         """
         encoder, below = self.encoders[name], self.encoders[name].num_layers - len(self.layers)
         if self.feature_cache is not None:
-            return real_rows_first(*self.feature_cache.lookup(encoder, below, rows))
-        tokens, padding_mask = real_rows_first(*encoder.embed(**rows))
-        return encoder.run(tokens, padding_mask, layers=slice(below)), padding_mask
+            tokens, mask = self.feature_cache.lookup(encoder, below, rows.inputs)
+            return real_rows_first(tokens, padding_of(mask))
+        tokens, padding = real_rows_first(*rows.embed(encoder))
+        return encoder.run(tokens, padding, layers=slice(below)), padding
 
-    def fuse(self, encoded: list[PackedTokens], present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fuse(self, encoded: list[PackedTokens], present: Tensor) -> tuple[Tensor, Tensor]:
         """present `[B, M]` may mark less than was encoded, never more."""
-        kept = [packed.keep(present[:, i]) for i, packed in enumerate(encoded)]
+        (on_host,) = host.to_host(present)
+        kept = [packed.keep(here) for packed, here in zip(encoded, on_host.unbind(1), strict=True)]
         indices, tokens = [packed.index for packed in kept], [packed.tokens for packed in kept]
-        lengths = [key_order(packed.padding_mask)[1] for packed in kept]
+        lengths = [packed.padding and packed.padding.lengths for packed in kept]
         for i, layer in enumerate(self.layers):
             blocks = [encoder.blocks[i - len(self.layers)] for encoder in self.encoders.values()]
             tokens = layer(blocks, indices, lengths, len(present), *tokens)
         logits = 0
         for (name, head), packed, x in zip(self.head.items(), kept, tokens, strict=True):
             encoder = self.encoders[name]
-            class_token = encoder.class_token(encoder.finish(x), packed.padding_mask)
+            class_token = encoder.class_token(encoder.finish(x), packed.padding and packed.padding.mask)
             own = head(class_token.to(head.weight.dtype))
             logits = logits + own.new_zeros(len(present), own.shape[1]).index_copy(0, packed.index, own)
-        logits = logits / present.sum(dim=1, keepdim=True).clamp(min=1)
+        logits = logits / host.send(present, logits.device).sum(dim=1, keepdim=True).clamp(min=1)
         return logits, logits.new_zeros(())
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any
-    ) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any):
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "PMF needs use_reentrant=False: reentrant checkpoints would not train prompts and messages"
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
 
-    def export_parameters(self) -> dict[str, torch.Tensor]:
+    def export_parameters(self) -> dict[str, Tensor]:
         """All but the encoders: `layers.{i}.{modality}.*` (0: the lowest fusion layer) and `head.{modality}.*`."""
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("encoders.")}

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import kernels
-from ..lora import LoraConfig, add_adapters, read_lora
-from .base import MultimodalModel, check_choice, packed_rows
-from .config import MultimodalConfig
+from .. import host, kernels
+from ..encoders.frozen import add_adapters
+from ..encoders.padding import Padding, padding_of
+from ..lora import LoraConfig, read_lora
+from .base import MultimodalModel, PaddingMasks
+from .config import MultimodalConfig, Option
+
+Read = tuple[Tensor, Tensor]  # what one encoder says: class tokens [B, D], proxies [M - 1, B, D]
 
 
 class U2AConfig(MultimodalConfig):
@@ -23,8 +27,8 @@ class U2AConfig(MultimodalConfig):
 class U2AEncoded:
     """class_tokens `[M, B, D]`; proxies `[M, M, B, D]`: row (m, j) is what encoder m says in place of modality j."""
 
-    class_tokens: torch.Tensor
-    proxies: torch.Tensor
+    class_tokens: Tensor
+    proxies: Tensor
 
 
 class U2A(MultimodalModel):
@@ -67,6 +71,9 @@ class U2A(MultimodalModel):
     """
 
     config_class = U2AConfig
+    modality_dropout = Option(lambda value: 0 <= value <= 1, "in [0, 1]")
+    align_weight = Option(lambda value: value >= 0, "at least 0")
+    absent = Option(("pack", "where").__contains__, 'one of ["pack", "where"]')
 
     def __init__(
         self,
@@ -83,23 +90,19 @@ class U2A(MultimodalModel):
         label_smoothing: float = 0.0,
     ):
         lora = read_lora(lora)
-        check_choice("absent", absent, ("pack", "where"))
-        if not 0 <= modality_dropout <= 1:
-            raise ValueError(f"modality_dropout must be in [0, 1], not {modality_dropout}")
         super().__init__(
             encoders,
             num_labels,
             problem_type,
             quantization,
-            all_absent,
             processors,
-            label_smoothing,
+            all_absent=all_absent,
+            label_smoothing=label_smoothing,
             lora=lora and lora.to_dict(),
             modality_dropout=modality_dropout,
             align_weight=align_weight,
             absent=absent,
         )
-        self.modality_dropout, self.auxiliary_weight, self.absent = modality_dropout, align_weight, absent
         add_adapters(self.encoders.values(), lora)
         widths = {name: encoder.width for name, encoder in self.encoders.items()}
         width, others = max(widths.values()), len(widths) - 1
@@ -108,26 +111,38 @@ class U2A(MultimodalModel):
         self.head = nn.Linear(width, num_labels)
         self.post_init()
 
-    def encode(self, inputs: Mapping[str, Mapping[str, Any]], present: torch.Tensor) -> U2AEncoded:
-        run = self._encode_packed if self.absent == "pack" else self._encode_static
+    @classmethod
+    def recipe(cls, options: Any) -> dict[str, Any]:
+        return {"lora": options.lora, "modality_dropout": options.modality_dropout}
+
+    @property
+    def auxiliary_weight(self) -> float:
+        return self.align_weight
+
+    @property
+    def static_shapes(self) -> bool:
+        return self.absent == "where"
+
+    def encode(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None = None
+    ) -> U2AEncoded:
+        encoded = self._static(inputs, present) if self.static_shapes else self._packed(inputs, present, padding)
+        nothing = self.head.weight.new_zeros(len(present), self.head.in_features)
         class_tokens, proxies = [], []
         for i, name in enumerate(self.config.modalities):
-            if name in inputs:
-                tokens, stand_ins = run(name, inputs[name], present[:, i])  # [B, D], [M - 1, B, D]
-            else:
-                tokens = self.head.weight.new_zeros(present.shape[0], self.head.in_features)
-                stand_ins = tokens.expand(len(present[0]) - 1, -1, -1)
+            tokens, stand_ins = encoded.get(name, (nothing, nothing.expand(present.shape[1] - 1, -1, -1)))
             class_tokens.append(tokens)
             proxies.append(torch.cat([stand_ins[:i], tokens.detach()[None], stand_ins[i:]]))  # diagonal unused
         return U2AEncoded(torch.stack(class_tokens), torch.stack(proxies))
 
-    def fuse(self, encoded: U2AEncoded, present: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fuse(self, encoded: U2AEncoded, present: Tensor) -> tuple[Tensor, Tensor]:
+        present = host.send(present, encoded.class_tokens.device)
         fused, align_loss = kernels.substitute(encoded.class_tokens, encoded.proxies, present)  # [B, D]
         if self.all_absent == "prior":
             fused = torch.where(present.any(dim=1, keepdim=True), fused, self._prior().to(fused.dtype))
         return self.head(fused), align_loss
 
-    def drop_modalities(self, present: torch.Tensor) -> torch.Tensor:
+    def drop_modalities(self, present: Tensor) -> Tensor:
         """With probability `modality_dropout` a sample loses one present modality, drawn uniformly, never its last."""
         if self.modality_dropout == 0:
             return present
@@ -136,42 +151,43 @@ class U2A(MultimodalModel):
         chosen = torch.rand(present.shape[0], 1, device=present.device) < self.modality_dropout
         return present & ~(lost & chosen & (present.sum(dim=1, keepdim=True) > 1))
 
-    def _encode_packed(
-        self, name: str, inputs: Mapping[str, Any], here: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _packed(self, inputs: Mapping[str, Any], present: Tensor, padding: PaddingMasks | None) -> dict[str, Read]:
         """Only the rows that are present run; the others stay 0."""
-        index, rows = packed_rows(inputs, here)
-        class_token, stand_ins = self._read(name, *self.encoders[name].embed(**rows), None)
-        batch = here.shape[0]
-        tokens = class_token.new_zeros(batch, class_token.shape[1]).index_copy(0, index, class_token)
-        proxies = stand_ins.new_zeros(stand_ins.shape[0], batch, stand_ins.shape[2]).index_copy(1, index, stand_ins)
-        return tokens, proxies
+        encoded = {}
+        for name, rows in self.rows(inputs, present, padding).items():
+            class_token, proxies = self.read(name, *rows.embed(self.encoders[name]))
+            encoded[name] = rows.spread(class_token, len(present)), rows.spread(proxies, len(present), dim=1)
+        return encoded
 
-    def _encode_static(
-        self, name: str, inputs: Mapping[str, Any], here: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _static(self, inputs: Mapping[str, Any], present: Tensor) -> dict[str, Read]:
         """All rows run; absent ones start from zeros, since a NaN there would reach the gradients."""
-        clean = {
-            k: torch.where(here.view(-1, *[1] * (v.dim() - 1)), v, 0) if torch.is_tensor(v) else v
-            for k, v in inputs.items()
-        }
-        return self._read(name, *self.encoders[name].embed(**clean), here)
+        encoded = {}
+        for name, here in zip(self.encoders, host.send(present, self.head.weight.device).unbind(1), strict=True):
+            if name in inputs:
+                clean = {
+                    k: torch.where(here.view(-1, *[1] * (v.dim() - 1)), v, 0) if torch.is_tensor(v) else v
+                    for k, v in inputs[name].items()
+                }
+                tokens, mask = self.encoders[name].embed(**clean)
+                encoded[name] = self.read(name, tokens, padding_of(mask, static=True), here)
+        return encoded
 
-    def _read(
-        self, name: str, tokens: torch.Tensor, padding_mask: torch.Tensor | None, here: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens `[B, S, D_m]` -> class tokens `[B, D]` and proxies `[M - 1, B, D]`."""
+    def read(self, name: str, tokens: Tensor, padding: Padding | None, here: Tensor | None = None) -> Read:
+        """tokens `[B, S, D_m]` -> class tokens `[B, D]` and proxies `[M - 1, B, D]`.
+
+        here: bool `[B]`, who has the modality where not all of the samples do; the tokens of others are never read.
+        """
         encoder, mask_tokens = self.encoders[name], self.mask_tokens[name]
-        hidden = encoder.finish(encoder.run(tokens, padding_mask, suffix=mask_tokens, present=here))
+        hidden = encoder.finish(encoder.run(tokens, padding, suffix=mask_tokens, present=here))
         length = tokens.shape[1]
-        class_token = encoder.class_token(hidden[:, :length], padding_mask)
+        class_token = encoder.class_token(hidden[:, :length], padding and padding.mask)
         return self._project(name, class_token), self._project(name, hidden[:, length:].transpose(0, 1))
 
-    def _project(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+    def _project(self, name: str, rows: Tensor) -> Tensor:
         """Rows of encoder `name` in the common width and the head's dtype."""
         rows = rows.to(self.head.weight.dtype).contiguous()  # a view would keep the whole hidden state for backward
         return self.translators[name](rows) if name in self.translators else rows
 
-    def _prior(self) -> torch.Tensor:
+    def _prior(self) -> Tensor:
         """Mean of all mask tokens in the common width, `[D]`."""
         return torch.cat([self._project(name, tokens) for name, tokens in self.mask_tokens.items()]).mean(dim=0)

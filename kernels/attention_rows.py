@@ -1,0 +1,273 @@
+"""Self-attention over rows of many samples laid end to end, and the low-rank product of its result.
+
+    out = softmax(q k^T / sqrt(Dh) + visibility) v, sample by sample          q [Nq, H * Dh], k and v [N, H * Dh]
+    s   = out A^T                                                             A = lora_a [R, H * Dh]
+
+The rows of samples of equal length stand together: a `Group` of them is a dense [samples, rows, H, Dh] view of the
+buffer, so that padding is neither stored nor masked nor computed. q may have fewer rows than k and v: only those whose
+result is read. Heads are views as well; backward writes the gradients of q, k and v into one buffer.
+
+On a CPU each group runs as matmul + softmax, which backward computes again (bf16, up to 768 keys), or as ATen's flash
+attention. Elsewhere each is a call of `attention`, or all together one of flash-attn's varlen function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from .attention import MATMUL_KEYS, attention, blind_rows, visible_keys
+from .attention import backward_aten as matmul_backward
+from .attention import forward_aten as matmul_forward
+from .backend import cast
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Group(NamedTuple):
+    """Samples of equal length: how many, the rows of each in q, and the rows of each in k and v."""
+
+    samples: int
+    queries: int
+    keys: int
+
+
+# ----------------------------------------------------------------------------------------------------------------- ATen
+def _heads(q: Tensor, kv: Tensor | None, samples: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [samples, H, S, Dh], views of [samples * S, 3 D], or of [samples * Sq, D] and [samples * S, 2 D]."""
+    if kv is None:
+        width = q.shape[1] // (3 * heads)
+        return q.view(samples, -1, 3, heads, width).permute(2, 0, 3, 1, 4).unbind()
+    width = q.shape[1] // heads
+    k, v = kv.view(samples, -1, 2, heads, width).permute(2, 0, 3, 1, 4).unbind()
+    return q.view(samples, -1, heads, width).transpose(1, 2), k, v
+
+
+def _parts(groups: Sequence[Group], of_queries: Sequence[Tensor | None], of_keys: Sequence[Tensor | None]) -> Iterator:
+    """(samples, parts) of every group that has keys and queries: its rows of each tensor, those with a row for every
+    query first."""
+    if len(groups) == 1 and min(groups[0]) > 0:
+        yield groups[0][0], *of_queries, *of_keys
+        return
+    q_at = k_at = 0
+    for samples, query_rows, key_rows in groups:
+        q_end, k_end = q_at + samples * query_rows, k_at + samples * key_rows
+        if q_end > q_at and k_end > k_at:
+            of_q = [None if t is None else t[q_at:q_end] for t in of_queries]
+            yield samples, *of_q, *(None if t is None else t[k_at:k_end] for t in of_keys)
+        q_at, k_at = q_end, k_end
+
+
+def _bias(q, k, lengths, suffix, causal):
+    """What is added to the scores, [B or 1, 1, Sq or 1, Sk]: -inf where a key is not seen; and rows that see none."""
+    visible, blind = visible_keys(lengths, k.shape[2], suffix, q.device), None
+    if causal:
+        order = torch.arange(q.shape[2], device=q.device)
+        visible = visible & (order[:, None] >= order)
+    blind = blind_rows(lengths, q.shape[2], k.shape[2], suffix, causal)
+    seen = visible if blind is None else visible | blind
+    return torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")), blind
+
+
+def _flash(q, k, v, lengths, suffix, causal):
+    """(out, log-sum-exp)"""
+    if lengths is None:
+        return flash(q, k, v, 0.0, causal)
+    bias, blind = _bias(q, k, lengths, suffix, causal)
+    out, lse = flash(q, k, v, 0.0, False, attn_mask=bias)
+    return out if blind is None else out.masked_fill_(blind, 0), lse
+
+
+def _flash_backward(d_out, q, k, v, out, lse, lengths, suffix, causal):
+    """dq, dk, dv"""
+    if lengths is None:
+        return flash_backward(d_out, q, k, v, out, lse, 0.0, causal)
+    bias, blind = _bias(q, k, lengths, suffix, causal)
+    d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
+    return flash_backward(d_out, q, k, v, out, lse, 0.0, False, attn_mask=bias)
+
+
+def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal):
+    """out [Nq, D], s [Nq, R] or None, and flash attention's log-sum-exp [Nq, H] or None."""
+    groups = _groups(groups)
+    width = q.shape[1] // 3 if kv is None else q.shape[1]
+    each, statistics, recomputed = [], [], recomputes(q, groups)
+    for samples, of_q, of_kv in _parts(groups, (q,), (kv,)):
+        views = _heads(of_q, of_kv, samples, heads)
+        if recomputed:
+            out = matmul_forward(*views, lengths, suffix, causal)
+        else:
+            out, lse = _flash(*views, lengths, suffix, causal)
+            statistics.append(lse.transpose(1, 2).reshape(-1, heads))
+        each.append(out.transpose(1, 2).reshape(-1, width))  # a view: attention lays out its result by rows
+    out = _end_to_end(each, q.shape[0], width, q)
+    lse = None if recomputed else _end_to_end(statistics, q.shape[0], heads, q, backend.wide(q.dtype))
+    return out, None if lora_a is None else out @ cast(lora_a, out.dtype).t(), lse
+
+
+def _end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The parts one after the other, [rows, width]; zeros where rows without a key are the only ones."""
+    if not parts:
+        return like.new_zeros(rows, width, dtype=dtype)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def backward_aten(d_out, d_s, q, kv, lora_a, out, lse, heads, groups, lengths, suffix, causal):
+    """d_q, d_kv (None where kv is) and dA (None without lora_a). `out` and `lse`: of flash attention."""
+    groups, recomputed = _groups(groups), out is None
+    if d_s is not None:
+        through_s = d_s @ cast(lora_a, d_s.dtype)
+        d_out = through_s if d_out is None else through_s.add_(d_out)
+    of_q, of_kv, of_out = [], [], []
+    for samples, own_d_out, own_q, own_out, own_lse, own_kv in _parts(groups, (d_out, q, out, lse), (kv,)):
+        views = _heads(own_q, own_kv, samples, heads)
+        shape = samples, -1, heads, views[0].shape[3]
+        own_d_out = own_d_out.view(shape).transpose(1, 2)
+        if recomputed:
+            grads = matmul_backward(own_d_out, *views, lengths, suffix, causal, wants_out=d_s is not None)
+            of_out += [t.transpose(1, 2).reshape(-1, d_out.shape[1]) for t in grads[3:]]
+        else:
+            own_out, own_lse = (t.view(samples, -1, heads, t.shape[1] // heads) for t in (own_out, own_lse))
+            statistics = own_out.transpose(1, 2), own_lse.squeeze(3).transpose(1, 2)
+            grads = _flash_backward(own_d_out, *views, *statistics, lengths, suffix, causal)
+        dq, dk, dv = (t.transpose(1, 2) for t in grads[:3])  # [samples, S, H, Dh]
+        if kv is None:
+            of_q.append(torch.stack((dq, dk, dv), 2).view(-1, q.shape[1]))
+        else:
+            of_q.append(dq.reshape(-1, q.shape[1]))
+            of_kv.append(torch.stack((dk, dv), 2).view(-1, kv.shape[1]))
+    out = _end_to_end(of_out, *d_out.shape, q) if recomputed and d_s is not None else out
+    return (
+        _end_to_end(of_q, *q.shape, q),
+        None if kv is None else _end_to_end(of_kv, *kv.shape, kv),
+        None if d_s is None else cast(d_s.t() @ out, lora_a.dtype),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+def recomputes(q: Tensor, groups: Sequence[Group]) -> bool:
+    """Whether the groups run as matmul + softmax, whose backward computes the probabilities again."""
+    return q.dtype == torch.bfloat16 and all(group[2] <= MATMUL_KEYS for group in groups)
+
+
+def _groups(flat: Sequence[int]) -> list[Sequence[int]]:
+    return [flat] if len(flat) == 3 else [flat[i : i + 3] for i in range(0, len(flat), 3)]
+
+
+def _fake(q, kv, lora_a, heads, groups, lengths, suffix, causal):
+    out = q.new_empty(q.shape[0], q.shape[1] // 3 if kv is None else q.shape[1])
+    s = None if lora_a is None else q.new_empty(q.shape[0], lora_a.shape[0])
+    lse = None if recomputes(q, _groups(groups)) else q.new_empty(q.shape[0], heads, dtype=backend.wide(q.dtype))
+    return out, s, lse
+
+
+attention_rows_forward = backend.Op(
+    "attention_rows(Tensor q, Tensor? kv, Tensor? lora_a, int heads, SymInt[] groups, Tensor? lengths, SymInt suffix, "
+    "bool causal) -> (Tensor, Tensor, Tensor)",
+    aten=forward_aten,
+    fake=_fake,
+)
+attention_rows_backward = backend.Op(
+    "attention_rows_backward(Tensor? d_out, Tensor? d_s, Tensor q, Tensor? kv, Tensor? lora_a, Tensor? out, "
+    "Tensor? lse, int heads, SymInt[] groups, Tensor? lengths, SymInt suffix, bool causal) "
+    "-> (Tensor, Tensor, Tensor)",
+    aten=backward_aten,
+    fake=lambda d_out, d_s, q, kv, lora_a, *_: (
+        torch.empty_like(q),
+        None if kv is None else torch.empty_like(kv),
+        None if d_s is None else torch.empty_like(lora_a),
+    ),
+)
+
+
+class _AttentionRows(torch.autograd.Function):
+    """(out, s)"""
+
+    @staticmethod
+    def forward(ctx, q, kv, lora_a, heads, groups, lengths, suffix, causal):
+        out, s, lse = attention_rows_forward(q, kv, lora_a, heads, groups, lengths, suffix, causal)
+        ctx.options = heads, groups, suffix, causal
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, kv, lora_a, lengths, None if lse is None else out, lse)
+        return out, s
+
+    @staticmethod
+    @backend.outside_autocast
+    def backward(ctx, d_out, d_s):
+        if d_out is None and d_s is None:
+            return (None,) * 8
+        q, kv, lora_a, lengths, out, lse = ctx.saved_tensors
+        heads, groups, suffix, causal = ctx.options
+        operands = d_out, d_s, q, kv, lora_a, out, lse, heads, groups, lengths, suffix, causal
+        grads = attention_rows_backward(*operands)
+        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), *[None] * 5
+
+
+# -------------------------------------------------------------------------------------------------------------- public
+def attention_rows(
+    q: Tensor,
+    kv: Tensor | None,
+    heads: int,
+    groups: Sequence[Group],
+    lora_a: Tensor | None = None,
+    lengths: Tensor | None = None,
+    suffix: int = 0,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention within each of many samples whose rows lie end to end.
+
+    Args:
+        q: [Nq, H * Dh]; or [N, 3 * H * Dh], q, k and v side by side, without `kv`.
+        kv: [N, 2 * H * Dh], k and v side by side.
+        heads: H.
+        groups: how the rows are divided among samples, see `Group`; in order, and all of them.
+        lora_a: [R, H * Dh], cast to the compute dtype; None: no product.
+        lengths, suffix: of a single group, as in `attention`: keys that padding hides from a graph of fixed shape.
+        causal: row i sees rows up to i of its sample only.
+
+    Returns:
+        out [Nq, H * Dh] and s [Nq, R] (None without `lora_a`).
+
+    Raises:
+        ValueError: groups that do not add up to the rows.
+
+    >>> v = torch.tensor([[1.0], [3.0], [50.0]])  # two samples, of two rows and of one
+    >>> qkv = torch.cat([torch.zeros(3, 2), v], dim=1)
+    >>> attention_rows(qkv, None, 1, [Group(1, 2, 2), Group(1, 1, 1)])[0].flatten()
+    tensor([ 2.,  2., 50.])
+    """
+    chosen = backend.resolve(q, kv, lora_a, lengths)
+    q, kv = backend.in_autocast_dtype(q), None if kv is None else backend.in_autocast_dtype(kv)
+    _check(q, kv, heads, groups, lengths)
+    flat = [size for group in groups for size in group]
+    if q.is_cpu and chosen == "torch":
+        operands = q, kv, lora_a, heads, flat, lengths, suffix, causal
+        if backend.needs_grad(q, kv, lora_a):
+            return _AttentionRows.apply(*operands)
+        return attention_rows_forward(*operands)[:2]
+    each = [
+        attention(*_heads(of_q, of_kv, samples, heads), lengths, suffix=suffix, causal=causal)
+        for samples, of_q, of_kv in _parts(groups, (q,), (kv,))
+    ]
+    each = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in each]  # [samples * Sq, D]
+    out = _end_to_end(each, q.shape[0], q.shape[1] // 3 if kv is None else q.shape[1], q)
+    out = out if each else out + 0 * (q.sum() + (0 if kv is None else kv.sum()))  # of nobody, but differentiable
+    return out, None if lora_a is None else F.linear(out, lora_a.to(out.dtype))
+
+
+def _check(q, kv, heads, groups, lengths):
+    width = q.shape[1] // 3 if kv is None else q.shape[1]
+    rows = q.shape[0] if kv is None else kv.shape[0]
+    if q.dim() != 2 or width % heads or (q.shape[1] != 3 * width if kv is None else kv.shape[1:] != (2 * width,)):
+        shapes = list(q.shape), None if kv is None else list(kv.shape)
+        raise ValueError(f"q must be [N, 3 * D], or [Nq, D] beside kv [N, 2 * D], D of {heads} heads, not {shapes}")
+    if sum(g.samples * g.queries for g in groups) != q.shape[0] or sum(g.samples * g.keys for g in groups) != rows:
+        raise ValueError(f"groups {list(groups)} do not add up to {q.shape[0]} rows of q and {rows} of k and v")
+    if lengths is not None and len(groups) != 1:
+        raise ValueError(f"lengths hide keys of a single group, not of {len(groups)}: leave the padding out instead")

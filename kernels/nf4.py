@@ -1,0 +1,142 @@
+"""A linear layer with LoRA whose frozen weight is stored in 4 bits.
+
+    S = dropout(x) A^T        y = x W^T + b + s S B^T        w = level of its 4 bits * absmax of its 64 neighbours
+
+x [M, K], W [N, K], b [N], A [groups * r, K], B [N, r], s a number; M counts all leading dimensions of x. With `groups`
+projections side by side, block g of the N / groups outputs uses block g of S. W is unpacked for the forward and again
+for dX, so that nothing of its size is kept. Levels and packing are bitsandbytes' NormalFloat. S is plain PyTorch and
+differentiated by it: beside the unpacking it costs little.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from .dropout import drop
+from .linear_lowrank import linear_lowrank
+
+NF4_BLOCK = 64  # weights that share an absmax
+
+
+def bitsandbytes() -> Any:
+    """Its functional module; ImportError with what to install where it is missing."""
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ImportError("nf4 needs bitsandbytes: pip install u2a-fast[bnb]") from error
+    return functional
+
+
+def pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight `[N, K]` -> packed `[ceil(N * K / 2), 1]` uint8 and absmax `[ceil(N * K / 64)]` fp32."""
+    weight = weight.float() if weight.dtype == torch.float64 else weight
+    packed, state = bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+    return packed, state.absmax
+
+
+def unpack_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The `[N, K]` weight in `dtype`."""
+    computed = torch.float32 if dtype == torch.float64 else dtype
+    # Without its table of levels, which would be copied to the device at every use: the kernels have their own.
+    options = {"blocksize": NF4_BLOCK, "quant_type": "nf4", "dtype": computed}
+    state = bitsandbytes().QuantState(absmax, shape=torch.Size(shape), **options)
+    return bitsandbytes().dequantize_4bit(packed, state).to(dtype)
+
+
+class _Nf4Lowrank(torch.autograd.Function):
+    """`linear_lowrank` over a packed weight, which is kept as it is."""
+
+    @staticmethod
+    def forward(ctx, x, packed, absmax, shape, bias, s, lora_b, scaling, groups):
+        ctx.shape, ctx.scaling, ctx.groups = shape, scaling, groups
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        needs_s, needs_b = ctx.needs_input_grad[5:7]
+        ctx.save_for_backward(packed, absmax, s if needs_b else None, lora_b if needs_s else None)
+        return linear_lowrank(x, unpack_nf4(packed, absmax, shape, x.dtype), bias, s, lora_b, scaling, groups=groups)
+
+    @staticmethod
+    @backend.outside_autocast
+    def backward(ctx, dy):
+        """dX = dY W, dS = s dY B, dB = s dY^T S, the last two block by block."""
+        packed, absmax, s, lora_b = ctx.saved_tensors
+        needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        blocks, ds, db = dy.chunk(ctx.groups, dim=-1), None, None
+        if lora_b is not None:
+            factors = lora_b.to(dy.dtype).chunk(ctx.groups)
+            ds = torch.cat([g @ b for g, b in zip(blocks, factors, strict=True)], dim=-1).mul_(ctx.scaling)
+        if s is not None:
+            parts = s.chunk(ctx.groups, dim=-1)
+            each = [torch.einsum("...n,...r->nr", g, part) for g, part in zip(blocks, parts, strict=True)]
+            db = torch.cat(each).mul_(ctx.scaling)
+        return (
+            dy @ unpack_nf4(packed, absmax, ctx.shape, dy.dtype) if needs_x else None,
+            *[None] * 3,
+            dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
+            *(ds, db, None, None),
+        )
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, int],
+    bias: Tensor | None = None,
+    s: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    groups: int = 1,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`x W^T + b + scaling S B^T` over a 4-bit weight, `[..., N]` in the dtype of x or of autocast.
+
+    Args:
+        x: `[..., K]`.
+        packed: `[ceil(N * K / 2), 1]` uint8, from `pack_nf4`.
+        absmax: `[ceil(N * K / 64)]` fp32, from `pack_nf4`.
+        shape: `(N, K)`.
+        bias: `[N]` or None.
+        s: `[..., groups * r]`, x A^T without the scaling, where it is computed already.
+        lora_a: `[groups * r, K]`, where `s` is not given.
+        lora_b: `[N, r]`; None: the frozen product alone.
+        scaling: multiplies the low-rank product.
+        groups: projections side by side in N, 3 for q, k, v.
+        dropout: probability that an element of x is dropped on its way to `lora_a`; the seed is torch's generator's.
+
+    Gradients reach x, bias, s, lora_a and lora_b.
+
+    Raises:
+        TypeError: `packed` is not uint8.
+        ValueError: `packed` does not hold N * K weights, or `lora_b` goes without one of `s` and `lora_a`.
+        ImportError: bitsandbytes is missing.
+
+    >>> packed, absmax = pack_nf4(torch.eye(8))
+    >>> nf4_linear(torch.arange(8.0), packed, absmax, (8, 8), s=torch.ones(1), lora_b=torch.ones(8, 1), scaling=0.5)
+    tensor([0.5000, 1.5000, 2.5000, 3.5000, 4.5000, 5.5000, 6.5000, 7.5000])
+    """
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed must be uint8, two weights a byte, not {packed.dtype}: see pack_nf4")
+    if packed.numel() != -(-shape[0] * shape[1] // 2):
+        raise ValueError(f"packed holds {2 * packed.numel()} weights, which is not {shape[0]} x {shape[1]}")
+    if (lora_b is None) != (s is None and lora_a is None) or (s is not None and lora_a is not None):
+        raise ValueError("lora_b goes with either s or lora_a: give one of the two with it, and none without it")
+    x = backend.in_autocast_dtype(x)
+    if lora_b is not None:
+        s = F.linear(_dropped(x, dropout), lora_a.to(x.dtype)) if s is None else s.to(x.dtype)
+    if backend.resolve(x, packed, absmax, bias, s, lora_b) == "reference":
+        return linear_lowrank(x, unpack_nf4(packed, absmax, shape, x.dtype), bias, s, lora_b, scaling, groups=groups)
+    return _Nf4Lowrank.apply(x, packed, absmax, shape, bias, s, lora_b, scaling, groups)
+
+
+def _dropped(x: Tensor, p: float) -> Tensor:
+    """x with zeros where it is dropped: the elements that `lora_linear` would drop from the same generator."""
+    if p == 0:
+        return x
+    seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+    return drop(x, p, seed) / (1 - p)

@@ -1,0 +1,90 @@
+"""What a linear with LoRA, a LayerNorm and half a transformer block consist of, for ops that take several of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import cast
+from .norm_aten import norm_aten, norm_backward_aten
+
+
+class Linear(NamedTuple):
+    """A frozen linear with a low-rank path, as in `linear_lowrank`: `x W^T + b + scaling x A^T B^T`."""
+
+    weight: Tensor  # [N, K], floating or int8
+    bias: Tensor | None = None  # [N]
+    lora_a: Tensor | None = None  # [groups * r, K]
+    lora_b: Tensor | None = None  # [N, r]
+    weight_scale: Tensor | None = None  # [N] fp32, with int8
+    scaling: float = 1.0
+    groups: int = 1
+    quantize_input: bool = False
+
+
+class Norm(NamedTuple):
+    """A LayerNorm; without a weight there is none."""
+
+    weight: Tensor | None = None  # [D]
+    bias: Tensor | None = None  # [D]
+    eps: float = 1e-5
+
+
+class Half(NamedTuple):
+    """A sublayer and its residual connection: `after(x + scale * second(...first(norm(x))))`. At most one norm."""
+
+    norm: Norm
+    first: Linear
+    second: Linear
+    scale: Tensor | None = None  # [D]
+    after: Norm = Norm()
+
+    @property
+    def trained(self) -> tuple[Tensor | None, ...]:
+        """What may need a gradient: the norm's weight and bias, then bias, lora_a and lora_b of either linear."""
+        norm = self.after if self.norm.weight is None else self.norm
+        return *norm[:2], *self.first[1:4], *self.second[1:4]
+
+    @property
+    def frozen(self) -> tuple[Tensor | None, ...]:
+        """The other tensors."""
+        return self.first.weight, self.first.weight_scale, self.second.weight, self.second.weight_scale, self.scale
+
+    def holding(self, trained: list[Tensor | None], frozen: list[Tensor | None]) -> Half:
+        """The same with other tensors, in the order of `trained` and `frozen`."""
+        weight, weight_scale, weight2, weight_scale2, scale = frozen
+        norm = Norm(*trained[:2], self.after.eps if self.norm.weight is None else self.norm.eps)
+        first = Linear(weight, *trained[2:5], weight_scale, *self.first[5:])
+        second = Linear(weight2, *trained[5:8], weight_scale2, *self.second[5:])
+        before, after = (Norm(), norm) if self.norm.weight is None else (norm, Norm())
+        return Half(before, first, second, scale, after)
+
+
+def add_update(x: Tensor, update: Tensor, scale: Tensor | None, norm: Norm):
+    """norm(x + scale * update); where it is normalised also the sum, its mean and 1 / standard deviation."""
+    total = x + update if scale is None else torch.addcmul(x, update, scale)
+    if norm[0] is None:
+        return total, None, None, None
+    y, mean, rstd = norm_aten(total, *norm)
+    return cast(y, x.dtype), kept_as(total, update.dtype), mean, rstd
+
+
+def add_update_backward(d_x, total, mean, rstd, scale, norm, dtype, need_weight, need_bias):
+    """Gradients of the sum (and so of x), of the update in `dtype`, and of the norm's parameters (None: no norm)."""
+    d_norm = None
+    if norm[0] is not None:
+        mask = [True, need_weight, need_bias]
+        d_x, *d_norm = norm_backward_aten(d_x, cast(total, d_x.dtype), mean, rstd, norm[0], norm[1], mask)
+        d_norm = [cast(g, p.dtype) if need else None for g, p, need in zip(d_norm, norm, mask[1:], strict=False)]
+    return d_x, cast(d_x if scale is None else d_x * scale, dtype), d_norm
+
+
+def bias_grad(dy: Tensor, linear: Linear) -> Tensor:
+    return dy.sum(0, dtype=linear.bias.dtype)
+
+
+def kept_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x for backward: under autocast as narrow as what is computed from it."""
+    return x if x.dtype.itemsize <= dtype.itemsize else x.to(dtype)

@@ -1,0 +1,58 @@
+"""Padding anywhere is told to attention as lengths, whatever the order and wherever the mask lies."""
+
+import device
+import pytest
+import torch
+
+from u2a_fast.encoders.padding import padding_of, real_rows_first, take_rows
+
+MASKS = {
+    "at the end": [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]],
+    "at the start": [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]],
+    "holes": [[1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]],
+}
+
+
+def mask_of(name):
+    return torch.tensor(MASKS[name]).bool()
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_real_rows_come_first_and_keep_their_order(name, static):
+    mask = mask_of(name)
+    tokens = torch.arange(12.0).view(3, 4, 1)
+    padding = padding_of(mask, static=static)
+    assert padding.lengths.tolist() == mask.sum(1).tolist()
+    assert (padding.host_lengths is None) == static and (padding.order is None) == (name == "at the end" and not static)
+    moved, after = real_rows_first(tokens, padding)
+    for row, real, length, own in zip(moved, mask, after.lengths.tolist(), tokens, strict=True):
+        assert torch.equal(row[:length], own[real])
+    assert torch.equal(after.mask, torch.arange(4) < after.lengths[:, None]) and after.order is None
+    if padding.order is not None:
+        assert torch.equal(take_rows(moved, padding.order.argsort(dim=1)), tokens)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 3, dtype=torch.bool), torch.ones(0, 3, dtype=torch.bool)])
+def test_nothing_to_say_where_nothing_is_padding(mask):
+    assert padding_of(mask) is None
+    assert real_rows_first("tokens", None) == ("tokens", None)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_samples_are_selected_with_their_padding(name):
+    rows = torch.tensor([2, 0])
+    chosen, alone = padding_of(mask_of(name)).select(rows), padding_of(mask_of(name)[rows])
+    for attribute in ("mask", "lengths", "host_lengths"):
+        assert torch.equal(getattr(chosen, attribute), getattr(alone, attribute))
+
+
+def test_a_mask_that_is_known_on_the_host_is_not_fetched(monkeypatch):
+    mask, stand_in = mask_of("holes"), device.StandIn(monkeypatch)
+    stand_in.put(mask)
+    with stand_in:
+        padding_of(mask, mask_of("holes"))
+        padding_of(mask, static=True)
+        assert stand_in.copies == 0
+        padding_of(mask)
+    assert stand_in.waits == [] and stand_in.copies == 1

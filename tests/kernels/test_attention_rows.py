@@ -1,0 +1,152 @@
+"""Attention over rows laid end to end: what `attention` says sample by sample, and the low-rank product of that."""
+
+import importlib
+
+import pytest
+import torch
+from tolerance import assert_as_exact_as
+
+from u2a_fast.kernels import Group, attention, attention_rows, set_backend
+from u2a_fast.memory import saved_bytes
+
+module = importlib.import_module("u2a_fast.kernels.attention_rows")  # the package's name is the function
+HEADS, WIDTH, RANK = 2, 20, 3
+
+# groups, and options; with "apart" q has rows of its own
+CASES = {
+    "one group": ([Group(3, 9, 9)], {}),
+    "lengths, suffix": ([Group(3, 9, 9)], {"lengths": (7, 0, 3), "suffix": 2}),
+    "lengths, causal": ([Group(3, 9, 9)], {"lengths": (9, 1, 4), "causal": True}),
+    "several lengths": ([Group(2, 3, 3), Group(1, 8, 8), Group(3, 1, 1)], {}),
+    "several lengths, causal": ([Group(2, 3, 3), Group(1, 8, 8)], {"causal": True}),
+    "few queries, apart": ([Group(2, 1, 5), Group(1, 1, 8)], {}),
+    "few queries, lengths, apart": ([Group(3, 2, 9)], {"lengths": (7, 0, 3), "suffix": 2}),
+    "nobody": ([Group(0, 9, 9)], {}),
+}
+
+
+def operands(case, dtype):
+    """q, kv or None, A, and a weight for either result; non-zero mean."""
+    g, (groups, _) = torch.Generator().manual_seed(0), CASES[case]
+    queries, keys = (sum(group.samples * rows(group) for group in groups) for rows in (lambda g: g[1], lambda g: g[2]))
+    width = HEADS * WIDTH
+    shapes = [(queries, width if "apart" in case else 3 * width), (keys, 2 * width), (RANK, width)]
+    q, kv, a, d_out, d_s = (
+        (torch.randn(s, generator=g, dtype=torch.float64) + 0.3).to(dtype)
+        for s in (*shapes, (queries, width), (queries, RANK))
+    )
+    leaves = [q.requires_grad_(), kv.requires_grad_() if "apart" in case else None, a.requires_grad_()]
+    return *leaves, d_out, d_s
+
+
+def options(case):
+    given = dict(CASES[case][1])
+    if "lengths" in given:
+        given["lengths"] = torch.tensor(given["lengths"])
+    return given
+
+
+def shown(case, rows, dtype):
+    """[Nq, 1]: 0 at rows of padding, which are undefined."""
+    groups, given = CASES[case]
+    if "lengths" not in given or "apart" in case:
+        return torch.ones(rows, 1, dtype=dtype)
+    position, suffix = torch.arange(groups[0].keys), given.get("suffix", 0)
+    kept = [(position < length) | (position >= groups[0].keys - suffix) for length in given["lengths"]]
+    return torch.cat(kept)[:, None].to(dtype)
+
+
+def results(f, q, kv, a, d_out, d_s, case):
+    out, s = f(q, kv, HEADS, CASES[case][0], a, **options(case))
+    mask = shown(case, q.shape[0], out.dtype)
+    leaves = [t for t in (q, kv, a) if t is not None]
+    grads = torch.autograd.grad((out * d_out * mask).sum() + (s * d_s * mask).sum(), leaves)
+    return [(out * mask).detach(), (s * mask).detach(), *grads]
+
+
+def sample_by_sample(q, kv, heads, groups, a, lengths=None, **options):
+    """`attention` on every sample of every group alone."""
+    q, k, v = q.chunk(3, 1) if kv is None else (q, *kv.chunk(2, 1))
+    each, q_at, k_at, number = [q[:0]], 0, 0, 0
+    for samples, queries, keys in groups:
+        for _ in range(samples):
+            rows = (q[q_at : q_at + queries], k[k_at : k_at + keys], v[k_at : k_at + keys])
+            views = (t.unflatten(1, (heads, -1)).transpose(0, 1)[None] for t in rows)
+            own = None if lengths is None else lengths[number : number + 1]
+            each.append(attention(*views, own, **options)[0].transpose(0, 1).flatten(1))
+            q_at, k_at, number = q_at + queries, k_at + keys, number + 1
+    out = torch.cat(each) + 0 * (k.sum() + v.sum())
+    return out, out @ a.t()
+
+
+def fp64(tensors):
+    return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_results_and_gradients_are_those_of_attention_sample_by_sample(backend, dtype, case):
+    tensors = operands(case, dtype)
+    set_backend(backend)
+    plain = results(sample_by_sample, *tensors, case)
+    set_backend("reference")
+    exact = results(sample_by_sample, *fp64(tensors), case)
+    set_backend(backend)
+    for i, (got, low, high) in enumerate(zip(results(attention_rows, *tensors, case), plain, exact, strict=True)):
+        assert_as_exact_as(got, low, high, 2 if i < 2 else 3, str(i))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck(case):
+    q, kv, a, *_ = operands(case, torch.float64)
+    mask = shown(case, q.shape[0], torch.float64)
+
+    def f(*leaves):
+        given = dict(zip([n for n, t in (("q", q), ("kv", kv)) if t is not None], leaves[:-1], strict=True))
+        out, s = attention_rows(given["q"], given.get("kv"), HEADS, CASES[case][0], leaves[-1], **options(case))
+        return out * mask, s * mask
+
+    assert torch.autograd.gradcheck(f, [t for t in (q, kv, a) if t is not None], fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["one group", "lengths, suffix", "several lengths", "few queries, apart"])
+def test_opcheck(case, dtype):
+    q, kv, a, d_out, d_s = (None if t is None else t.detach() for t in operands(case, dtype))
+    given = {"lengths": None, "suffix": 0, "causal": False} | options(case)
+    flat = [size for group in CASES[case][0] for size in group]
+    torch.library.opcheck(module.attention_rows_forward.registered, (q, kv, a, HEADS, flat, *given.values()))
+    out, _, lse = module.attention_rows_forward(q, kv, a, HEADS, flat, *given.values())
+    kept = (None, None) if lse is None else (out, lse)
+    operands_ = (d_out, d_s, q, kv, a, *kept, HEADS, flat, *given.values())
+    torch.library.opcheck(module.attention_rows_backward.registered, operands_)
+
+
+def test_in_bf16_only_the_inputs_are_kept():
+    q, kv, a, *_ = operands("several lengths", torch.bfloat16)
+
+    def f():
+        return attention_rows(q, kv, HEADS, CASES["several lengths"][0], a)
+
+    assert saved_bytes(f) == (q.numel() + a.numel()) * 2
+
+
+def test_autocast_computes_in_its_dtype():
+    q, kv, a, *_ = operands("one group", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, s = attention_rows(q, kv, HEADS, CASES["one group"][0], a)
+    assert out.dtype == s.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "groups, lengths, message",
+    [
+        ([Group(2, 3, 3)], None, "do not add up to 27 rows of q"),
+        ([Group(1, 9, 9), Group(2, 9, 9)], torch.tensor([1, 2, 3]), "lengths hide keys of a single group, not of 2"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups, lengths, message):
+    q, *_ = operands("one group", torch.float32)
+    with pytest.raises(ValueError, match=message):
+        attention_rows(q, None, HEADS, groups, lengths=lengths)

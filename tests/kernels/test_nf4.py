@@ -1,0 +1,99 @@
+"""nf4_linear is lora_linear over the unpacked weight, and keeps and copies nothing of its size."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from u2a_fast.kernels import linear_lowrank, lora_linear, nf4_linear, pack_nf4, set_backend, unpack_nf4
+from u2a_fast.memory_counts import saved_bytes
+
+SHAPE, GROUPS, RANK, SCALING = (48, 80), 3, 2, 0.7
+
+
+def operands(dtype, projected):
+    """`(x, packed, absmax, options)`; every floating operand needs its gradient."""
+    torch.manual_seed(0)
+    draw = lambda *shape, dtype=dtype: torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+    low = torch.float64 if dtype == torch.float64 else torch.float32  # adapters and trained biases are wide
+    options = {"bias": draw(48, dtype=low), "lora_b": draw(48, RANK, dtype=low)}
+    options |= {"s": draw(2, 5, 6)} if projected else {"lora_a": draw(GROUPS * RANK, 80, dtype=low)}
+    return draw(2, 5, 80), *pack_nf4(torch.randn(SHAPE)), options
+
+
+def plain(x, packed, absmax, bias, lora_b, s=None, lora_a=None, dropout=0.0):
+    weight = unpack_nf4(packed, absmax, SHAPE, x.dtype)
+    if s is not None:
+        return linear_lowrank(x, weight, bias, s, lora_b, SCALING, groups=GROUPS)
+    return lora_linear(x, weight, bias, lora_a, lora_b, SCALING, groups=GROUPS, dropout=dropout)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("projected, dropout", [(False, 0.0), (False, 0.4), (True, 0.0)])
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_values_and_gradients_are_those_of_the_unpacked_weight(dtype, limit, projected, dropout, backend):
+    set_backend(backend)
+    x, packed, absmax, options = operands(dtype, projected)
+    dropped = {} if projected else {"dropout": dropout}
+    results = []
+    for function in (nf4_linear, plain):
+        torch.manual_seed(1)
+        extra = {"shape": SHAPE, "scaling": SCALING, "groups": GROUPS} if function is nf4_linear else {}
+        y = function(x, packed, absmax, **extra, **options, **dropped)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *options.values()])])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype
+        assert (got - expected).norm() <= limit * expected.norm()
+
+
+def test_only_what_gradients_need_is_kept():
+    x, packed, absmax, options = operands(torch.float32, False)
+    frozen = saved_bytes(lambda: nf4_linear(x, packed, absmax, SHAPE), [x, packed, absmax])
+    assert frozen == 0
+    adapted = saved_bytes(
+        lambda: nf4_linear(x, packed, absmax, SHAPE, groups=GROUPS, **options), [x, packed, absmax, *options.values()]
+    )
+    assert adapted < packed.numel() < SHAPE[0] * SHAPE[1]
+
+
+class Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_unpacking_copies_no_table_to_the_device():
+    _, packed, absmax, _ = operands(torch.float32, False)
+    with Called() as called:
+        unpack_nf4(packed, absmax, SHAPE, torch.bfloat16)
+    assert called.names == ["bitsandbytes::dequantize_4bit"]
+
+
+def test_the_backward_is_in_the_dtype_of_its_forward():
+    x, packed, absmax, _ = operands(torch.float32, False)
+    gradients = []
+    for enabled in (False, True):
+        y = nf4_linear(x, packed, absmax, SHAPE)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients += torch.autograd.grad(y.sum(), x)
+    assert torch.equal(*gradients)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nf4_linear(x, packed, absmax, SHAPE).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"packed": torch.zeros(1920, 1)}, TypeError, "must be uint8"),
+        ({"shape": (48, 81)}, ValueError, "3840 weights, which is not 48 x 81"),
+        ({"lora_b": torch.ones(48, 2)}, ValueError, "either s or lora_a"),
+        ({"s": torch.ones(1, 2)}, ValueError, "either s or lora_a"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, message):
+    packed, absmax = pack_nf4(torch.randn(SHAPE))
+    with pytest.raises(error, match=message):
+        nf4_linear(**{"x": torch.ones(1, 80), "packed": packed, "absmax": absmax, "shape": SHAPE} | change)

@@ -1,0 +1,127 @@
+"""LayerNorm and linear as one: what the two ops say one after the other, on both implementations."""
+
+import pytest
+import torch
+from tolerance import assert_as_exact_as
+from triton_interpreter import interpreted
+
+from u2a_fast.kernels import (
+    assemble_norm_project,
+    linear_lowrank,
+    norm_linear,
+    quantize_rows,
+    set_backend,
+)
+from u2a_fast.kernels.norm_linear import norm_linear_backward, norm_linear_forward
+
+# width, outputs, groups, rank (None: no adapter), norm, bias, int8 weight
+CASES = {
+    "q, k, v": (40, 96, 3, 5, True, True, False),
+    "no norm": (40, 24, 1, 5, False, True, False),
+    "no adapter": (40, 24, 1, None, True, True, False),
+    "no bias": (24, 48, 2, 1, True, False, False),
+    "int8": (40, 96, 3, 5, True, True, True),
+}
+
+
+def operands(case, dtype, seed=0):
+    width, outputs, groups, rank, norm, bias, int8 = CASES[case]
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, mean=0.0, std=1.0):
+        return torch.randn(*shape, generator=g, dtype=torch.float64) * std + mean
+
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, scale = draw(outputs, width, std=width**-0.5), None
+    weight, scale = quantize_rows(weight) if int8 else (weight.to(dtype), None)
+    return {
+        "x": draw(2, 19, width, mean=0.5).to(dtype).requires_grad_(),
+        "norm_weight": draw(width, mean=1.0, std=0.3).to(wide).requires_grad_() if norm else None,
+        "norm_bias": draw(width).to(wide).requires_grad_() if norm else None,
+        "eps": 1e-5,
+        "weight": weight,
+        "bias": draw(outputs).to(wide).requires_grad_() if bias else None,
+        "lora_a": None if rank is None else draw(groups * rank, width, std=0.2).to(wide).requires_grad_(),
+        "lora_b": None if rank is None else draw(outputs, rank).to(wide).requires_grad_(),
+        "scaling": 0.7,
+        "weight_scale": scale,
+        "groups": groups,
+    }
+
+
+def one_after_the_other(x, norm_weight, norm_bias, eps, weight, bias, lora_a, lora_b, scaling, weight_scale, groups):
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "lora_a": lora_a}
+    h, s, rows = assemble_norm_project(tokens=x, **norm)
+    return linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups), rows
+
+
+def results(f, given):
+    y, rows = f(**given)
+    g = torch.Generator().manual_seed(1)
+    d_y, d_rows = ((torch.randn(t.shape, generator=g, dtype=torch.float64) + 0.3).to(t.dtype) for t in (y, rows))
+    leaves = {n: t for n, t in given.items() if torch.is_tensor(t) and t.requires_grad}
+    grads = torch.autograd.grad((y, rows), list(leaves.values()), (d_y, d_rows))
+    return {"y": y.detach()} | {f"d {n}": grad for n, grad in zip(leaves, grads, strict=True)}
+
+
+def in_dtype(given, dtype):
+    return {
+        n: t.detach().to(dtype).requires_grad_(t.requires_grad) if torch.is_tensor(t) and t.is_floating_point() else t
+        for n, t in given.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+def test_it_is_as_exact_as_plain_low_precision(implementation, case, dtype):
+    given = operands(case, dtype)
+    set_backend("reference")
+    plain = results(one_after_the_other, in_dtype(given, dtype))
+    exact = results(one_after_the_other, in_dtype(given, torch.float64))
+    if implementation == "triton":
+        with interpreted(("bounds", "order")) as launched:
+            got = results(norm_linear, given)
+        assert "assemble_norm_project_forward" in launched
+    else:
+        set_backend(implementation)
+        got = results(norm_linear, given)
+    for name in exact:
+        assert_as_exact_as(got[name], plain[name], exact[name], 2 if name == "y" else 3, name)
+
+
+@pytest.mark.parametrize("case", ["q, k, v", "no norm", "no adapter", "no bias"])
+def test_gradcheck(case):
+    given = operands(case, torch.float64)
+    names = [n for n, t in given.items() if torch.is_tensor(t) and t.requires_grad]
+
+    def f(*leaves):
+        return norm_linear(**given | dict(zip(names, leaves, strict=True)))
+
+    assert torch.autograd.gradcheck(f, [given[n] for n in names], fast_mode=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case):
+    given = {n: t.detach() if torch.is_tensor(t) else t for n, t in operands(case, torch.float32).items()}
+    x, norm = given["x"].flatten(0, 1), (given["norm_weight"], given["norm_bias"])
+    low = given["lora_a"], given["lora_b"], given["weight_scale"]
+    options = given["eps"], 0.7, given["groups"]
+    operands_ = (x, *norm, given["weight"], given["bias"], *low, *options, False, torch.float32)
+    torch.library.opcheck(norm_linear_forward.registered, operands_)
+    y, s, mean, rstd = norm_linear_forward(*operands_)
+    needs = [True, norm[0] is not None, norm[0] is not None, s is not None, s is not None]
+    operands_ = (torch.randn_like(y), x.clone(), x, mean, rstd, *norm, given["weight"], *low, s, *options)
+    torch.library.opcheck(norm_linear_backward.registered, (*operands_, torch.float32, needs))
+
+
+def test_a_weight_that_trains_gets_its_gradient():
+    given = operands("q, k, v", torch.float64)
+    given["weight"].requires_grad_()
+    got, exact = results(norm_linear, given), results(one_after_the_other, given)
+    torch.testing.assert_close(got["d weight"], exact["d weight"])
+
+
+def test_the_residual_shares_the_memory_of_x():
+    given = operands("q, k, v", torch.float32)
+    assert norm_linear(**given)[1].data_ptr() == given["x"].data_ptr()

@@ -1,0 +1,161 @@
+"""The block as one op: what its parts say one by one, in values, gradients and bytes kept."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from u2a_fast.kernels import Attention, Half, Linear, Norm, quantize_rows, set_backend, transformer_block
+from u2a_fast.memory import saved_bytes
+
+WIDTH, HIDDEN, RANK, BATCH, ROWS = 12, 20, 3, 2, 5
+
+
+def leaf(*shape, mean=0.0, std=0.3):
+    return (torch.randn(*shape, dtype=torch.float64) * std + mean).requires_grad_()
+
+
+def linear(n, k, groups=1, adapter=True, bias=True, int8=False):
+    weight, scale = (torch.randn(n, k, dtype=torch.float64) * k**-0.5), None
+    if int8:
+        weight, scale = quantize_rows(weight)
+    low = (leaf(groups * RANK, k), leaf(n, RANK)) if adapter else (None, None)
+    return Linear(weight, leaf(n) if bias else None, *low, scale, 0.7, groups)
+
+
+def halves(pre_norm=True, scale=False, **options):
+    norms = [Norm(leaf(WIDTH, mean=1.0), leaf(WIDTH), 1e-5) for _ in range(2)]
+    before, after = (norms, [Norm(), Norm()]) if pre_norm else ([Norm(), Norm()], norms)
+    scales = [torch.rand(WIDTH, dtype=torch.float64) + 0.5 if scale else None for _ in range(2)]
+    attention = Half(before[0], linear(3 * WIDTH, WIDTH, 3, **options), linear(WIDTH, WIDTH), scales[0], after[0])
+    mlp = Half(before[1], linear(HIDDEN, WIDTH, **options), linear(WIDTH, HIDDEN, **options), scales[1], after[1])
+    return attention, mlp
+
+
+def dense(x, linear):
+    """`linear` written out."""
+    weight = linear.weight if linear.weight_scale is None else linear.weight * linear.weight_scale[:, None].double()
+    y = F.linear(x, weight, linear.bias)
+    if linear.lora_a is None:
+        return y
+    parts = zip(linear.lora_a.chunk(linear.groups), linear.lora_b.chunk(linear.groups), strict=True)
+    return y + linear.scaling * torch.cat([x @ a.t() @ b.t() for a, b in parts], dim=-1)
+
+
+def normed(x, norm):
+    return x if norm.weight is None else F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def written_out(x, attention, mlp, see, act):
+    def ending(x, update, half):
+        return normed(x + update * (1 if half.scale is None else half.scale), half.after)
+
+    qkv = dense(normed(x, attention.norm), attention.first)
+    q, k, v = qkv.unflatten(-1, (3, see.heads, -1)).permute(2, 0, 3, 1, 4)
+    mask = torch.ones(BATCH, 1, ROWS, ROWS, dtype=torch.bool)
+    if see.lengths is not None:
+        position = torch.arange(ROWS)
+        mask &= ((position < see.lengths[:, None]) | (position >= ROWS - see.suffix))[:, None, None]
+    if see.causal:
+        mask &= torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
+    out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    x = ending(x, dense(out, attention.second), attention)
+    return ending(x, dense(act(dense(normed(x, mlp.norm), mlp.first)), mlp.second), mlp)
+
+
+def see(lengths=None, suffix=0, causal=False):
+    return Attention(2, (BATCH, ROWS, ROWS), lengths, suffix, causal)
+
+
+CASES = {
+    "pre-norm": ({}, see(), "gelu", F.gelu),
+    "post-norm": ({"pre_norm": False}, see(), "gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+    "scaled": ({"scale": True}, see(), "quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
+    "no biases, no adapters": ({"bias": False, "adapter": False}, see(causal=True), "relu", F.relu),
+    "padded": ({}, see(torch.tensor([3, 4]), suffix=1), "silu", F.silu),
+    "int8": ({"int8": True}, see(), "gelu", F.gelu),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_and_gradients_are_those_of_the_formulas(case):
+    options, seen, activation, act = CASES[case]
+    x, (attention, mlp) = leaf(BATCH, ROWS, WIDTH, mean=0.5, std=1.0), halves(**options)
+    leaves = [x, *(t for t in (*attention.trained, *mlp.trained) if t is not None)]
+    rows = torch.ones(BATCH, ROWS, 1, dtype=torch.float64)
+    if seen.lengths is not None:  # rows of padding are undefined
+        rows[0, 3] = 0
+    weight = torch.randn(BATCH, ROWS, WIDTH, dtype=torch.float64) * rows
+    exact = written_out(x, attention, mlp, seen, act)
+    y = transformer_block(x, attention, mlp, seen, activation)
+    torch.testing.assert_close(y * rows, exact * rows, rtol=1e-9, atol=1e-9)
+    grads = (torch.autograd.grad((t * weight).sum(), leaves) for t in (y, exact))
+    for i, (got, expected) in enumerate(zip(*grads, strict=True)):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, msg=lambda m, i=i: f"leaf {i}: {m}")
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_every_subset_that_trains_gets_its_gradient_and_no_other(pre_norm):
+    attention, mlp = halves(pre_norm)
+    x = leaf(BATCH, ROWS, WIDTH)
+    everything = [x, *attention.trained, *mlp.trained]
+    full = torch.autograd.grad(transformer_block(x, attention, mlp, see(), "gelu").sum(), everything)
+    for i, expected in enumerate(full):
+        for j, t in enumerate(everything):
+            t.requires_grad_(i == j)
+        (got,) = torch.autograd.grad(transformer_block(x, attention, mlp, see(), "gelu").sum(), [everything[i]])
+        torch.testing.assert_close(got, expected)
+
+
+def test_nothing_is_kept_for_a_frozen_mlp_but_its_input_and_the_activations():
+    attention, mlp = halves(adapter=False)
+    x = leaf(BATCH, ROWS, WIDTH)
+    for t in (*attention.trained, *mlp.trained):
+        if t is not None:
+            t.requires_grad_(False)
+    trained = attention.second.lora_a.requires_grad_()
+    parameters = [t for half in (attention, mlp) for t in (*half.trained, *half.frozen) if t is not None]
+    kept = saved_bytes(lambda: transformer_block(x, attention, mlp, see(), "gelu"), [*parameters, trained])
+    rows = BATCH * ROWS
+    numbers = rows * (WIDTH + 2 + 3 * WIDTH + WIDTH + 2 + RANK)  # x, statistics, q, k, v, out, log-sum-exp, s
+    numbers += rows * (WIDTH + 2 + HIDDEN)  # the sum before the MLP, statistics, what enters the activation
+    assert kept <= 8 * numbers
+
+
+def test_without_gradients_nothing_is_recorded():
+    attention, mlp = halves()
+    with torch.no_grad():
+        assert transformer_block(leaf(BATCH, ROWS, WIDTH), attention, mlp, see(), "gelu").grad_fn is None
+
+
+def test_autocast_keeps_the_residual_stream_in_its_own_dtype():
+    attention, mlp = halves()
+    narrow = [Half(*(_in(part, torch.float32) for part in half)) for half in (attention, mlp)]
+    x = torch.randn(BATCH, ROWS, WIDTH, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = transformer_block(x, *narrow, see(), "gelu")
+        exact = transformer_block(x.double(), attention, mlp, see(), "gelu")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.dtype == grad.dtype == torch.float32
+    assert (y - exact).norm() < 0.02 * exact.norm()
+
+
+def _in(part, dtype):
+    if torch.is_tensor(part):
+        return part.detach().to(dtype)
+    return type(part)(*(t.detach().to(dtype) if torch.is_tensor(t) else t for t in part)) if part is not None else None
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(backend):
+    set_backend("torch")
+    attention, mlp = halves()
+    x = leaf(BATCH, ROWS, WIDTH)
+    leaves = [x, *attention.trained, *mlp.trained]
+
+    def f(x):
+        return transformer_block(x, attention, mlp, see(), "gelu")
+
+    expected = torch.autograd.grad(f(x).square().sum(), leaves)
+    got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend=backend)(x).square().sum(), leaves)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
