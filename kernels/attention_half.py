@@ -22,7 +22,11 @@ from .operands import Half, add_update, add_update_backward, bias_grad, kept_as
 
 
 class Attention(NamedTuple):
-    """How the rows are divided among samples, and which keys they see, as in `attention_rows`."""
+    """How the rows are divided among samples, and which keys they see, as in `attention_rows`.
+
+    >>> Attention(heads=2, groups=(3, 5, 5), lengths=None, suffix=0, causal=False).heads
+    2
+    """
 
     heads: int
     groups: tuple[int, ...]

@@ -31,7 +31,11 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class Group(NamedTuple):
-    """Samples of equal length: how many, the rows of each in q, and the rows of each in k and v."""
+    """Samples of equal length: how many, the rows of each in q, and the rows of each in k and v.
+
+    >>> Group(samples=3, queries=1, keys=5).keys
+    5
+    """
 
     samples: int
     queries: int

@@ -33,14 +33,24 @@ def bitsandbytes() -> Any:
 
 
 def pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight `[N, K]` -> packed `[ceil(N * K / 2), 1]` uint8 and absmax `[ceil(N * K / 64)]` fp32."""
+    """weight `[N, K]` -> packed `[ceil(N * K / 2), 1]` uint8 and absmax `[ceil(N * K / 64)]` fp32.
+
+    >>> packed, absmax = pack_nf4(torch.eye(8))
+    >>> packed.shape, absmax
+    (torch.Size([32, 1]), tensor([1.]))
+    """
     weight = weight.float() if weight.dtype == torch.float64 else weight
     packed, state = bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
     return packed, state.absmax
 
 
 def unpack_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The `[N, K]` weight in `dtype`."""
+    """The `[N, K]` weight in `dtype`.
+
+    >>> unpack_nf4(*pack_nf4(torch.eye(2)), (2, 2), torch.float32)
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
     computed = torch.float32 if dtype == torch.float64 else dtype
     # Without its table of levels, which would be copied to the device at every use: the kernels have their own.
     options = {"blocksize": NF4_BLOCK, "quant_type": "nf4", "dtype": computed}

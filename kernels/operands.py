@@ -12,7 +12,11 @@ from .norm_aten import norm_aten, norm_backward_aten
 
 
 class Linear(NamedTuple):
-    """A frozen linear with a low-rank path, as in `linear_lowrank`: `x W^T + b + scaling x A^T B^T`."""
+    """A frozen linear with a low-rank path, as in `linear_lowrank`: `x W^T + b + scaling x A^T B^T`.
+
+    >>> Linear(torch.eye(2)).lora_a is None
+    True
+    """
 
     weight: Tensor  # [N, K], floating or int8
     bias: Tensor | None = None  # [N]
@@ -25,7 +29,11 @@ class Linear(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A LayerNorm; without a weight there is none."""
+    """A LayerNorm; without a weight there is none.
+
+    >>> Norm().weight is None, Norm(torch.ones(2), None, 1e-6).eps
+    (True, 1e-06)
+    """
 
     weight: Tensor | None = None  # [D]
     bias: Tensor | None = None  # [D]
@@ -33,7 +41,12 @@ class Norm(NamedTuple):
 
 
 class Half(NamedTuple):
-    """A sublayer and its residual connection: `after(x + scale * second(...first(norm(x))))`. At most one norm."""
+    """A sublayer and its residual connection: `after(x + scale * second(...first(norm(x))))`. At most one norm.
+
+    >>> half = Half(Norm(torch.ones(2)), Linear(torch.eye(2)), Linear(torch.eye(2)))
+    >>> len(half.trained), len(half.frozen)
+    (8, 5)
+    """
 
     norm: Norm
     first: Linear

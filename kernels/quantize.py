@@ -23,6 +23,9 @@ class QuantizedRows(NamedTuple):
     """Rows of activations on their way into an int8 product: h ~= q * scale, one scale a row.
 
     `like` [..., K] stands for h where only its shape, its dtype and its gradient matter: one zero, expanded.
+
+    >>> QuantizedRows(torch.zeros(1, 2), torch.tensor([[1, 127]], dtype=torch.int8), torch.tensor([0.5])).q.shape
+    torch.Size([1, 2])
     """
 
     like: Tensor

@@ -136,6 +136,7 @@ def test_an_interrupted_run_goes_on(common, root, monkeypatch):
     assert whole.keys() == halved.keys() and all(torch.equal(whole[name], halved[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_options_come_from_yaml_and_flags_win(common, root):
     config = root / "config.yaml"
     config.write_text(yaml.safe_dump({"lora_r": 3, "lora_alpha": 3, "seed": 5}), encoding="utf-8")

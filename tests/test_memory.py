@@ -331,6 +331,7 @@ def test_lean_activations_are_hugging_faces_and_keep_one_tensor(name):
     assert memory.saved_bytes(lambda: LEAN_ACTIVATIONS[name](x)) == 4 * 999
 
 
+@pytest.mark.slow
 def test_an_8_bit_optimizer_trains_through_trainer(tmp_path):
     pytest.importorskip("bitsandbytes")
     pair = {"image": "vit", "text": "bert"}

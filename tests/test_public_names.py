@@ -13,7 +13,6 @@ PUBLIC = {
     f"{package.__name__}.{name}": getattr(package, name) for package in (u2a_fast, kernels) for name in package.__all__
 }
 CALLABLE = {name: thing for name, thing in PUBLIC.items() if not isinstance(thing, ModuleType)}
-UNDOCUMENTED = ("u2a_fast.LateFusion", "u2a_fast.load_model", "u2a_fast.kernels.QuantizedRows")
 
 
 def parameters(thing) -> dict[str, inspect.Parameter]:
@@ -33,9 +32,7 @@ def test_is_described(name):
 
 
 @pytest.mark.parametrize("name", CALLABLE)
-def test_shows_an_example_or_explains_its_arguments(name, request):
-    if name in UNDOCUMENTED:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="not yet"))
+def test_shows_an_example_or_explains_its_arguments(name):
     docstring = inspect.getdoc(CALLABLE[name])
     assert not parameters(CALLABLE[name]) or ">>> " in docstring or documented_arguments(docstring)
 

@@ -300,6 +300,7 @@ def test_deepcopy_state_dict_and_files_are_exact(mode, tmp_path):
     assert torch.equal(logits(loaded), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_resumed_training_continues_exactly(mode, tmp_path):
     straight = train(build(mode), steps=4)

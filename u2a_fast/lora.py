@@ -92,7 +92,8 @@ class LoraConfig:
 
     @classmethod
     def _read_peft(cls, config: Any) -> LoraConfig:
-        default, empty = type(config)(), ([], {})
+        default = type(config)()
+        empty: tuple = ([], {})
         given = {name: value for name, value in vars(config).items() if name not in PEFT_READ + PEFT_WITHOUT_EFFECT}
         asked = [name for name, value in given.items() if value != getattr(default, name) and value not in empty]
         if asked:
@@ -159,22 +160,22 @@ class LoraLinear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LoraLinear:
         """As in `nn.Module`, but scales move without changing their dtype: rounded, they would be other weights."""
-        scale = self.weight_scale
-        exact = None if scale is None else scale.detach()
+        exact = None if self.weight_scale is None else self.weight_scale.detach()
         super()._apply(fn, recurse)
-        if exact is not None and self.weight_scale.dtype != exact.dtype:
-            self.weight_scale.data = exact.to(self.weight_scale.device)
+        moved = self.weight_scale
+        if exact is not None and moved is not None and moved.dtype != exact.dtype:
+            moved.data = exact.to(moved.device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        given = state_dict.get(prefix + "weight")
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        given, errors = state_dict.get(prefix + "weight"), rest[-1]
         if given is not None and storage_of(given) != self.storage:
             errors.append(
                 f"{prefix}weight is stored as {storage_of(given)} in the file and as {self.storage} in this model: "
                 "build the model with the quantization that the file was saved with"
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Give every role of `config.target_modules` its factors: A uniform as in PEFT, B zero."""

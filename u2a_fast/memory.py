@@ -102,15 +102,14 @@ def plan(
 def _baselines(case: Case, optimizer: str) -> list[MemoryRow]:
     rows = []
     for title, adapt in (("PEFT LoRA, bf16 autocast", True), ("full fine-tuning, fp32", False)):
-        counts = [
-            extrapolate(
-                lambda layers, name=name, adapt=adapt: count_hugging_face(case, name, layers[name], adapt),
-                {name: config.num_hidden_layers},
-            )
-            for name, config in case.configs.items()
-        ]
+        counts = [_baseline(case, name, adapt) for name in case.configs]
         rows.append(_row(title, tuple(map(sum, zip(*counts, strict=True))), optimizer))
     return rows
+
+
+def _baseline(case: Case, name: str, adapt: bool) -> Counts:
+    depth = {name: case.configs[name].num_hidden_layers}
+    return extrapolate(lambda layers: count_hugging_face(case, name, layers[name], adapt), depth)
 
 
 def _row(name: str, counts: Counts, optimizer: str) -> MemoryRow:

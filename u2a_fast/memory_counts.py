@@ -152,7 +152,7 @@ class Case:
     dtype: torch.dtype
 
 
-Counts = tuple[int, int, int]  # bytes of weights, trained parameters, bytes of activations
+Counts = tuple[int, ...]  # bytes of weights, trained parameters, bytes of activations
 
 
 def extrapolate(count: Callable[[dict[str, int]], Counts], depths: Mapping[str, int]) -> Counts:

@@ -245,6 +245,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(outputs, tuple(leaves.values()), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["everything", "no learned rows"])
 def test_compile_and_export_see_one_op(name):
     set_backend("torch")
@@ -299,6 +300,7 @@ def test_what_does_not_fit_is_refused(change, error, message):
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_program_order():
     given = operands("everything", torch.bfloat16)
     results = []

@@ -82,6 +82,7 @@ def test_no_two_programs_of_a_launch_meet_at_an_address(name):
     assert_right(computed(lora_linear, given, "triton", ("bounds", "races")), given, torch.float32, mask_of(case))
 
 
+@pytest.mark.slow
 def test_triton_results_are_bitwise_equal_for_every_order_of_programs():
     given = operands(Case(lead=(150,), k=72, n=300, r=8, groups=3), torch.float32)
     runs = [computed(lora_linear, given, "triton", ("order",), seed) for seed in (1, 2, 3)]
@@ -190,6 +191,7 @@ def check_gradients(function, given, leaves, implementation):
             assert torch.autograd.gradcheck(by_position, tensors), names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", [0.0, 0.4])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, dropped):
@@ -197,6 +199,7 @@ def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(imple
     check_gradients(lora_linear, given, ("x", "weight", "bias", "lora_a", "lora_b"), implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_linear_lowranks_gradients_hold_in_float64_for_every_subset_of_leaves(implementation):
     given = lowrank_operands(Case(lead=(3,), k=3, n=4, r=2, groups=2), torch.float64)
@@ -280,6 +283,7 @@ def test_opcheck_passes_for_lora_linear(name):
     torch.library.opcheck(OPS.lora_linear, op_arguments(CASES[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q, k, v", "no rows", "strided", "int8", "w8a8"])
 def test_opcheck_passes_for_linear_lowrank(name):
     given = lowrank_operands(CASES[name], torch.float32)

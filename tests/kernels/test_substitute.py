@@ -195,6 +195,7 @@ def test_gradcheck_of_every_subset(which):
     assert torch.autograd.gradcheck(outputs, leaves)
 
 
+@pytest.mark.slow
 def test_compile_and_export_see_one_op():
     set_backend("torch")
     given = operands(2, 4, 5, torch.float32, absent=0.0)

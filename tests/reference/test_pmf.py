@@ -40,6 +40,7 @@ def test_trained_parameters_of_tiny_encoders():
     assert trained(build(train_fusion_context=False)) == formula(32, 16, 2, prompts=8, labels=3)
 
 
+@pytest.mark.slow
 def test_trained_parameters_of_base_encoders():
     with torch.device("meta"):
         encoders = {

@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         loaded_in_8bit: whether bitsandbytes had quantised it before.
     """
 
-    def __init__(self, family: Family, config, stem: nn.ModuleDict, blocks: list[Block], name_or_path: str = ""):
+    def __init__(self, family: Family, config: Any, stem: nn.ModuleDict, blocks: list[Block], name_or_path: str = ""):
         super().__init__()
         self.family, self.config, self.name_or_path = family, config, name_or_path
         self.stem = stem

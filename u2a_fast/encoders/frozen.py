@@ -21,7 +21,9 @@ def quantize_encoder(encoder: Encoder, mode: str | None) -> Encoder:
         ValueError: the encoder is stored in another way already.
     """
     check_storage(encoder, mode)
-    for block in encoder.blocks if mode else ():
+    if mode is None:
+        return encoder
+    for block in encoder.blocks:
         for linear in block.linears:
             if linear.storage == "float":
                 linear.store(*quantize_weight(linear.weight.detach(), mode))

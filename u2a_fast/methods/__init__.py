@@ -19,6 +19,10 @@ __all__ = ["METHODS", "PMF", "U2A", "JointEmbedding", "LateFusion", "MultimodalM
 def load_model(name_or_path: str | os.PathLike, **options: Any) -> MultimodalModel:
     """`from_pretrained` of whichever method the folder's config names.
 
+    Args:
+        name_or_path: a folder written by `save_pretrained`, or a hub id.
+        options: of that method's `from_pretrained`, for example `encoders={"text": folder}`.
+
     Raises:
         ValueError: there is no config, or it names none of ours.
     """

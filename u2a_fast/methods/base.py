@@ -44,8 +44,6 @@ class MultimodalModel(PreTrainedModel):
 
     all_absent = Option(("error", "prior").__contains__, 'one of ["error", "prior"]')
     label_smoothing = Option(lambda value: 0 <= value < 1, "at least 0 and below 1")
-    auxiliary_weight = 0.0  # of the auxiliary loss
-    static_shapes = False  # whether every row runs, so that nothing depends on values of the batch
 
     def __init__(
         self,
@@ -101,6 +99,16 @@ class MultimodalModel(PreTrainedModel):
     def fuse(self, encoded: Any, present: Tensor) -> tuple[Tensor, Tensor]:
         """`encode`'s result and `present` as it took it -> logits `[B, C]` and the auxiliary loss (scalar)."""
         raise NotImplementedError
+
+    @property
+    def auxiliary_weight(self) -> float:
+        """Of the auxiliary loss."""
+        return 0.0
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether every row runs, so that nothing depends on values of the batch."""
+        return False
 
     def drop_modalities(self, present: Tensor) -> Tensor:
         """Presence as a training step sees it; the default drops nothing."""
@@ -158,7 +166,7 @@ class MultimodalModel(PreTrainedModel):
 
     def _to_host(
         self, inputs: Mapping[str, Mapping[str, Any]], *tensors: Tensor | None
-    ) -> tuple[list[Tensor | None], PaddingMasks]:
+    ) -> tuple[list[Any], PaddingMasks]:
         """The tensors, and the padding mask of every modality, on the CPU, in one copy."""
         masks = {name: self.encoders[name].padding_mask(**values) for name, values in inputs.items()}
         copies = host.to_host(*tensors, *masks.values())

@@ -23,6 +23,12 @@ class LateFusion(MultimodalModel):
     """`logits = W [c_1 ; ... ; c_M] + b` with `c_m = 0` where modality m is missing; LoRA inside the encoders.
 
     Takes the arguments that `U2A` has too, and a single encoder as well.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    >>> model = LateFusion({"text": BertModel(BertConfig(vocab_size=9, **sizes))}, num_labels=3).eval()
+    >>> model(text={"input_ids": torch.ones(2, 4).long()}).logits.shape
+    torch.Size([2, 3])
     """
 
     config_class = LateFusionConfig

@@ -109,7 +109,7 @@ class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
     samples, and only rows that are read go through attention, output projection and MLP.
     """
 
-    def __init__(self, widths: dict[str, int], *prompts: int):
+    def __init__(self, widths: dict[str, int], *prompts: Any):
         targets = {m: {t: d for t, d in widths.items() if t != m} for m in widths}
         super().__init__({m: FusionPart(d, targets[m], *prompts) for m, d in widths.items()})
 
@@ -261,7 +261,7 @@ class PMF(MultimodalModel):
         for i, layer in enumerate(self.layers):
             blocks = [encoder.blocks[i - len(self.layers)] for encoder in self.encoders.values()]
             tokens = layer(blocks, indices, lengths, len(present), *tokens)
-        logits = 0
+        logits: Any = 0
         for (name, head), packed, x in zip(self.head.items(), kept, tokens, strict=True):
             encoder = self.encoders[name]
             class_token = encoder.class_token(encoder.finish(x), packed.padding and packed.padding.mask)
@@ -270,7 +270,9 @@ class PMF(MultimodalModel):
         logits = logits / host.send(present, logits.device).sum(dim=1, keepdim=True).clamp(min=1)
         return logits, logits.new_zeros(())
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any
+    ) -> None:
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "PMF needs use_reentrant=False: reentrant checkpoints would not train prompts and messages"
