@@ -54,7 +54,7 @@ DATA_HELP = (
 BESIDES = ("label", "group")  # columns that are no modality
 
 # For data that nobody has tuned a recipe for.
-SAMPLES_SEEN = 12_000  # over all epochs, which are not fewer than 3 nor more than 12
+SAMPLES_SEEN = 20_000  # over all epochs, which are not fewer than 3 nor more than 12
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 12
 IMAGE_SIZES = (112, 168, 224)  # multiples of DINOv2's patch; the middle one is the largest on a CPU
 PICTURES_MEASURED = 64
