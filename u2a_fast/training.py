@@ -103,15 +103,17 @@ def make_trainer(
         collate = StandardLabels(collate, _labels(pool))
     if options.class_weights:
         model.loss = balanced(model, _labels(pool))
-    validation = {"eval_dataset": holed(splits["validation"], options, sources, "validation"),
-                  "compute_metrics": _measure(model)} if options.metric_for_best else {}  # fmt: skip
+    watched: dict[str, Any] = {}
+    if options.metric_for_best:
+        watched["eval_dataset"] = holed(splits["validation"], options, sources, "validation")
+        watched["compute_metrics"] = _measure(model)
     return Trainer(
         model,
         training_arguments(options, folder),
         train_dataset=holed(pool, options, sources, "train"),
         data_collator=collate,
         optimizers=(make_optimizer(model, options), None),
-        **validation,
+        **watched,
     )
 
 

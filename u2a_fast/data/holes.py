@@ -47,10 +47,8 @@ class MissingDataset(Dataset):
         self._present = present[kept]
         if len(self.rows) < len(present):
             gone = (~kept).nonzero().flatten().tolist()
-            logger.warning(
-                "%d of %d samples have nothing that can be read and are left out (rows %s)",
-                len(gone), len(present), rows_named(gone),
-            )  # fmt: skip
+            counts = f"{len(gone)} of {len(present)} samples have nothing that can be read and are left out"
+            logger.warning("%s (rows %s)", counts, rows_named(gone))
         if isinstance(table, MissingPattern):
             self._draw(table, 0 if simulate else None)
         else:

@@ -81,7 +81,7 @@ def without_unreadable(dataset: Any, modalities: Sequence[str], keep_empty: bool
     Raises:
         ValueError: no row has anything that can be read.
     """
-    if not hasattr(dataset, "__len__"):
+    if not hasattr(dataset, "__len__") or not len(dataset):
         return dataset
     dataset = undecoded(dataset)
     names = [name for name in modalities if name in dataset.column_names]
