@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test fast lint bench fuzz clean
 
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
@@ -30,6 +30,10 @@ $(READY): pyproject.toml setup.py constraints.txt requirements-demo.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[test,demo]"
 	$(BIN)/pip install -q --no-deps --require-hashes -r requirements-demo.txt
 	touch $@
+
+# Ten thousand malformed files, tables, labels and lines; the suite tries a few hundred.
+fuzz: $(READY)
+	$(BIN)/python tests/support/fuzz.py 10000
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -155,7 +155,19 @@ def test_options_come_from_yaml_and_flags_win(common, root):
         (["train", "--dtype", "float3"], "dtype must be one of"),
         (["train", "--encoders", '{"image": "{encoders}/image", "txt": "{encoders}/text"}'], "unknown modality 'txt'"),
         (["train", "--encoders", '{"image": "/nowhere", "text": "{encoders}/text"}'], "nowhere"),
-        (["train", "--data", "{tables}/scores.csv"], "needs a label column of class names"),
+        (["train", "--data", "{tables}/one_row.csv"], "the (train|test) split of .*one_row.csv has no rows: add some"),
+        (["train", "--data", "{tables}/one_class"], "has one class only: there is nothing to tell apart"),
+        (["train", "--data", "{tables}/unlabelled_test"], "the test split of .* needs a label column"),
+        (["train", "--data", "{tables}/empty_rows.csv"], "has no row with anything that can be read"),
+        (["train", "--batch-size", "0"], "--batch-size must be above 0, not 0"),
+        (["train", "--epochs", "-1"], "--epochs must be above 0, not -1"),
+        (["train", "--learning-rate", "0"], "--learning-rate must be above 0"),
+        (["train", "--class-weights", "equal"], 'class_weights must be one of .null, "balanced"'),
+        (["train", "--metric-for-best", "map"], 'metric_for_best must be one of ."accuracy", "macro_f1"'),
+        (["train", "--all-absent", "skip"], "all_absent must be one of"),
+        (["train", "--all-absent", "prior", "--method", "pmf"], 'all_absent must be "error", since nothing present'),
+        (["train", "--task", "ranking"], "task must be one of classification, multi_label, regression"),
+        (["train", "--data", "mmimdb:/nowhere"], "/nowhere/split.json is missing"),
         (["train", "--data", "{tables}/unlabelled.csv"], "needs a label column of class names"),
         (["train", "--data", "{tables}/split"], "has no test split"),
         (["predict", "--model", "{out}", "--input", "/nowhere.jsonl"], "nowhere|not"),
@@ -163,16 +175,23 @@ def test_options_come_from_yaml_and_flags_win(common, root):
             ["predict", "--model", "/nowhere", "--input", "{tables}/list.jsonl"],
             "each line of the input must be",
         ),
-        (["evaluate", "--model", "/nowhere"], "nowhere"),
+        (["evaluate", "--model", "/nowhere"], "/nowhere is no folder of a trained model, nor a model of the Hugging"),
+        (["predict", "--model", "/no/where", "--input", "{tables}/one_row.csv"], "/no/where is no folder of a trained"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common, root, tmp_path):
     tables = tmp_path / "tables"
     (tables / "split").mkdir(parents=True)
-    (tables / "scores.csv").write_text("text,label\nred,0.5\nblue,1.25\n")
+    (tables / "one_row.csv").write_text("text,label\nred,x\n")
     (tables / "unlabelled.csv").write_text("text\nred\nblue\n")
     (tables / "split" / "train.csv").write_text("text,label\nred,a\nblue,b\n")
     (tables / "list.jsonl").write_text("[1]\n")
+    (tables / "empty_rows.csv").write_text("text,image,label\n,,x\n,,y\n")
+    for folder, train, test in (("one_class", "text,label\na,x\nb,x\n", "text,label\na,x\n"),
+                                ("unlabelled_test", "text,label\na,x\nb,y\n", "text\na\n")):  # fmt: skip
+        (tables / folder).mkdir()
+        (tables / folder / "train.csv").write_text(train)
+        (tables / folder / "test.csv").write_text(test)
     places = {"{out}": tmp_path / "out", "{tables}": tables, "{encoders}": root / "encoders"}
     for place, path in places.items():
         arguments = [argument.replace(place, str(path)) for argument in arguments]

@@ -1,15 +1,25 @@
 """The scenario table equals separate passes with each mask, and its scores equal scikit-learn's."""
 
 import csv
+import math
 
 import datasets
 import pytest
 import tiny_data
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+)
 
 from u2a_fast import U2A, LateFusion, MissingPattern, MultimodalCollator, evaluate
+from u2a_fast.data.labels import label_feature
 from u2a_fast.evaluation import default_scenarios, scenario_logits, scenario_mask
+from u2a_fast.reports import print_report, with_baseline
 
 NAMES = ("text", "image")
 
@@ -61,7 +71,8 @@ def test_report_files(model, tmp_path):
     assert list(written[0]) == ["scenario", "accuracy", "macro_f1", "n"]
     assert [row["scenario"] for row in written] == [row["scenario"] for row in report]
     assert [float(row["accuracy"]) for row in written] == pytest.approx([r["accuracy"] for r in report], abs=1e-4)
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("report.png", "confusion.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_each_encoder_runs_once_a_sample(model, monkeypatch):
@@ -88,12 +99,9 @@ def test_masks_never_add_what_is_not_there():
             assert mask.any(dim=1).all() and torch.equal(mask[::3], drawn[::3])
 
 
-def test_what_cannot_be_scored_is_refused(model, folders):
+def test_what_cannot_be_scored_is_refused(model):
     with pytest.raises(ValueError, match="unknown scenario 'no image'"):
         evaluate(model, tiny_data.samples(3), scenarios=["no image"])
-    regression = U2A(folders, num_labels=1, processors=tiny_data.processors())
-    with pytest.raises(ValueError, match="regression"):
-        evaluate(regression, tiny_data.samples(3), scenarios=["full"])
 
 
 def test_multilabel_scores(folders):
@@ -104,6 +112,75 @@ def test_multilabel_scores(folders):
     predicted = logits > 0
     assert row["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
     assert row["accuracy"] == pytest.approx((predicted == labels.bool()).float().mean().item())
+    assert row["micro_f1"] == pytest.approx(f1_score(labels, predicted, average="micro"))
+    assert row["map"] == pytest.approx(average_precision_score(labels, logits.sigmoid(), average="macro"))
+    assert row["majority"] == pytest.approx(f1_score(labels, torch.ones(6, 3), average="macro"))
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_regression_scores(folders, outputs, tmp_path):
+    model = U2A(folders, num_labels=outputs, problem_type="regression", processors=tiny_data.processors())
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randn(9, outputs, generator=generator)
+    rows = [{**row, "label": label.tolist() if outputs > 1 else label.item()}
+            for row, label in zip(tiny_data.samples(9), labels, strict=True)]  # fmt: skip
+    (row,) = evaluate(model, rows, scenarios=["full"], output_dir=tmp_path)
+    predicted = model.predict(rows)
+    assert row["mae"] == pytest.approx(mean_absolute_error(labels, predicted), rel=1e-5)
+    assert row["rmse"] == pytest.approx(((labels - predicted) ** 2).mean().sqrt().item(), rel=1e-5)
+    assert row["r2"] == pytest.approx(r2_score(labels, predicted), rel=1e-4) and row["majority"] == 0
+    header = (tmp_path / "report.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header == "scenario,mae,rmse,r2,n" and not (tmp_path / "confusion.png").exists()
+
+
+def test_two_classes_have_an_auroc(folders):
+    model = U2A(folders, num_labels=2, processors=tiny_data.processors())
+    rows = [{**row, "label": row["label"] % 2} for row in tiny_data.samples(9)]
+    (row,) = evaluate(model, rows, scenarios=["full"])
+    chances = model.predict(rows).softmax(dim=1)[:, 1]
+    assert row["auroc"] == pytest.approx(roc_auc_score([r["label"] for r in rows], chances))
+    (row,) = evaluate(model, [row for row in rows if row["label"] == 0], scenarios=["full"])
+    assert math.isnan(row["auroc"]) and row["majority"] == 1
+
+
+def test_a_stream_is_scored_as_its_rows_are(model):
+    rows = rows_with_holes()
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    expected, found = evaluate(model, rows, batch_size=7), evaluate(model, stream, batch_size=7)
+    assert found[:3] == expected[:3]
+    assert [row["n"] for row in found] == [row["n"] for row in expected]
+    drawn = scenario_logits(model, iter(rows), ["rate 1.0"], 7, 0)[0]["rate 1.0"]
+    assert not torch.equal(drawn, scenario_logits(model, rows, ["full"], 7, 0)[0]["full"])
+
+
+def test_what_is_cut_or_broken_is_reported_at_the_end(model, caplog):
+    rows = [{**row, "text": "red " * 40 if i < 2 else row["text"]} for i, row in enumerate(tiny_data.samples(6))]
+    rows[3]["image"] = b"no picture"
+    evaluate(model, rows, scenarios=["full"])
+    assert "1 of 6 image cells cannot be decoded and count as absent" in caplog.messages
+    assert "2 of 6 text cells are cut to 16 tokens (the longest has 40 tokens)" in caplog.messages
+
+
+def test_several_labels_are_read_by_name(folders):
+    model = U2A(folders, num_labels=3, problem_type="multi_label_classification", processors=tiny_data.processors())
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    features = datasets.Features({"text": datasets.Value("string"), "label": label_feature(["c", "a"], True)})
+    data = datasets.Dataset.from_list([{"text": "red", "label": [1.0, 0.0]}], features=features)
+    assert scenario_logits(model, data, ["full"], 2, 0)[2].tolist() == [[0, 0, 1]]
+
+
+def test_the_table_of_a_report_shows_what_to_compare_with(capsys):
+    scenarios = ("full", "image missing", "text missing", "rate 0.7")
+    own = [{"scenario": name, "accuracy": 0.8, "macro_f1": 0.7, "n": 9, "majority": 0.4} for name in scenarios]
+    single = [
+        {**own[0], "scenario": name, "accuracy": score} for name, score in (("text only", 0.6), ("image only", 0.5))
+    ]
+    rows = own + with_baseline(own, "late fusion") + with_baseline(single, "unimodal")
+    print_report(rows, title="u2a on [bold]a[/b].csv")
+    out = capsys.readouterr().out
+    assert "u2a on [bold]a[/b].csv" in out and "late fusion" in out and out.count("0.400") == 4
+    found = {line.split("│")[1].strip(): line.split("│")[-2].strip() for line in out.splitlines() if "0.400" in line}
+    assert list(found.values()) == ["0.600", "0.600", "0.500", "0.600"]
 
 
 def test_a_map_style_dataset_of_any_kind_is_read_by_its_length(model):

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import typing
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import transformers
 from jsonargparse import ArgumentParser, Namespace
 
 from .comparison import CompareOptions, compare
-from .evaluation import evaluate, print_report
+from .evaluation import evaluate
 from .lora import LoraConfig
 from .memory import plan, print_plan
 from .methods import load_model
-from .training import DATA_HELP, TrainOptions, load_splits, option, train
+from .methods.base import MultimodalModel
+from .options import DATA_HELP, TrainOptions, load_splits, option
+from .prediction import predict_answers, samples_from, write_answers
+from .reports import print_report
+from .training import PROBLEM_TYPES, train
+
+ENCODERS_HELP = "{modality: hub id or folder} of encoders that have moved; None: where they were"
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     model: str = option("out", "folder of a trained model")
     data: str = option("emoji", DATA_HELP)
-    output_dir: str = option("out/evaluation", "where report.csv and report.png go")
+    encoders: dict[str, str] | None = option(None, ENCODERS_HELP)
+    columns: dict[str, str] | None = option(None, "{our column: the table's}, where a table has other names")
+    label_separator: str | None = option(None, "what stands between several labels in one cell of a table")
+    output_dir: str = option("out/evaluation", "where report.csv and the pictures go")
     batch_size: int = option(32, "how many samples a pass takes")
     seed: int = option(0, "seed of split and missing tables")
 
@@ -32,8 +39,11 @@ class EvaluateOptions:
 @dataclass(frozen=True)
 class PredictOptions:
     model: str = option("out", "folder of a trained model")
-    input: str = option("-", "JSON lines of samples, one object each ('-': standard input)")
-    output: str = option("-", "where the predictions go, JSON lines ('-': standard output)")
+    input: str = option("-", "a table (csv, tsv, jsonl, parquet), or - for JSON lines on the standard input")
+    output: str = option("-", "where the answers go: a .csv, any other name for JSON lines, - the standard output")
+    encoders: dict[str, str] | None = option(None, ENCODERS_HELP)
+    columns: dict[str, str] | None = option(None, "{our column: the table's}, where a table has other names")
+    top_k: int = option(3, "how many classes are listed with their probabilities")
     batch_size: int = option(32, "how many samples a pass takes")
 
 
@@ -57,25 +67,24 @@ def run_train(options: TrainOptions) -> None:
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
-    splits = load_splits(options.data, options.seed)
-    model = load_model(options.model)
+    model = load_model(options.model, encoders=options.encoders)
+    table = {"label_separator": options.label_separator, "columns": options.columns, "task": task_of(model)}
+    splits = load_splits(options.data, options.seed, **table)
     rows = evaluate(model, splits["test"], None, options.output_dir, options.batch_size, options.seed)
     print_report(rows, title=f"{options.model} on {options.data}")
 
 
+def task_of(model: MultimodalModel) -> str:
+    """The task under which a table's labels are read: the model's."""
+    return next(task for task, problem_type in PROBLEM_TYPES.items() if problem_type == model.problem_type(None))
+
+
 def run_predict(options: PredictOptions) -> None:
-    lines = sys.stdin if options.input == "-" else Path(options.input).read_text(encoding="utf-8").splitlines()
-    samples = [json.loads(line) for line in lines if line.strip()]
-    if not all(isinstance(sample, dict) for sample in samples):
-        raise ValueError('each line of the input must be one object, for example {"text": "red apple"}')
-    model = load_model(options.model)
-    written = []
-    for logits in model.predict(samples, options.batch_size):
-        best = int(logits.argmax())
-        probability = logits.softmax(dim=0)[best].item()
-        written.append(json.dumps({"label": model.config.id2label[best], "probability": round(probability, 4)}))
-    text = "".join(line + "\n" for line in written)
-    sys.stdout.write(text) if options.output == "-" else Path(options.output).write_text(text, encoding="utf-8")
+    if options.top_k < 1:
+        raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
+    samples = samples_from(options.input, options.columns)
+    model = load_model(options.model, encoders=options.encoders)
+    write_answers(predict_answers(model, samples, options.batch_size, options.top_k), options.output)
 
 
 def run_memory(options: MemoryOptions) -> None:
@@ -142,8 +151,6 @@ def main(arguments: list[str] | None = None) -> None:
     values: Namespace = parsed[parsed.command]
     try:
         run(options(**{item.name: values[item.name] for item in fields(options)}))
-    except (ValueError, TypeError, OSError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            error = f"the input is not JSON lines: {error}"
+    except (ValueError, TypeError, OSError, ImportError) as error:
         sentence = next(iter(str(error).splitlines()), repr(error))  # Hugging Face's go on for paragraphs
         sys.exit(f"u2a-fast {parsed.command}: {sentence}")

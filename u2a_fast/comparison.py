@@ -8,22 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from .evaluation import Row, plot_report
+from tqdm.auto import tqdm
+
 from .methods import METHODS
 from .methods.config import check_choice
-from .training import (
-    BASELINES,
-    RUN_FILE,
-    TrainOptions,
-    check_directory,
-    claim_directory,
-    load_sources,
-    option,
-    run_once,
-)
+from .metrics import headline
+from .options import TrainOptions, load_sources, option
+from .reports import UNIMODAL, Row, best_single, plot_report
+from .runs import RUN_FILE, check_directory, claim_directory
+from .training import BASELINES, run_once
 
-UNIMODAL = "unimodal"
-Cell = tuple[float, float]  # mean and standard deviation of an accuracy over seeds
+Cell = tuple[float, float]  # mean and standard deviation over seeds of what the task is ranked by
 
 
 @dataclass(frozen=True)
@@ -41,18 +36,19 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
     those of other options are refused.
 
     Returns:
-        `{method: {scenario: (mean, standard deviation) of the accuracy over seeds}}`, baselines included.
+        `{method: {scenario: (mean, standard deviation) over seeds}}` of the accuracy (macro F1 of several labels a
+        sample, R2 of a regression), baselines included.
     """
     ours = [name for name, method in METHODS.items() if not method.baseline]
     methods, seeds = options.methods or ours, options.seeds or [0, 1, 2]
     for name in methods:
         check_choice("methods", name, list(METHODS))
     runs: dict[str, list[list[Row]]] = {}
-    for seed in seeds:
-        for name in (*methods, *(BASELINES if options.baselines else ())):
-            runs.setdefault(name, []).append(_run(options, name, seed))
+    due = [(name, seed) for seed in seeds for name in (*methods, *(BASELINES if options.baselines else ()))]
+    for name, seed in tqdm(due, desc="comparing", unit="run"):
+        runs.setdefault(name, []).append(_run(options, name, seed))
     table = {name: _cells(reports) for name, reports in runs.items()}
-    _write(table, Path(options.output_dir), len(seeds))
+    _write(table, Path(options.output_dir), runs)
     return table
 
 
@@ -62,12 +58,12 @@ def verdicts(table: Mapping[str, Mapping[str, Cell]]) -> list[tuple[str, str, st
     With several modalities left, the best of their unimodal models is the one to beat.
     """
     methods = [name for name in table if name != UNIMODAL]
-    single = {name.removesuffix(" only"): cell[0] for name, cell in table.get(UNIMODAL, {}).items()}
+    single = {name: mean for name, (mean, _) in table.get(UNIMODAL, {}).items()}
     found = []
     for scenario in next(iter(table.values())):
         winner = max(methods, key=lambda name: table[name][scenario][0])
-        left = [score for name, score in single.items() if scenario != f"{name} missing"]
-        beaten = [name for name in methods if left and table[name][scenario][0] > max(left)]
+        best = best_single(scenario, single)
+        beaten = [name for name in methods if best is not None and table[name][scenario][0] > best]
         found.append((scenario, winner, ", ".join(beaten) or "none"))
     return found
 
@@ -98,30 +94,38 @@ def _finished(folder: Path) -> list[Row] | None:
     if not (folder / "rows.csv").exists():
         return None
     with open(folder / "rows.csv", encoding="utf-8") as file:
-        return [{**row, "accuracy": float(row["accuracy"])} for row in csv.DictReader(file)]
+        return [
+            {"scenario": row.pop("scenario")} | {k: float(v) for k, v in row.items()} for row in csv.DictReader(file)
+        ]
 
 
 def _cells(reports: Sequence[Sequence[Row]]) -> dict[str, Cell]:
     scores: dict[str, list[float]] = {}
     for rows in reports:
         for row in rows:
-            scores.setdefault(row["scenario"], []).append(row["accuracy"])
+            scores.setdefault(row["scenario"], []).append(row[headline(row)])
     return {name: (statistics.fmean(s), statistics.stdev(s) if len(s) > 1 else 0.0) for name, s in scores.items()}
 
 
-def _write(table: Mapping[str, Mapping[str, Cell]], folder: Path, seeds: int) -> None:
+def _write(table: Mapping[str, Mapping[str, Cell]], folder: Path, runs: Mapping[str, Sequence[Sequence[Row]]]) -> None:
+    first = next(iter(runs.values()))
+    measure, seeds = headline(first[0][0]), len(first)
     with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("method", "scenario", "mean_accuracy", "std_accuracy", "seeds"))
+        writer.writerow(("method", "scenario", f"mean_{measure}", f"std_{measure}", "seeds"))
         for name, cells in table.items():
             writer.writerows((name, s, f"{m:.4f}", f"{d:.4f}", seeds) for s, (m, d) in cells.items())
     text = markdown(table)
     (folder / "comparison.md").write_text(text, encoding="utf-8")
     print(text)
-    drawn = {name: cells for name, cells in table.items() if name != UNIMODAL}
-    plot_report(
-        {name: [{"scenario": s, "accuracy": m, "std": d} for s, (m, d) in c.items()] for name, c in drawn.items()}
-    ).savefig(folder / "comparison.png", dpi=120)
+    drawn = {
+        name: [{"scenario": s, measure: m, "std": d} for s, (m, d) in cells.items()]
+        for name, cells in table.items()
+        if name != UNIMODAL
+    }
+    lines = {"majority": statistics.fmean(rows[0]["majority"] for rows in first)}
+    lines |= {name: mean for name, (mean, _) in table.get(UNIMODAL, {}).items()}
+    plot_report(drawn, lines).savefig(folder / "comparison.png", dpi=120)
 
 
 def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:

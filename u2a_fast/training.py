@@ -2,112 +2,81 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-import yaml
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 
-from . import data as data_module
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
-from .evaluation import Row, evaluate, print_report, write_report
-from .lora import LoraConfig
+from .data.labels import label_names, task_of
+from .data.presence import warn_of_cuts
+from .evaluation import evaluate
+from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
-from .methods.base import MultimodalModel, check_modalities
+from .methods.base import MultimodalModel
 from .methods.config import check_choice
+from .methods.presence import check_modalities
+from .metrics import measures, score
+from .options import BESIDES, TrainOptions, choices, default_encoders, load_sources, read_whole, settled
+from .reports import Row, print_report, with_baseline, write_report
+from .runs import check_directory, claim_directory
 
-RUN_FILE = "run.yaml"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
-
-
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True)
-class BuiltinData:
-    """A data set that `--data` knows by name: `load(seed=...)` gives its splits."""
-
-    load: Callable[..., Mapping[str, Any]]
-    image_size: int
-
-
-DATASETS = {
-    "emoji": BuiltinData(data_module.load_emoji, image_size=112),  # 72 pixels wide
-    "stamps": BuiltinData(data_module.load_stamps, image_size=112),  # a quarter of the time
+PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
 }
-TABLE_IMAGE_SIZE = 224  # of a user's own pictures
-DATA_HELP = ", ".join(DATASETS) + ", or a folder or table with image, text, audio and label columns"
+LESS_IS_BETTER = ("mae", "rmse")
+SAMPLE_BYTES = 150 * 2**20  # kept for backward by a sample, ViT-B + BERT-base with adapters, counted generously
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """Everything `u2a-fast train` takes; a YAML file may set the same names."""
-
-    data: str = option("emoji", DATA_HELP)
-    method: str = option("u2a", "which method to train, one of " + ", ".join(METHODS))
-    output_dir: str = option("out", "where checkpoint, report and model card go")
-    encoders: dict[str, str] | None = option(
-        None, "{modality: hub id or folder} of the encoders; None: those of [demo]"
-    )
-    missing_rate: float = option(0.7, "share of training samples that lose one modality")
-    missing_kind: str = option("both", "which modality is lost: both, any, or the name of one")
-    lora_r: int = option(16, "rank of the adapters")
-    lora_alpha: float = option(16, "the adapters are scaled by alpha / r")
-    lora_dropout: float = option(0.0, "dropout inside the adapters")
-    modality_dropout: float = option(0.1, "u2a only: chance that a complete sample loses a modality in a step")
-    label_smoothing: float = option(0.2, "label smoothing of the cross entropy, while training")
-    tuning: str = option("bitfit", "joint_embedding only: bitfit or lora")
-    quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
-    epochs: float = option(12, "how many passes over the training split")
-    max_steps: int = option(-1, "stop after so many steps, whatever epochs says")
-    batch_size: int = option(16, "how many samples a step takes")
-    learning_rate: float = option(7e-4, "peak of the cosine schedule, for all but the head")
-    head_learning_rate: float = option(1e-3, "peak for the head, whose classes start from nothing")
-    weight_decay: float = option(0.01, "weight decay of AdamW")
-    seed: int = option(0, "seed of weights, order, missing table and split")
-    feature_cache: str | None = option(None, "pmf only: folder that keeps frozen features across epochs")
-    dtype: str = option("auto", "dtype of the frozen encoders: float32, bfloat16, or auto (bfloat16 where it is fast)")
-    baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")
-    resume: bool = option(False, "go on from the last checkpoint in output_dir")
-
-    @property
-    def lora(self) -> LoraConfig:
-        return LoraConfig(r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
-
-
-def train(options: TrainOptions) -> list[Row]:
+def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> list[Row]:
     """Train, evaluate every scenario, and write checkpoint, `report.csv`, `report.png` and `README.md`.
 
+    Args:
+        splits: `{"train", "validation", "test"}` of Hugging Face data sets or streams in place of `options.data`, with
+            columns as `load_table` gives them. A stream needs `max_steps` and features that name the classes.
+
     Raises:
-        ValueError: an unknown method, or an output directory that holds another run or model.
+        ValueError: an unknown method, data that it cannot be trained on, or an output directory that holds another run
+            or model.
     """
     if options.method not in METHODS:
         raise ValueError(f"unknown method {options.method!r}: use one of {', '.join(METHODS)}")
     check_directory(options)
-    return run_once(options, *load_sources(options))
+    if splits is None:
+        return run_once(options, *load_sources(options))
+    splits = read_whole(splits, options.all_absent)
+    return run_once(options, splits, dict(options.encoders or default_encoders(options, splits)))
 
 
 def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
     """`train` on splits and encoders that are loaded already; what is refused is refused before anything is written."""
     checkpoint = check_directory(options)
-    trainer = make_trainer(METHODS[options.method], options, splits, sources, Path(options.output_dir))
+    check_data(options, splits, sources)
+    chosen = settled(options, splits)
+    if said := choices(options, chosen, list(sources)):
+        print(said)
+    trainer = make_trainer(METHODS[options.method], chosen, splits, sources, Path(options.output_dir))
+    print(trainer.train_dataset.summary())
+    if hasattr(splits["train"], "__len__"):
+        warn_of_cuts(trainer.model.processors, training_split(chosen, splits))
+    trainer.model.print_trainable_parameters()
     claim_directory(options)
     model = run_trainer(trainer, checkpoint)
-    rows = evaluate(model, splits["test"], seed=options.seed)
+    rows = evaluate(model, splits["test"], seed=options.seed, output_dir=options.output_dir)
     for name, baseline in BASELINES.items() if options.baselines else ():
-        within = replace(options, output_dir=str(Path(options.output_dir) / "baselines"))
-        rows += [{**row, "scenario": f"{row['scenario']} [{name}]"} for row in baseline(within, splits, sources)]
+        within = replace(chosen, output_dir=str(Path(options.output_dir) / "baselines"))
+        rows += with_baseline(baseline(within, splits, sources), name)
     write_report(rows, options.output_dir)
-    write_card(model, asdict(options), rows, missing_pattern(options, "train"), merged_training_split(splits))
+    write_card(model, chosen, rows, trainer.train_dataset, training_split(chosen, splits))
     print_report(rows, title=f"{options.method} on {options.data}, seed {options.seed}")
     return rows
 
@@ -119,78 +88,125 @@ def make_trainer(
     sources: Mapping[str, str],
     folder: Path,
 ) -> Trainer:
-    """A model of `method`, the train and validation splits with simulated holes, and the optimizer, ready to train.
+    """A model of `method`, the training split with simulated holes, and the optimizer, ready to train.
 
     Raises:
         ValueError: data or options that the method cannot be trained on.
     """
     check_data(options, splits, sources)
-    train_split = merged_training_split(splits)
-    pattern, modalities = missing_pattern(options, "train"), list(sources)
-    if len(modalities) > 1:
-        print(pattern.summary(len(train_split), modalities))
-        train_split = with_missing(train_split, pattern, modalities)
+    options = settled(options, splits)
     set_seed(options.seed)
+    pool = training_split(options, splits)
     model = build_model(method, options, splits, sources)
-    model.print_trainable_parameters()
+    collate: Any = MultimodalCollator(model.processors)
+    if model.config.problem_type == "regression":
+        collate = StandardLabels(collate, _labels(pool))
+    if options.class_weights:
+        model.loss = balanced(model, _labels(pool))
+    validation = {"eval_dataset": holed(splits["validation"], options, sources, "validation"),
+                  "compute_metrics": _measure(model)} if options.metric_for_best else {}  # fmt: skip
     return Trainer(
         model,
         training_arguments(options, folder),
-        train_dataset=train_split,
-        data_collator=MultimodalCollator(model.processors),
+        train_dataset=holed(pool, options, sources, "train"),
+        data_collator=collate,
         optimizers=(make_optimizer(model, options), None),
+        **validation,
     )
 
 
 def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalModel:
     """Train to the end, from a checkpoint where one is given; the model, saved."""
     trainer.train(resume_from_checkpoint=checkpoint)
+    if isinstance(trainer.data_collator, StandardLabels):
+        trainer.data_collator.into_head(trainer.model)
     trainer.model.save_pretrained(trainer.args.output_dir)
     return trainer.model
 
 
+# -------------------------------------------------------------------------------------------------------------- data
 def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Refuse what would fail later: a split or a column that is not there, labels without classes, a wrong dtype."""
+    """Refuse before training what would fail, or mean nothing, after it."""
     check_choice("dtype", options.dtype, DTYPES)
-    absent = [name for name in ("train", "test") if name not in splits]
-    if absent:
-        raise ValueError(
-            f"{options.data} has no {absent[0]} split: put all rows into one table, which is split by seed, or add one "
-            f"named {absent[0]}"
-        )
-    columns = splits["train"].features
-    if not hasattr(columns.get("label"), "names"):
-        raise ValueError(
-            f"{options.data} needs a label column of class names or whole numbers: for other problems build a model "
-            "with problem_type=... and use Trainer"
-        )
-    check_modalities(sources, [name for name in columns if name not in ("label", "group")])
+    check_choice("all_absent", options.all_absent, ("error", "prior"))
+    check_choice("class_weights", options.class_weights, (None, "balanced"))
+    for name in ("train", "test", *(["validation"] if options.metric_for_best else [])):
+        if name not in splits:
+            raise ValueError(
+                f"{options.data} has no {name} split: put all rows into one table, which is split by seed, or add one "
+                f"named {name}"
+            )
+        if hasattr(splits[name], "__len__") and not len(splits[name]):
+            raise ValueError(f"the {name} split of {options.data} has no rows: add some, or split the rows otherwise")
+    for name, part in splits.items():
+        if "label" not in (part.features or ()):
+            found = ", ".join(part.features or ())
+            raise ValueError(
+                f"the {name} split of {options.data} needs a label column of class names, numbers or lists of names; "
+                f"it has {found}"
+            )
+    train = splits["train"]
+    feature = train.features["label"]
+    if task_of(feature) == "classification":
+        given = set(train["label"]) if hasattr(train, "__len__") else set(feature.names)
+        if len(given) < 2:
+            raise ValueError(f"the train split of {options.data} has one class only: there is nothing to tell apart")
+    if options.metric_for_best:
+        names = measures(PROBLEM_TYPES[str(task_of(feature))], len(label_names(feature) or ()))
+        check_choice("metric_for_best", options.metric_for_best, names)
+    if not hasattr(train, "__len__") and (options.max_steps < 1 or options.baselines or options.class_weights):
+        raise ValueError("a stream has no length: set max_steps, and leave baselines and class_weights out")
+    check_modalities(sources, [name for name in train.features if name not in BESIDES])
 
 
-def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim.AdamW:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    head = [p for name, p in trained.items() if name.startswith("head.")]
-    rest = [p for name, p in trained.items() if not name.startswith("head.")]
-    groups = [{"params": rest}, {"params": head, "lr": options.head_learning_rate}]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay)
+def training_split(options: TrainOptions, splits: Mapping[str, Any]) -> Any:
+    """Train and validation together: hyperparameters were chosen before, on validation, never on test."""
+    from datasets import concatenate_datasets
+
+    names = ["train"] if options.metric_for_best else ["train", "validation"]
+    parts = [splits[name] for name in names if name in splits]
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
+def holed(pool: Any, options: TrainOptions, sources: Mapping[str, str], split: str) -> Any:
+    """A split with the holes that training simulates; nothing is decoded, since that was done on loading."""
+    modalities, table = list(sources), missing_pattern(options, split)
+    if len(modalities) == 1:
+        table = torch.ones(len(pool), 1, dtype=torch.bool)
+    return with_missing(pool, table, modalities, all_absent=options.all_absent, decode=False)
+
+
+def missing_pattern(options: TrainOptions, split: str) -> MissingPattern:
+    assert options.missing_rate is not None  # settled
+    return MissingPattern(rate=options.missing_rate, kind=options.missing_kind, seed=options.seed, split=split)
+
+
+def _labels(pool: Any) -> torch.Tensor:
+    return torch.tensor(pool["label"][:])
+
+
+# ------------------------------------------------------------------------------------------------ model and optimizer
 def build_model(
     method: type[MultimodalModel], options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]
 ) -> MultimodalModel:
     from .encoders import load
 
-    names = splits["train"].features["label"].names
+    feature = splits["train"].features["label"]
+    names = label_names(feature)
+    vector = getattr(feature, "feature", None) is not None
     dtype = fast_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
     model = method(
         {name: load(source, name, dtype=dtype) for name, source in sources.items()},
-        num_labels=len(names),
+        num_labels=len(names) if names else len(next(iter(splits["train"]))["label"]) if vector else 1,
+        problem_type=PROBLEM_TYPES[str(task_of(feature))],
         quantization=options.quantization,
+        all_absent=options.all_absent,
         label_smoothing=options.label_smoothing,
         **adaptation(method, options),
     )
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: i for i, name in enumerate(names)}
+    if names:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
     return model
 
 
@@ -206,12 +222,30 @@ def adaptation(method: type[MultimodalModel], options: TrainOptions) -> dict[str
     return chosen
 
 
+def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim.AdamW:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if name.startswith("head.")]
+    rest = [p for name, p in trained.items() if not name.startswith("head.")]
+    groups = [{"params": rest}, {"params": head, "lr": options.head_learning_rate}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay)
+
+
 def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments:
+    assert options.batch_size is not None  # settled
+    part = fitting_batch(options.batch_size)
+    best = {
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": options.metric_for_best,
+        "greater_is_better": options.metric_for_best not in LESS_IS_BETTER,
+    }
     return TrainingArguments(
         str(folder),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=part,
+        gradient_accumulation_steps=options.batch_size // part,
+        auto_find_batch_size=torch.cuda.is_available(),
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=10,
@@ -220,44 +254,29 @@ def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments
         save_total_limit=1,
         seed=options.seed,
         report_to="none",
+        disable_tqdm=False,  # or silencing transformers' log turns the bar off
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # or Trainer drops the image and text columns
+        **(best if options.metric_for_best else {}),
     )
 
 
-def merged_training_split(splits: Mapping[str, Any]) -> Any:
-    """Train and validation together: hyperparameters were chosen before, on validation, never on test."""
-    from datasets import concatenate_datasets
-
-    parts = [splits[name] for name in ("train", "validation") if name in splits]
-    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-
-
-def missing_pattern(options: TrainOptions, split: str) -> MissingPattern:
-    return MissingPattern(rate=options.missing_rate, kind=options.missing_kind, seed=options.seed, split=split)
+def fitting_batch(batch_size: int) -> int:
+    """The batch, halved until its activations take no more than half of the memory that is free."""
+    part = batch_size
+    if not torch.cuda.is_available():  # on a GPU Trainer itself halves what does not fit
+        free = psutil.virtual_memory().available
+        while part > 1 and part % 2 == 0 and part * SAMPLE_BYTES > free / 2:
+            part //= 2
+    return part
 
 
-def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """The splits, and the folder or id of each modality's encoder."""
-    splits = load_splits(options.data, options.seed)
-    sources = options.encoders or default_encoders(options.data, splits["train"].column_names)
-    return splits, dict(sources)
+def _measure(model: MultimodalModel) -> Any:
+    def compute(predicted: EvalPrediction) -> dict[str, float]:
+        logits, labels = torch.from_numpy(predicted.predictions), torch.from_numpy(predicted.label_ids)
+        return score(model.config.problem_type, logits.float(), labels)
 
-
-def load_splits(data: str, seed: int) -> Mapping[str, Any]:
-    """`{"train", "validation", "test"}` of one of DATASETS, or of a user's own folder or table."""
-    return DATASETS[data].load(seed=seed) if data in DATASETS else data_module.load_table(data, seed=seed)
-
-
-def default_encoders(data: str, columns: list[str]) -> dict[str, str]:
-    """The folder of a small pretrained encoder for each modality among the columns."""
-    size = DATASETS[data].image_size if data in DATASETS else TABLE_IMAGE_SIZE
-    folders = {
-        "image": lambda: data_module.dinov2_folder(image_size=size),
-        "text": data_module.minilm_folder,
-        "audio": data_module.whisper_folder,
-    }
-    return {name: str(folder()) for name, folder in folders.items() if name in columns}
+    return compute
 
 
 def fast_dtype() -> torch.dtype:
@@ -266,6 +285,7 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+# --------------------------------------------------------------------------------------------------------- baselines
 def late_fusion_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
     """Late fusion with zeros for what is missing, under every scenario."""
     model = run_trainer(make_trainer(LateFusion, options, splits, sources, Path(options.output_dir) / "late_fusion"))
@@ -274,11 +294,14 @@ def late_fusion_rows(options: TrainOptions, splits: Mapping[str, Any], sources: 
 
 def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
     """A model per modality, trained on those samples that keep it under the same missing table: what remains."""
-    pool, rows = merged_training_split(splits), []
-    table = missing_pattern(options, "train").table(len(pool), list(sources))
+    options = settled(options, splits)
+    pool, rows = training_split(options, splits), []
+    left = holed(pool, options, sources, "train")
     for i, (name, source) in enumerate(sources.items()):
-        there = [row for row, value in enumerate(pool[name]) if value is not None and table[row, i]]
-        remains = {"train": pool.select(there), "test": splits["test"]}
+        there = left.rows[left.table[:, i]].tolist()
+        remains = {"train": pool.select(there), **{k: part for k, part in splits.items() if k != "train"}}
+        if not options.metric_for_best:
+            remains.pop("validation", None)  # it is in the pool
         folder = Path(options.output_dir) / f"{name}_only"
         model = run_trainer(make_trainer(LateFusion, options, remains, {name: source}, folder))
         rows += [{**row, "scenario": f"{name} only"} for row in evaluate(model, splits["test"])]
@@ -286,40 +309,3 @@ def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Map
 
 
 BASELINES = {"late fusion": late_fusion_rows, "unimodal": unimodal_rows}
-
-
-def check_directory(options: TrainOptions) -> str | None:
-    """Refuse a directory that holds something else; the checkpoint to resume from, if that was asked for."""
-    folder = Path(options.output_dir)
-    if (folder / RUN_FILE).exists():
-        found, asked = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")), _run(options)
-        changed = sorted(name for name in asked if found.get(name) != asked[name])
-        if changed:
-            raise ValueError(f"{folder} holds another run ({', '.join(changed)} differ): choose another output_dir")
-        if not options.resume:
-            raise ValueError(f"{folder} holds this run already: pass --resume to go on, or choose another output_dir")
-        return _last_checkpoint(folder)
-    found = sorted(path.name for pattern in LEFT_BY_OTHERS for path in folder.glob(pattern))
-    if found:
-        raise ValueError(f"{folder} holds another model ({found[0]}): choose another output_dir")
-    return None
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: Trainer writes its state last, and a killed run may have got less far."""
-    whole = []
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(json.JSONDecodeError):
-            whole.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
-    return max(whole, default=(0, None))[1]
-
-
-def claim_directory(options: TrainOptions) -> None:
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(yaml.safe_dump(_run(options), sort_keys=False), encoding="utf-8")
-
-
-def _run(options: TrainOptions) -> dict[str, Any]:
-    """What makes two runs the same run: every option but where it is written and whether it goes on."""
-    return {name: value for name, value in asdict(options).items() if name not in ("output_dir", "resume")}

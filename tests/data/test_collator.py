@@ -118,6 +118,13 @@ def test_an_undecodable_file_is_absent_counted_and_logged_once(collate, sample, 
     assert str(broken) in caplog.text
 
 
+def test_of_many_broken_files_a_few_are_named(collate, caplog):
+    with caplog.at_level(logging.WARNING):
+        collate([{"text": "a", "image": f"/nowhere/{number}.png"} for number in range(100)])
+    assert collate.undecodable == {"image": 100}
+    assert len(caplog.messages) == 6 and "counted, not named" in caplog.messages[-1]
+
+
 def test_an_undecodable_clip_is_absent(collate, sample):
     pytest.importorskip("soundfile")
     batch = collate([sample | {"audio": b"nonsense"}])
@@ -166,9 +173,9 @@ def test_without_labels_there_are_none(collate, samples):
         ([1.0, float("nan")], "1 of 2 samples have no label"),
         (["dog", "cat"], "ClassLabel"),
         ([[1], [1, 2]], "same length"),
-        ([0.5, float("inf")], "A label holds inf"),
-        ([[1, float("nan")], [0, 1]], "A label holds nan"),
-        ([torch.tensor(float("nan"))], "A label holds nan"),
+        ([0.5, float("inf")], "a label holds inf"),
+        ([[1, float("nan")], [0, 1]], "a label holds nan"),
+        ([torch.tensor(float("nan"))], "a label holds nan"),
     ],
 )
 def test_labels_that_make_no_sense_are_refused(collate, labels, message):
@@ -311,3 +318,37 @@ def test_real_emoji_give_the_batches_the_real_encoders_take():
     with torch.inference_mode():
         for modality, folder in (("image", image), ("text", text)):
             assert AutoModel.from_pretrained(folder)(**batch[modality]).last_hidden_state.isfinite().all()
+
+
+def test_texts_are_as_long_as_the_tokenizer_says_and_what_is_cut_is_counted(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "model_max_length", 6)
+    collate = MultimodalCollator({"text": tokenizer})
+    text = collate([{"text": "dog " * 9}, {"text": "a dog"}, {"text": "dog " * 4}, {"text": None}])["text"]
+    assert text["attention_mask"].sum(dim=1).tolist() == [6, 4, 6, 1]
+    assert text["input_ids"][0, -1] == tokenizer.sep_token_id
+    sentence = "1 of 3 text cells are cut to 6 tokens (the longest has 11 tokens)"
+    assert collate.cut["text"].sentence("text", 3) == sentence
+
+
+def test_clips_longer_than_the_window_are_counted(feature_extractor):
+    from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor
+
+    extractors = {feature_extractor: 1.0, ASTFeatureExtractor(num_mel_bins=16, max_length=50): 0.5}
+    for extractor, seconds in extractors.items():
+        collate = MultimodalCollator({"audio": extractor})
+        collate([{"audio": np.ones(4000)}, {"audio": np.ones(32_000)}])
+        sentence = f"1 of 2 audio cells are cut to {seconds} s (the longest has 2.0 s)"
+        assert collate.cut["audio"].sentence("audio", 2, rate=16_000) == sentence
+    collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor()})
+    collate([{"audio": np.ones(32_000)}])
+    assert not collate.cut  # it hears everything
+
+
+def test_half_a_surrogate_pair_is_read_as_an_unknown_character(collate):
+    assert collate([{"text": "a \ud800 dog"}])["text"]["input_ids"].shape == (1, 5)
+
+
+@pytest.mark.parametrize("labels", [["dog", "cat"], [["dog"], ["cat", "dog"]], [["dog"], [1]]])
+def test_names_as_labels_are_refused_with_the_cure(collate, labels):
+    with pytest.raises(ValueError, match=r"labels must be numbers, .*lists of names into vectors of 0 and 1"):
+        collate([{"text": "a", "label": label} for label in labels])

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from u2a_fast.data import MissingPackageError, dinov2_folder, minilm_folder, whisper_folder
-from u2a_fast.data.pretrained import read_ctranslate2
+from u2a_fast.data.ctranslate2_reader import read_ctranslate2
 
 
 def ctranslate2_file(path, variables, version=6):

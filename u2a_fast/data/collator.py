@@ -1,22 +1,29 @@
 """From rows with holes to a batch: each modality's own processor runs on the rows that have it."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from u2a_fast.data.inputs import DecodeError, is_absent, to_audio, to_image
+from .inputs import DecodeError, is_absent, read_cell
 
 logger = logging.getLogger(__name__)
 
-LONGEST_TEXT = 512  # tokens; many tokenizers claim no limit, and most encoders have this one
+LONGEST_TEXT = 512  # tokens; the limit of most encoders, for tokenizers that state none
+NO_LIMIT = 10**6  # what tokenizers state that do not know: 10 to the power of 30, or some other very large number
+REPORTED = 5  # broken files that are named; the others are counted
 LABELS = ("labels", "label")
 MEMBERS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
+SHORTEST_CLIP = 40  # of a second: the first window of a spectrogram needs 25 ms
 
 Inputs = dict[str, Tensor]
 
@@ -34,6 +41,9 @@ class MultimodalCollator:
     waveforms always get an attention mask; a group norm over time, as in wav2vec2-base, sees the padding all the same.
     Other keys than the modalities, `label` and `labels` are ignored.
 
+    Texts end at the tokenizer's `model_max_length`, which a model lowers to what its encoder takes, and clips at their
+    extractor's window; what is cut is counted in `cut`.
+
     >>> from transformers import Wav2Vec2FeatureExtractor
     >>> collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor()})
     >>> batch = collate([{"audio": np.ones(400), "label": 1}, {"audio": None, "label": 0}])
@@ -43,12 +53,13 @@ class MultimodalCollator:
 
     def __init__(self, processors: Mapping[str, Any]) -> None:
         if not processors:
-            raise ValueError("MultimodalCollator needs a processor for each modality, and got none.")
+            raise ValueError("MultimodalCollator needs a processor for each modality, and got none")
         self.processors: dict[str, Any] = {}
-        self._kinds: dict[str, str] = {}
+        self.kinds: dict[str, str] = {}
         for modality, processor in processors.items():
-            self._kinds[modality], self.processors[modality] = _fitting(modality, processor)
+            self.kinds[modality], self.processors[modality] = _fitting(modality, processor)
         self.undecodable: Counter[str] = Counter()
+        self.cut: dict[str, Cut] = {}
         self._reported: set[str] = set()
         self._blanks: dict[str, Inputs] = {}
 
@@ -58,21 +69,24 @@ class MultimodalCollator:
         return tuple(self.processors)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return {modality: {name: tensor [B, ..]}, .., "modality_mask": bool [B, M], "labels": [B] or [B, C]}.
+        """`{modality: {name: tensor [B, ..]}, .., "modality_mask": bool [B, M], "labels": [B] or [B, C]}`.
 
         Labels are int64 where they are whole numbers, float32 otherwise, and left out where no sample has one. An
         absent row is zeros; an absent text keeps one visible token, and other masks are all ones there, so that no
-        attention is over nothing. Raises ValueError when no sample has a column for any modality.
+        attention is over nothing.
+
+        Raises:
+            ValueError: no sample has a column for any modality.
         """
         if not any(modality in sample for sample in samples for modality in self.processors):
             raise ValueError(
-                f"No sample has a column for {', '.join(self.modalities)}: if Trainer dropped them, pass "
-                "TrainingArguments(remove_unused_columns=False)."
+                f"no sample has a column for {', '.join(self.modalities)}: if Trainer dropped them, pass "
+                "TrainingArguments(remove_unused_columns=False)"
             )
         batch: dict[str, Any] = {}
         masks = []
         for modality in self.processors:
-            values = [self._read(modality, sample.get(modality)) for sample in samples]
+            values = [self.read(modality, sample.get(modality)) for sample in samples]
             present = torch.tensor([value is not None for value in values])
             batch[modality] = self._inputs(modality, [value for value in values if value is not None], present)
             masks.append(present)
@@ -82,28 +96,25 @@ class MultimodalCollator:
             batch["labels"] = labels
         return batch
 
-    def _read(self, modality: str, value: Any) -> Any:
+    def read(self, modality: str, value: Any) -> Any:
         """The cell as its processor takes it, or None where it is absent or cannot be decoded."""
-        if is_absent(value):
-            return None
-        kind = self._kinds[modality]
-        if kind == "text":
-            if not isinstance(value, str):
-                raise TypeError(f"The column {modality} holds a {type(value).__name__}; a text must be a string.")
-            return value
         try:
-            return to_image(value) if kind == "image" else to_audio(value, self.processors[modality].sampling_rate)
+            return read_cell(self.kinds[modality], value, getattr(self.processors[modality], "sampling_rate", 0))
         except DecodeError as error:
             self._report(modality, value, error)
             return None
+        except TypeError as error:
+            if self.kinds[modality] == "text":
+                raise TypeError(f"the column {modality} {error}") from error
+            raise
 
     def _report(self, modality: str, value: Any, error: DecodeError) -> None:
         self.undecodable[modality] += 1
-        path = value.get("path") if isinstance(value, Mapping) else value
-        name = str(path) if path is not None and not isinstance(path, bytes) else "unnamed content"
-        if name not in self._reported:
+        name = cell_name(value)
+        if name not in self._reported and len(self._reported) <= REPORTED:
             self._reported.add(name)
-            logger.warning("%s %s cannot be decoded and counts as absent: %s", modality, name, error)
+            what = "further files are counted, not named" if len(self._reported) > REPORTED else error
+            logger.warning("%s %s cannot be decoded and counts as absent: %s", modality, name, what)
 
     def _inputs(self, modality: str, values: list[Any], present: Tensor) -> Inputs:
         """The processor's tensors, scattered to the present rows of the batch."""
@@ -115,7 +126,7 @@ class MultimodalCollator:
             inputs[name] = tensor.new_zeros(len(present), *tensor.shape[1:])
             if values:
                 inputs[name][present] = tensor
-        if self._kinds[modality] == "text":
+        if self.kinds[modality] == "text":
             _show_one_token(inputs, ~present, self.processors[modality])
         else:
             for name in inputs:
@@ -128,7 +139,7 @@ class MultimodalCollator:
         if modality not in self._blanks:
             from PIL import Image
 
-            kind = self._kinds[modality]
+            kind = self.kinds[modality]
             if kind == "audio":
                 sample = np.zeros(self.processors[modality].sampling_rate, np.float32)
             else:
@@ -138,29 +149,83 @@ class MultimodalCollator:
 
     def _process(self, modality: str, values: list[Any]) -> Inputs:
         processor = self.processors[modality]
-        kind = self._kinds[modality]
+        kind = self.kinds[modality]
         if kind == "image":
+            if len(getattr(processor, "image_mean", None) or ()) == 1:  # an encoder of grey pictures
+                values = [image.convert("L") for image in values]
             return dict(processor(images=values, return_tensors="pt"))
-        if kind == "audio":
-            # Whisper and AST pad to a window of their own; the others pad nothing unless told to.
-            options = inspect.signature(type(processor).__call__).parameters
-            pads_only_if_told = "padding" in options and options["padding"].default is False
-            pad = {"padding": True} if pads_only_if_told else {}
-            if pad and "return_attention_mask" in options and processor.model_input_names[0] == "input_values":
-                # Without it the zeros behind a short clip are heard, so that a row depends on its neighbours.
-                pad["return_attention_mask"] = True
-            return dict(processor(values, sampling_rate=processor.sampling_rate, return_tensors="pt", **pad))
-        return dict(
-            processor(
-                values,
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                max_length=min(processor.model_max_length, LONGEST_TEXT),
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-        )
+        return self._process_clips(modality, values) if kind == "audio" else self._process_texts(modality, values)
+
+    def _process_clips(self, modality: str, clips: list[np.ndarray]) -> Inputs:
+        # Whisper and AST pad to a window of their own; the others pad nothing unless told to.
+        processor = self.processors[modality]
+        options = inspect.signature(type(processor).__call__).parameters
+        pads_only_if_told = "padding" in options and options["padding"].default is False
+        pad: dict[str, Any] = {"padding": True} if pads_only_if_told else {}
+        if pad and "return_attention_mask" in options and processor.model_input_names[0] == "input_values":
+            # Without it the zeros behind a short clip are heard, so that a row depends on its neighbours.
+            pad["return_attention_mask"] = True
+        if not pad:
+            shortest = processor.sampling_rate // SHORTEST_CLIP
+            clips = [np.pad(clip, (0, max(0, shortest - len(clip)))) for clip in clips]
+        self.measure(modality, clips)
+        return dict(processor(clips, sampling_rate=processor.sampling_rate, return_tensors="pt", **pad))
+
+    def _process_texts(self, modality: str, texts: list[str]) -> Inputs:
+        options = {"padding": True, "padding_side": "right", "return_attention_mask": True, "return_tensors": "pt"}
+        limit = self._limit(modality)
+        self.measure(modality, texts)
+        return dict(self.processors[modality](texts, **options, truncation=True, max_length=limit))
+
+    def measure(self, modality: str, values: list[Any]) -> None:
+        """Count which of these texts or clips are too long; of pictures none is."""
+        processor = self.processors[modality]
+        if self.kinds[modality] == "text" and values:
+            lengths = [len(ids) for ids in processor(values, verbose=False)["input_ids"]]
+        else:
+            lengths = [len(clip) for clip in values] if self.kinds[modality] == "audio" else []
+        limit = self._limit(modality)
+        if limit is not None and lengths:
+            counted = self.cut.setdefault(modality, Cut(limit))
+            counted.longest = max(counted.longest, *lengths)
+            counted.count += sum(length > limit for length in lengths)
+
+    def _limit(self, modality: str) -> int | None:
+        """The tokens or samples that are read of a cell; None where all are."""
+        processor = self.processors[modality]
+        if self.kinds[modality] == "text":
+            return processor.model_max_length if processor.model_max_length < NO_LIMIT else LONGEST_TEXT
+        return window(processor) if self.kinds[modality] == "audio" else None
+
+
+@dataclass
+class Cut:
+    """How many samples were longer than `limit` (tokens, or samples of a clip), and the longest of all."""
+
+    limit: int
+    count: int = 0
+    longest: int = 0
+
+    def sentence(self, modality: str, total: int, rate: int | None = None) -> str:
+        """For a warning: how many were cut and by how much; `rate` turns samples into seconds.
+
+        >>> Cut(limit=64_000, count=3, longest=144_000).sentence("audio", 20, rate=16_000)
+        '3 of 20 audio cells are cut to 4.0 s (the longest has 9.0 s)'
+        """
+        limit, longest = (f"{n} tokens" if rate is None else f"{n / rate:.1f} s" for n in (self.limit, self.longest))
+        return f"{self.count} of {total} {modality} cells are cut to {limit} (the longest has {longest})"
+
+
+def window(extractor: Any) -> int | None:
+    """The samples that a feature extractor hears of a clip: Whisper's chunk, AST's number of 10 ms frames."""
+    frames = getattr(extractor, "max_length", None)
+    return getattr(extractor, "n_samples", None) or (frames and frames * extractor.sampling_rate // 100)
+
+
+def cell_name(value: Any) -> str:
+    """What to call a cell in a message: the path it holds."""
+    path = value.get("path") if isinstance(value, Mapping) else value
+    return str(path) if isinstance(path, str | Path) else "unnamed content"
 
 
 def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
@@ -172,8 +237,8 @@ def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
         part = getattr(processor, MEMBERS.get(modality, ""), None)
         if part is None:
             raise ValueError(
-                f"The {type(processor).__name__} given for {modality!r} has several parts; pass the one that reads it "
-                f"({', '.join(MEMBERS.values())})."
+                f"the {type(processor).__name__} given for {modality!r} has several parts; pass the one that reads it "
+                f"({', '.join(MEMBERS.values())})"
             )
         processor = part
     kinds = {"text": PreTrainedTokenizerBase, "image": BaseImageProcessor, "audio": FeatureExtractionMixin}
@@ -181,8 +246,8 @@ def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
         if isinstance(processor, parent):
             return kind, processor
     raise ValueError(
-        f"The processor given for {modality!r} is a {type(processor).__name__}; a Hugging Face tokenizer, image "
-        "processor or feature extractor is needed."
+        f"the processor given for {modality!r} is a {type(processor).__name__}; a Hugging Face tokenizer, image "
+        "processor or feature extractor is needed"
     )
 
 
@@ -195,19 +260,25 @@ def _show_one_token(inputs: Inputs, absent: Tensor, tokenizer: Any) -> None:
 
 
 def _labels(samples: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    name = next((name for name in LABELS if any(name in sample for sample in samples)), None)
-    values = [sample.get(name) for sample in samples]
+    name = next((name for name in LABELS if any(name in sample for sample in samples)), LABELS[0])
+    values: list[Any] = [sample.get(name) for sample in samples]
     unlabelled = sum(is_absent(value) for value in values)
     if unlabelled == len(values):
         return None
     if unlabelled:
-        raise ValueError(f"{unlabelled} of {len(values)} samples have no label; label all of them, or none.")
+        raise ValueError(f"{unlabelled} of {len(values)} samples have no label; label all of them, or none")
+    values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    if any(isinstance(part, str) for value in values for part in (value if isinstance(value, list) else [value])):
+        raise ValueError(
+            f"labels must be numbers, not {values[0]!r}: turn names into a datasets.ClassLabel, and lists of names "
+            "into vectors of 0 and 1, as load_table does"
+        )
     try:
-        array = np.asarray([value.tolist() if hasattr(value, "tolist") else value for value in values])
+        array = np.asarray(values)
     except ValueError as error:
-        raise ValueError("The labels of a batch must have the same length; they have not.") from error
+        raise ValueError("the labels of a batch must have the same length; they have not") from error
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"Labels must be numbers, not {values[0]!r}: turn names into a datasets.ClassLabel.")
+        raise ValueError(f"labels must be numbers, not {values[0]!r}")
     if not np.isfinite(array).all():
-        raise ValueError(f"A label holds {array[~np.isfinite(array)][0]}; fill it in or leave its sample out.")
+        raise ValueError(f"a label holds {array[~np.isfinite(array)][0]}; fill it in or leave its sample out")
     return torch.from_numpy(array.astype(np.int64 if array.ndim == 1 and array.dtype.kind != "f" else np.float32))

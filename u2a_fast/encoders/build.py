@@ -68,7 +68,21 @@ def load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
     """The Hugging Face encoder of `modality` from a hub id or a folder, without a pooler.
 
     Of a model with two towers (CLIP, SigLIP) it is the one for the modality; of Whisper it is the encoder.
+
+    Raises:
+        ValueError: nothing can be loaded from there.
     """
+    try:
+        return _load(name_or_path, modality, **options)
+    except (OSError, ValueError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"the {modality} encoder cannot be loaded from {name_or_path!r}: name another folder or hub id with "
+            f"encoders={{{modality!r}: ...}}, on the command line --encoders '{{\"{modality}\": ...}}' ({why})"
+        ) from error
+
+
+def _load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 

@@ -152,7 +152,7 @@ WAV2VEC2_STEM = {
 
 BERT = Family(
     name="BERT, RoBERTa, ELECTRA",
-    classes=("BertModel", "RobertaModel", "ElectraModel"),
+    classes=("BertModel", "RobertaModel", "ElectraModel", "XLMRobertaModel", "CamembertModel"),
     stem={"embeddings": "embeddings", "embeddings_project": "embeddings_project"},
     layers="encoder.layer",
     roles=BERT_ROLES,

@@ -24,11 +24,18 @@ def load_model(name_or_path: str | os.PathLike, **options: Any) -> MultimodalMod
         options: of that method's `from_pretrained`, for example `encoders={"text": folder}`.
 
     Raises:
-        ValueError: the config names none of ours.
+        ValueError: there is no config, or it names none of ours.
     """
     from transformers import PreTrainedConfig
 
-    kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    try:
+        kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{name_or_path} is no folder of a trained model, nor a model of the Hugging Face hub: name the output_dir "
+            f"of a run that has ended ({why})"
+        ) from error
     if kind not in METHODS:
         raise ValueError(f"{name_or_path} holds a {kind!r} model: u2a_fast loads {', '.join(METHODS)}")
     return METHODS[kind].from_pretrained(name_or_path, **options)

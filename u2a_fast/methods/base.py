@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .. import host
 from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
 from ..quantization import read_quantization
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
-from .loading import as_encoder, load_processor, overlay, saved_processors, saved_state
+from .loading import as_encoder, fit_tokenizer, load_processor, overlay, saved_processors, saved_state
 from .presence import Rows, check_modalities, presence, present_rows, refuse_empty
 
 PaddingMasks = Mapping[str, Tensor | None]
@@ -28,6 +28,10 @@ class MultimodalModel(PreTrainedModel):
 
     `encode` looks at each sample once and never at which other modalities it has, so that every missing-modality
     scenario can be evaluated from one pass over the encoders.
+
+    Attributes:
+        loss: a function `(logits [B, C], labels) -> scalar` in place of the task's own loss, or None. The alignment
+            loss is added to it all the same, which Trainer's `compute_loss_func` would lose; it is not saved.
     """
 
     config_class = MultimodalConfig
@@ -76,7 +80,9 @@ class MultimodalModel(PreTrainedModel):
         )
         super().__init__(config)
         self.encoders = nn.ModuleDict(built)
-        self._processors = dict(processors or {})
+        self.loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._processors: dict[str, Any] = {}
+        self.processors = processors or {}
 
     # -------------------------------------------------------------------------------------------- what a method says
     def encode(
@@ -152,7 +158,7 @@ class MultimodalModel(PreTrainedModel):
         logits, auxiliary = self.fuse(self.encode(inputs, present, padding), present)
         output = MultimodalOutput(logits=logits)
         if labels is not None:
-            output.task_loss = self.task_loss(logits, labels)
+            output.task_loss = (self.loss or self.task_loss)(logits, labels)
             output.align_loss = auxiliary
             output.loss = output.task_loss + self.auxiliary_weight * auxiliary
             output = MultimodalOutput(**{name: output[name] for name in ("loss", "logits", "task_loss", "align_loss")})
@@ -182,13 +188,17 @@ class MultimodalModel(PreTrainedModel):
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return F.cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing if self.training else 0.0)
 
-    def problem_type(self, labels: Tensor) -> str:
-        """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers."""
+    def problem_type(self, labels: Tensor | None) -> str:
+        """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers.
+
+        Without labels, whole numbers are assumed.
+        """
         if self.config.problem_type is not None:
             return self.config.problem_type
         if self.config.num_labels == 1:
             return "regression"
-        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        marks = labels is not None and labels.is_floating_point()
+        return "multi_label_classification" if marks else "single_label_classification"
 
     def check_labels(self, labels: Tensor, batch: int) -> None:
         """Refuse labels that do not fit `batch` samples and, on the CPU, the classes of this model; -100: no label."""
@@ -214,7 +224,8 @@ class MultimodalModel(PreTrainedModel):
     def processors(self) -> dict[str, Any]:
         """`{modality: processor}` in modality order, loaded from the encoders' own folders where none was given.
 
-        Setting it replaces those that are named and keeps the others.
+        Setting it replaces those that are named and keeps the others. A tokenizer's limit is lowered to what its
+        encoder takes.
 
         Raises:
             ValueError: a modality has no processor and its encoder no folder to load one from; an unknown modality.
@@ -224,34 +235,38 @@ class MultimodalModel(PreTrainedModel):
     @processors.setter
     def processors(self, processors: Mapping[str, Any]) -> None:
         check_modalities(processors, self.config.modalities)
+        for name, processor in processors.items():
+            fit_tokenizer(processor, self.encoders[name])
         self._processors.update(processors)
 
     def _processors_of(self, names: Sequence[str]) -> dict[str, Any]:
         for name in names:
             if name not in self._processors:
-                self._processors[name] = load_processor(name, self.config.encoders[name])
+                self.processors = {name: load_processor(name, self.config.encoders[name])}
         return {name: self._processors[name] for name in names}
 
     @torch.no_grad()
-    def predict(self, samples: Sequence[Mapping[str, Any]], batch_size: int = 32) -> Tensor:
-        """Raw samples -> logits `[N, C]`; an absent key, None or NaN is a missing modality.
+    def predict(self, samples: Iterable[Mapping[str, Any] | str], batch_size: int = 32) -> Tensor:
+        """Raw samples -> logits `[N, C]`; an absent key, None, NaN or a broken file is a missing modality.
+
+        Args:
+            samples: dictionaries in a list, data set, DataFrame, stream or generator; strings are texts, or cells of a
+                model's only modality.
 
         Raises:
             ValueError: a sample has no modality at all, or there is no processor for one it has.
+            TypeError: something else than samples.
         """
         from ..data import MultimodalCollator, is_absent
+        from ..data.presence import batches_of
 
-        if isinstance(samples, Mapping):
-            raise TypeError("samples must be a list of dictionaries: write predict([sample]) for a single one")
-        modalities, was_training = self.config.modalities, self.training
-        named = [name for name in modalities if any(not is_absent(sample.get(name)) for sample in samples)]
-        collate = MultimodalCollator(self._processors_of(named or modalities))
+        modalities, was_training, logits = self.config.modalities, self.training, []
         self.eval()
         try:
-            logits = []
-            for start in range(0, len(samples), batch_size):
-                chosen = samples[start : start + batch_size]
-                batch = collate([{name: sample.get(name) for name in named or modalities} for sample in chosen])
+            for chosen in batches_of(self._read_samples(samples), batch_size):
+                named = [name for name in modalities if any(not is_absent(sample.get(name)) for sample in chosen)]
+                collate = MultimodalCollator(self._processors_of(named or modalities))
+                batch = collate([{name: sample.get(name) for name in collate.modalities} for sample in chosen])
                 present = dict(zip(collate.modalities, batch.pop("modality_mask").unbind(1), strict=True))
                 nowhere = torch.zeros(len(chosen), dtype=torch.bool)
                 mask = torch.stack([present.get(name, nowhere) for name in modalities], dim=1)
@@ -259,6 +274,21 @@ class MultimodalModel(PreTrainedModel):
         finally:
             self.train(was_training)
         return torch.cat(logits) if logits else torch.empty(0, self.config.num_labels)
+
+    def _read_samples(self, samples: Iterable[Mapping[str, Any] | str]) -> Iterator[Mapping[str, Any]]:
+        from ..data.presence import samples_of
+
+        if isinstance(samples, (Mapping, str)):
+            raise TypeError("samples must be a list of dictionaries: write predict([sample]) for a single one")
+        modalities = self.config.modalities
+        only = modalities[0] if len(modalities) == 1 else "text"
+        for number, sample in enumerate(samples_of(samples), start=1):
+            if isinstance(sample, str) and only in modalities:
+                sample = {only: sample}
+            if not isinstance(sample, Mapping):
+                known = ", ".join(modalities)
+                raise TypeError(f"sample {number} is a {type(sample).__name__}: write a dictionary with any of {known}")
+            yield sample
 
     # ------------------------------------------------------------------------------------------------- bookkeeping
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -291,7 +321,8 @@ class MultimodalModel(PreTrainedModel):
     def _keys_to_ignore_on_save(self) -> set[str]:
         """Every frozen key of the encoders, as they are now: a list made once would drop what is unfrozen later."""
         kept = {name for name, p in self.named_parameters() if p.requires_grad or "lora_" in name}
-        return {name for name in self.state_dict() if name.startswith("encoders.")} - kept
+        frozen = {name for name in self.state_dict() if name.startswith("encoders.")} - kept
+        return frozen | {name for name in self.state_dict() if name.startswith("loss.")}
 
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
@@ -341,7 +372,7 @@ class MultimodalModel(PreTrainedModel):
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         state, folder = saved_state(name_or_path)
         overlay(model, state, str(name_or_path))
-        model._processors = saved_processors(folder / "processors")
+        model.processors = saved_processors(folder / "processors")
         return model.eval()
 
 

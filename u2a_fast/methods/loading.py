@@ -45,7 +45,27 @@ def load_processor(name: str, source: str) -> Any:
     """The processor in the folder or hub id `source` of the modality `name`."""
     if name not in PROCESSORS or not source:
         raise ValueError(f"no processor for {name!r} is known: set model.processors = {{{name!r}: ...}}")
-    return PROCESSORS[name].from_pretrained(source)
+    try:
+        return PROCESSORS[name].from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} holds no processor for {name!r}: set model.processors = {{{name!r}: ...}}"
+        ) from error
+
+
+def fit_tokenizer(processor: Any, encoder: Encoder) -> None:
+    """Lower a tokenizer's limit to the positions that its encoder has; many tokenizers know none, or one too many."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tables = (
+        module
+        for name, module in encoder.stem.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2].startswith("position_embedding")
+    )
+    table = next(tables, None)
+    if table is not None and hasattr(tokenizer, "model_max_length"):
+        # RoBERTa counts positions from behind the padding's.
+        positions = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 
 def saved_processors(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""The published layouts, built small: each benchmark has its own splits, task and classes."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from u2a_fast.data.benchmarks import GENRES, load_food101, load_hateful_memes, load_mmimdb
+from u2a_fast.data.labels import label_names, task_of
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def build_mmimdb(folder, labels="dataset", images="dataset"):
+    films = {"train": ["0001", "0002"], "dev": ["0003"], "test": ["0004"]}
+    for number, film in enumerate(film for ids in films.values() for film in ids):
+        picture(folder / images / f"{film}.jpeg")
+        said = {"plot": [f"plot {number}", "another"], "genres": ["Drama", "News"] if number else ["War", "Sci-Fi"]}
+        (folder / labels).mkdir(exist_ok=True)
+        (folder / labels / f"{film}.json").write_text(json.dumps(said))
+    (folder / "split.json").write_text(json.dumps(films))
+
+
+def build_food101(folder):
+    (folder / "texts").mkdir()
+    for split in ("train", "test"):
+        for dish in ("apple_pie", "baklava"):
+            for number in range(2):
+                picture(folder / "images" / split / dish / f"{dish}_{number}.jpg")
+        lines = 'apple_pie_0.jpg,"Pie, the best",apple_pie\nbaklava_0.jpg,Sweet, and sticky,baklava\n'
+        (folder / "texts" / f"{split}_titles.csv").write_text(lines)
+
+
+def build_hateful_memes(folder, test="test_seen"):
+    for number, split in enumerate(("train", "dev_seen", test)):
+        picture(folder / "img" / f"{number}.png")
+        lines = [
+            {"id": number, "img": f"img/{number}.png", "label": label, "text": f"meme {label}"} for label in (0, 1)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("places", [("dataset", "dataset"), ("labels", "images")])
+def test_mmimdb_has_several_genres_a_film(tmp_path, places):
+    build_mmimdb(tmp_path, *places)
+    splits = load_mmimdb(tmp_path)
+    assert {name: len(part) for name, part in splits.items()} == {"train": 2, "validation": 1, "test": 1}
+    feature, first = splits["train"].features["label"], splits["train"][0]
+    assert task_of(feature) == "multi_label" and label_names(feature) == list(GENRES) and len(GENRES) == 23
+    assert first["text"] == "plot 0" and first["image"]["path"].endswith("0001.jpeg")
+    assert {GENRES[i] for i, mark in enumerate(first["label"]) if mark} == {"War", "Sci-Fi"}
+
+
+def test_food101_has_a_title_for_most_pictures(tmp_path):
+    build_food101(tmp_path)
+    splits = load_food101(tmp_path)
+    assert {name: len(part) for name, part in splits.items()} == {"train": 4, "test": 4}
+    assert splits["train"].features["label"].names == ["apple_pie", "baklava"]
+    assert splits["test"]["text"][:] == ["Pie, the best", None, "Sweet, and sticky", None]
+
+
+@pytest.mark.parametrize("test", ["test_seen", "test"])
+def test_hateful_memes_have_two_classes(tmp_path, test):
+    build_hateful_memes(tmp_path, test)
+    splits = load_hateful_memes(tmp_path)
+    assert {name: len(part) for name, part in splits.items()} == {"train": 2, "validation": 2, "test": 2}
+    assert splits["test"].features["label"].names == ["not hateful", "hateful"] and splits["test"]["label"][:] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("build", "load", "file"),
+    [
+        (build_mmimdb, load_mmimdb, "split.json"),
+        (build_mmimdb, load_mmimdb, "dataset/0003.json"),
+        (build_mmimdb, load_mmimdb, "dataset/0004.jpeg"),
+        (build_food101, load_food101, "texts/test_titles.csv"),
+        (build_hateful_memes, load_hateful_memes, "dev_seen.jsonl"),
+        (build_hateful_memes, load_hateful_memes, "img/2.png"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path, build, load, file):
+    build(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{file} is missing: the layout is described in docs/reproduce.md"):
+        load(tmp_path)
+
+
+def test_files_that_hold_something_else_are_named(tmp_path):
+    build_mmimdb(tmp_path)
+    (tmp_path / "split.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"split.json holds a list, not the dict"):
+        load_mmimdb(tmp_path)
+    (tmp_path / "split.json").write_text("{")
+    with pytest.raises(ValueError, match=r"split.json is not JSON"):
+        load_mmimdb(tmp_path)
+    (tmp_path / "split.json").write_text('{"train": ["0001"]}')
+    with pytest.raises(ValueError, match=r"split.json has no test samples"):
+        load_mmimdb(tmp_path)
+    build_hateful_memes(tmp_path)
+    (tmp_path / "test_seen.jsonl").write_text('{"img": "img/0.png", "text": "a"}\n')
+    with pytest.raises(ValueError, match=r"test_seen.jsonl, row 1 has no label 0 or 1: get the release"):
+        load_hateful_memes(tmp_path)

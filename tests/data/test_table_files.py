@@ -1,0 +1,273 @@
+"""Tables as people write them: splits, headers, separators, encodings and cells of every kind."""
+
+import csv
+import io
+import json
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from u2a_fast.data import MultimodalCollator, load_table
+from u2a_fast.data.labels import label_names
+from u2a_fast.data.table_files import parse_json_lines
+
+FEW = settings(
+    max_examples=150, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+PLAIN = "text,label\na,x\nb,y\n"
+
+
+def write(folder, name, content=PLAIN):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder / name
+
+
+def json_lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def parquet(folder, name, rows):
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    write_table(pa.Table.from_pylist(rows), folder / name)
+    return folder / name
+
+
+def all_rows(splits):
+    return [row for part in splits.values() for row in part]
+
+
+# ----------------------------------------------------------------------------------------------------- files and splits
+@pytest.mark.parametrize("name", ["val", "dev", "valid", "validation", "Val", "DEV"])
+def test_a_validation_split_has_many_names(tmp_path, name):
+    for stem in ("train", name, "test"):
+        write(tmp_path, f"{stem}.csv")
+    assert list(load_table(tmp_path)) == ["train", "validation", "test"]
+    write(tmp_path, "validation.jsonl", json_lines({"text": "a", "label": "x"}))
+    with pytest.raises(ValueError, match="holds 2 tables for validation"):
+        load_table(tmp_path)
+
+
+def test_a_table_that_is_no_split_is_not_ignored_in_silence(tmp_path, caplog):
+    for stem in ("train", "test", "extra"):
+        write(tmp_path, f"{stem}.csv")
+    with caplog.at_level(logging.WARNING):
+        load_table(tmp_path)
+    assert "extra.csv is no split by its name and is not read" in caplog.text
+
+
+@pytest.mark.parametrize("below", ["", "data/"])
+def test_shards_of_the_hub_are_one_table(tmp_path, below):
+    for shard in range(3):
+        parquet(tmp_path, f"{below}train-{shard:05}-of-00003.parquet", [{"text": f"t{shard}", "label": shard}])
+    parquet(tmp_path, f"{below}test-00000-of-00001.parquet", [{"text": "t", "label": 0}])
+    splits = load_table(tmp_path)
+    assert splits["train"]["text"][:] == ["t0", "t1", "t2"] and len(splits["test"]) == 1
+    (tmp_path / below / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="2 of the 3 files of train: add the others"):
+        load_table(tmp_path)
+
+
+def test_class_names_of_the_hub_are_kept(tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "ant"])})
+    data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+    data.to_parquet(tmp_path / "train.parquet")
+    train = load_table(tmp_path)["train"]
+    assert [train.features["label"].int2str(label) for label in train["label"]] == ["cat", "ant"]
+
+
+def test_a_split_column_decides(tmp_path):
+    lines = [f"t{i},{i % 2},{split}" for i, split in enumerate(["Train", "test", " DEV ", "train", "val"])]
+    splits = load_table(write(tmp_path, "t.csv", "text,label,Split\n" + "\n".join(lines)))
+    assert {name: part["text"][:] for name, part in splits.items()} == {
+        "train": ["t0", "t3"], "validation": ["t2", "t4"], "test": ["t1"]
+    }  # fmt: skip
+    assert "split" not in splits["train"].column_names
+    for wrong in ("holdout", ""):
+        with pytest.raises(ValueError, match=r"row 2 has the split .*: write train, validation or test"):
+            load_table(write(tmp_path, "t.csv", f"text,label,split\na,x,train\nb,y,{wrong}\n"))
+
+
+# ------------------------------------------------------------------------------------------------- headers, separators
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_the_separator_is_read_off_the_header(tmp_path, separator, suffix):
+    file = io.StringIO()
+    rows = [["text", "label"], [f"one{separator} two", "x"], ['says "no"', "y"], ["two\nlines", "x"]]
+    csv.writer(file, delimiter=separator).writerows(rows)
+    write(tmp_path, f"train.{suffix}", file.getvalue())
+    assert load_table(tmp_path)["train"]["text"][:] == [row[0] for row in rows[1:]]
+
+
+def test_columns_that_nobody_reads_may_be_there_twice(tmp_path):
+    write(tmp_path, "train.csv", "text,note,note,label,\na,1,2,x,\n")
+    assert load_table(tmp_path)["train"][0] == {"text": "a", "label": 0}
+    (tmp_path / "train.csv").unlink()
+    write(tmp_path, "train.jsonl", '{"text": "a", "Note": 1, "note": 2}\n')
+    assert load_table(tmp_path)["train"][0] == {"text": "a"}
+
+
+def test_a_single_column_needs_no_separator(tmp_path):
+    assert load_table(write(tmp_path, "train.csv", "text\na dog\n").parent)["train"]["text"][:] == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    "header", ["Text,LABEL", " text , label ", "\ufefftext,label", '"Text","Label"', "title,category"]
+)
+def test_headers_may_have_blanks_capitals_a_mark_and_usual_names(tmp_path, header):
+    write(tmp_path, "train.csv", f"{header}\na,x\n")
+    assert load_table(tmp_path)["train"][0] == {"text": "a", "label": 0}
+
+
+def test_columns_may_be_named(tmp_path):
+    write(tmp_path, "train.csv", "Title,caption,kind\na,b,x\n")
+    train = load_table(tmp_path, columns={"text": "caption", "label": "Kind"})["train"]
+    assert train[0] == {"text": "b", "label": 0}
+    with pytest.raises(
+        ValueError, match=r"has title and caption for text: choose one with --columns '{\"text\": \"title\"}'"
+    ):
+        load_table(tmp_path)
+    for columns in ({"text": "headline"}, {"picture": "title"}):
+        with pytest.raises(ValueError, match=r"has \['Title', 'caption', 'kind'\]; ours are image, text, audio"):
+            load_table(tmp_path, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "headline,label\na,x\n", r"has the columns \['headline', 'label'\]; it needs at least one of image"),
+        ("t.csv", "text,label\n", r"t\.csv has no rows below its header \['label', 'text'\]"),
+        ("t.csv", "", r"t\.csv has no rows"),
+        ("t.jsonl", "\n\n", r"t\.jsonl has no rows"),
+        ("t.csv", "text,Text ,label\na,b,x\n", r"two of them called 'text': rename or remove one"),
+        ("t.jsonl", '{"text": "a", "Text": "b"}', r"row 1 has the column .text. in two spellings"),
+        ("t.jsonl", '{"text": "a", "text": "b"}', r"line 1 is not JSON \(a name occurs twice"),
+        ("t.csv", PLAIN.encode("utf-16"), r"t\.csv is UTF-16 or no text at all: save it as UTF-8"),
+        ("t.csv", PLAIN.encode("utf-16-le"), "UTF-16 or no text at all"),
+        ("t.csv", "text,label\na,x\ncaf\xe9,y\n".encode("cp1252"), r"t\.csv, line 3: byte 0xe9 .*Windows-1252: save"),
+        ("t.csv", 'text,label\n"a,x\nb,y\n', r"t\.csv, line 2: .*safer as \.jsonl"),
+        ("t.jsonl", '[{"text": "a"}]', r"t\.jsonl, line 1 is a JSON array: each line of the input must be"),
+        ("t.jsonl", '[\n{"text": "a"}\n]', r"t\.jsonl, line 1 is a JSON array of rows: write one object a line"),
+        ("t.jsonl", '{"text": "a"}\n{"text"', r"t\.jsonl, line 2 is not JSON \(.* in column 8\): write one object"),
+        ("t.jsonl", '{"text": "a"}\n\nnull\n', r"t\.jsonl, line 3 is null: each line of the input must be one object"),
+        ("t.jsonl", '{"text": "a"}\n3\n', r"line 2 is 3: each line"),
+        ("t.jsonl", "[" * 100_000, r"line 1 is a JSON array of rows"),
+        ("t.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", r"line 1 is not JSON"),
+        ("t.jsonl", '{"text": "\\ud800", "label": 1}', r"row 1, column text: holds half of a surrogate pair"),
+        ("t.parquet", b"PAR1 nonsense PAR1", r"t\.parquet is no Parquet file that can be read"),
+        ("t.jsonl", json_lines({"text": ["a", "b"]}), r"row 1, column text: holds a list, and text needs a string"),
+        ("t.jsonl", json_lines({"text": {"de": "a"}}), r"row 1, column text: holds a dict"),
+        ("t.jsonl", json_lines({"text": 1.5}), r"row 1, column text: holds a float"),
+        ("t.jsonl", json_lines({"image": 3}), r"row 1, column image: holds a int: write a path"),
+        ("t.jsonl", json_lines({"image": ["a", "b"]}), r"row 1, column image: holds 2 files: write one a row"),
+        ("t.jsonl", json_lines({"image": {"file": "a"}}), r"row 1, column image: holds a NoneType|record"),
+        ("t.jsonl", json_lines({"image": "https://a.org/b.png"}), r"holds the address https://a.org/b.png: download"),
+        ("t.jsonl", json_lines({"image": [[[1, 2, 3]]]}), r"column image: holds a list of numbers"),
+        ("t.jsonl", json_lines({"audio": [0.1, 0.2]}), r'holds a list of numbers: write a path, or a clip as {"array"'),
+        ("t.jsonl", json_lines({"audio": {"array": [0.1]}}), r"a clip given as an array needs its sampling_rate"),
+        ("t.jsonl", json_lines({"image": {"bytes": "AAAA"}}), r"record of NoneType and str, not path and bytes"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_named_with_file_place_and_cure(tmp_path, name, content, message):
+    write(tmp_path, name, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_table(tmp_path / name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_bytes_in_a_text_column_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="row 1, column text: holds a bytes, and text needs a string"):
+        load_table(parquet(tmp_path, "t.parquet", [{"text": b"abc", "label": 1}]))
+
+
+def test_json_lines_end_at_line_feeds_alone():
+    rows = [{"text": "a\u2028b\u2029c\x85d\x0be"}, {"text": "f"}]
+    content = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    assert parse_json_lines(b"\xef\xbb\xbf" + content.encode(), "t") == rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+def test_what_the_collator_takes_a_table_takes(tmp_path, picture, clip, image_processor, feature_extractor):
+    soundfile = pytest.importorskip("soundfile")
+    (tmp_path / "sub").mkdir()
+    picture.save(tmp_path / "sub" / "a.png")
+    soundfile.write(tmp_path / "sub" / "a.wav", clip, 16000, subtype="FLOAT")
+    image, sound = (tmp_path / "sub" / "a.png").read_bytes(), (tmp_path / "sub" / "a.wav").read_bytes()
+    lines = [
+        {"image": "sub/a.png", "audio": "sub/a.wav"},
+        {"image": " sub/a.png ", "audio": ["sub/a.wav"]},
+        {"image": {"path": "sub/a.png"}, "audio": {"path": "sub/a.wav", "bytes": None}},
+        {"image": ["sub/a.png"], "audio": {"array": clip.tolist(), "sampling_rate": 16000}},
+        {"image": "sub\\a.png", "audio": "sub\\a.wav"},
+        {"image": str(tmp_path / "sub" / "a.png"), "audio": {"array": [clip.tolist()] * 2, "sampling_rate": 16000.0}},
+    ]
+    records = [
+        {"image": image, "audio": sound},
+        {"image": {"path": "x.png", "bytes": image}, "audio": {"path": None, "bytes": sound}},
+    ]
+    write(tmp_path, "train.jsonl", json_lines(*lines))
+    rows = list(load_table(tmp_path)["train"])
+    for number, record in enumerate(records):
+        rows += list(load_table(parquet(tmp_path, f"p{number}/train.parquet", [record]).parent)["train"])
+    batch = MultimodalCollator({"image": image_processor, "audio": feature_extractor})(rows)
+    assert batch["modality_mask"].all() and len(rows) == 8
+    for tensor in (batch["image"]["pixel_values"], batch["audio"]["input_features"]):
+        assert np.allclose(tensor, tensor[:1], atol=1e-4)
+
+
+def test_a_clip_of_nothing_is_absent(tmp_path):
+    pytest.importorskip("soundfile")
+    write(tmp_path, "train.jsonl", json_lines({"audio": {"array": [], "sampling_rate": 8000}, "text": "a"}))
+    assert load_table(tmp_path)["train"][0]["audio"] is None
+
+
+def test_numbers_as_texts_stay_what_they_are(tmp_path):
+    write(tmp_path, "train.jsonl", json_lines({"text": 300}, {"text": "007"}))
+    assert load_table(tmp_path)["train"]["text"][:] == ["300", "007"]
+
+
+def test_several_labels_of_a_row_become_a_vector(tmp_path):
+    write(tmp_path, "train.csv", "text;labels\na;x|y\nb;y\n")
+    train = load_table(tmp_path, label_separator="|")["train"]
+    assert train["label"][:] == [[1, 1], [0, 1]] and label_names(train.features["label"]) == ["x", "y"]
+    write(tmp_path, "train.csv", "text,label\na,1\nb,2\n")
+    assert load_table(tmp_path, task="regression")["train"]["label"][:] == [1.0, 2.0]
+
+
+VALUES = st.none() | st.text(max_size=8) | st.integers() | st.floats() | st.lists(st.text(max_size=3), max_size=2)
+NAMES = st.sampled_from(["image", "text", "audio", "label", "Text", " label", "split", "title", "x"]) | st.text(
+    max_size=5
+)
+
+
+@FEW
+@given(st.lists(st.dictionaries(NAMES, VALUES, max_size=4), max_size=4))
+def test_any_rows_load_or_are_refused_in_a_sentence(tmp_path, rows):
+    write(tmp_path, "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        splits = load_table(tmp_path / "t.jsonl", decode=True)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(error) and len(str(error).splitlines()) == 1
+    else:
+        assert all(row.get("text") or row.get("image") or row.get("audio") for row in all_rows(splits))
+
+
+@FEW
+@given(st.lists(st.lists(st.text(max_size=6) | st.sampled_from(['"', ";", "a\nb", "1"]), max_size=4), max_size=5),
+       st.sampled_from(["text,label", "Text;label", "\ufefftext\tlabel", "text", '"text,label']))  # fmt: skip
+def test_any_table_of_cells_loads_or_is_refused_in_a_sentence(tmp_path, rows, header):
+    lines = [header, *(",".join(row) for row in rows)]
+    write(tmp_path, "t.csv", "\n".join(lines).encode("utf-8", "surrogatepass"))
+    try:
+        load_table(tmp_path / "t.csv", decode=True)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(error) and len(str(error).splitlines()) == 1

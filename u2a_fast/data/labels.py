@@ -1,0 +1,205 @@
+"""What the labels of a table mean: classes, several classes a row, or numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from .inputs import is_absent
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("classification", "multi_label", "regression")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
+TRUTH = {"false": "0", "true": "1"}
+LONGEST_NUMBER = 100  # characters; a longer label is a name
+
+Row = dict[str, Any]
+
+
+def settle_labels(rows: Sequence[Row], task: str | None = None, separator: str | None = None) -> list[str] | None:
+    """Make every `row["label"]` a class name, a vector or a number; the class names in order, None for numbers.
+
+    Args:
+        rows: "place" says where each comes from, for messages.
+        task: None: lists of names, and names with a `separator`, are several classes a row; whole numbers and names
+            are one; other numbers are a regression. Lists of numbers are vectors: of classes where all are 0 or 1.
+        separator: what stands between the names of a cell.
+
+    Spellings of one label are one class: blanks around a name, 1 and 1.0, true and 1, and the two ways to write an
+    accented letter in Unicode. Names that differ in their case alone are kept apart, with a warning.
+
+    Raises:
+        ValueError: a cell that does not fit the task, or vectors of different length.
+
+    >>> rows = [{"place": "a.csv, row 1", "label": " 1"}, {"place": "a.csv, row 2", "label": 1.0}]
+    >>> settle_labels(rows), [row["label"] for row in rows]
+    (['1'], ['1', '1'])
+    """
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
+    for row in rows:
+        row["label"] = _cell(row["label"], row["place"], separator)
+    lists = [row for row in rows if isinstance(row["label"], list)]
+    if any(not isinstance(part, str) for row in lists for part in row["label"]):
+        return _settle_vectors(rows, task)
+    if lists or task == "multi_label":
+        if task not in (None, "multi_label"):
+            raise ValueError(f"{lists[0]['place']} has several labels, which a {task} cannot have: write one")
+        return _settle_sets(rows)
+    return _settle_single(rows, task)
+
+
+def label_feature(class_names: Sequence[str] | None, vectors: bool) -> Any:
+    """The feature of a label column of a data set: a ClassLabel, a number, or a vector that carries its names."""
+    import datasets
+
+    if not vectors:
+        return datasets.ClassLabel(names=list(class_names)) if class_names else datasets.Value("float32")
+    # `id` is the one free field of a feature, and survives selecting, joining and saving.
+    return datasets.List(datasets.Value("float32", id=json.dumps(class_names) if class_names else None))
+
+
+def label_names(feature: Any) -> list[str] | None:
+    """The class names that a label column's feature carries, those of `label_feature` and Hugging Face's own."""
+    if hasattr(feature, "names"):
+        return feature.names
+    marks = getattr(getattr(feature, "feature", None), "id", None)
+    return json.loads(marks) if marks else None
+
+
+def task_of(feature: Any) -> str | None:
+    """The task that a label column of this feature is for; None where there is no such column."""
+    if feature is None:
+        return None
+    if hasattr(feature, "names"):
+        return "classification"
+    return "multi_label" if label_names(feature) else "regression"
+
+
+def _cell(label: Any, place: str, separator: str | None) -> Any:
+    """A name, a number or a list of either, tidied."""
+    if isinstance(label, str) and separator:
+        label = [part for part in label.split(separator) if part.strip()]
+    if isinstance(label, list | tuple) and not any(isinstance(part, list | tuple) for part in label):
+        return [_cell(part, place, None) for part in label]
+    if is_absent(label):
+        raise ValueError(f"{place} has no label; fill it in or leave the row out")
+    if isinstance(label, str):
+        if not label.isprintable() and re.search("[\ud800-\udfff]", label):
+            raise ValueError(f"{place} has the label {label!r}, half of a surrogate pair: write the whole character")
+        return unicodedata.normalize("NFC", label).strip()
+    if isinstance(label, bool | int | float | Decimal):
+        return label
+    raise ValueError(f"{place} has a {type(label).__name__} as its label: write a name, a number, or a list of them")
+
+
+def _settle_vectors(rows: Sequence[Row], task: str | None) -> list[str] | None:
+    """Vectors of numbers, all of one length; the numbers of the classes where they are marks."""
+    first = rows[0]
+    for row in rows:
+        label = row["label"]
+        if not isinstance(label, list) or any(isinstance(part, str) for part in label):
+            raise ValueError(f"{row['place']} has no list of numbers as its label, but others have: write one kind")
+        if len(label) != len(first["label"]):
+            lengths = f"{len(first['label'])} numbers at {first['place']}, {len(label)} at {row['place']}"
+            raise ValueError(
+                f"label vectors differ in length ({lengths}): write vectors of one length, or lists of names"
+            )
+        row["label"] = [_finite(part, row["place"]) for part in label]
+    marks = all(part in (0, 1) for row in rows for part in row["label"])
+    if task == "classification" or (task == "multi_label" and not marks):
+        raise ValueError(f"{first['place']} has a vector as its label, which is no {task}: write names")
+    return [str(i) for i in range(len(first["label"]))] if marks and task != "regression" else None
+
+
+def _settle_sets(rows: Sequence[Row]) -> list[str]:
+    """Lists of names become vectors of 0 and 1 in the order of the names."""
+    for row in rows:
+        label = row["label"]
+        row["label"] = {str(part) for part in (label if isinstance(label, list) else [label])}
+    names = sorted(set().union(*(row["label"] for row in rows)))
+    if not names:
+        raise ValueError(f"no row has any label, {rows[0]['place']} for one: fill them in or drop the column")
+    _warn_of_case(names)
+    for row in rows:
+        row["label"] = [float(name in row["label"]) for name in names]
+    return names
+
+
+def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
+    texts = [str(row["label"]) for row in rows]
+    if all(text.casefold() in TRUTH for text in texts):
+        spelling = {text.casefold(): text for text in sorted(texts, reverse=True)}
+        texts = [spelling[text.casefold()] for text in texts]
+    numbers = _numbers(texts)
+    if task == "regression" and numbers is None:
+        for row, text in zip(rows, texts, strict=True):
+            if _numbers([text]) is None:
+                raise ValueError(
+                    f"{row['place']} has the label {text!r}, which is no number: a regression needs numbers"
+                )
+    if numbers is not None and task != "classification" and (task == "regression" or _are_measured(texts, numbers)):
+        unfit = [row for row, number in zip(rows, numbers, strict=True) if not number.is_finite()]
+        if unfit:
+            counted = f"{len(unfit)} of the numeric labels are {unfit[0]['label']}"
+            raise ValueError(f"{counted} ({unfit[0]['place']}); fill them in or leave the rows out")
+        for row, number in zip(rows, numbers, strict=True):
+            row["label"] = _finite(number, row["place"])
+        return None
+    if numbers is not None:
+        texts = _one_spelling(texts, numbers)
+    for row, text in zip(rows, texts, strict=True):
+        row["label"] = text
+    names = sorted(set(texts))
+    if numbers is not None:
+        values = dict(zip(texts, numbers, strict=True))
+        names.sort(key=lambda name: values[name])
+    _warn_of_case(names)
+    return names
+
+
+def _numbers(texts: Sequence[str]) -> list[Decimal] | None:
+    """The labels as exact numbers, truth values among them as 0 and 1; None where one is a name, or all are truths."""
+    plain = [TRUTH.get(text.casefold(), text) for text in texts]
+    if not all(len(text) <= LONGEST_NUMBER and NUMBER.fullmatch(text) for text in plain):
+        return None
+    return None if all(text.casefold() in TRUTH for text in texts) else [Decimal(text) for text in plain]
+
+
+def _are_measured(texts: Sequence[str], numbers: Sequence[Decimal]) -> bool:
+    """Whether numbers are measurements, not classes: some are not whole, or all are written with a point."""
+    whole = all(number.is_finite() and number == number.to_integral_value() for number in numbers)
+    return not whole or not any(text.lstrip("+-").isdigit() for text in texts)
+
+
+def _one_spelling(texts: Sequence[str], numbers: Sequence[Decimal]) -> list[str]:
+    """The shortest way in which each number is written, for all of its spellings."""
+    shortest: dict[Decimal, str] = {}
+    for text, number in zip(texts, numbers, strict=True):
+        text = TRUTH.get(text.casefold(), text)
+        shortest[number] = min(shortest.get(number, text), text, key=lambda spelling: (len(spelling), spelling))
+    return [shortest[number] for number in numbers]
+
+
+def _finite(number: Any, place: str) -> float:
+    try:
+        value = float(number)
+    except OverflowError:
+        value = float("inf")
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{place} has the label {number}, which is no number to train on: fill it in or leave it out")
+    return value
+
+
+def _warn_of_case(names: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            logger.warning("the labels %r and %r differ in case alone and are two classes", other, name)

@@ -1,0 +1,185 @@
+"""Tables on disk: which files make up a data set, and the rows that each of them holds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+DELIMITERS = ",;\t|"
+# What people call a split -> what we call it.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    "test": "test",
+}
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")  # as the Hugging Face hub names them
+
+Row = dict[str, Any]
+
+
+def find_tables(path: Path) -> dict[str, list[Path]]:
+    """{"all": files}, or {"train": files, ..} in the usual order; several files are the shards of one table.
+
+    Raises:
+        FileNotFoundError: nothing is there, or not all of it.
+        ValueError: a file of another kind, or two tables for one split.
+    """
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{path} is not a table: its name must end in {', '.join(SUFFIXES)}")
+        return {"all": [path]}
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is neither a file nor a folder")
+    tables = _tables_in(path) or _tables_in(path / "data")
+    found: dict[str, list[Path]] = {}
+    for name in dict.fromkeys(SPLITS.values()):
+        stems = [stem for stem in tables if SPLITS.get(stem[0].casefold()) == name]
+        if len(stems) > 1:
+            raise ValueError(f"{path} holds {len(stems)} tables for {name}; keep one of them")
+        if stems:
+            found[name] = tables.pop(stems[0])
+    if found:
+        if tables:
+            logger.warning("%s: %s is no split by its name and is not read", path, next(iter(tables.values()))[0].name)
+        return found
+    if len(tables) != 1:
+        raise FileNotFoundError(
+            f"{path} holds {len(tables)} tables; it should hold one, or train, validation and test "
+            f"({', '.join(SUFFIXES)})"
+        )
+    return {"all": next(iter(tables.values()))}
+
+
+def _tables_in(folder: Path) -> dict[tuple[str, str], list[Path]]:
+    """{(stem, suffix): files}, the shards of a table together and in order."""
+    tables: dict[tuple[str, str], list[Path]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix.lower() in SUFFIXES and file.is_file():
+            shard = SHARD.fullmatch(file.stem)
+            key = (
+                shard["stem"] if shard else file.stem,
+                file.suffix.lower() + (f" x{shard['count']}" if shard else ""),
+            )
+            tables.setdefault(key, []).append(file)
+            counts[key] = int(shard["count"]) if shard else 1
+    for key, files in tables.items():
+        if len(files) != counts[key]:
+            raise FileNotFoundError(
+                f"{folder} holds {len(files)} of the {counts[key]} files of {key[0]}: add the others"
+            )
+    return tables
+
+
+def read_rows(path: Path) -> tuple[list[str], list[Row]]:
+    """The columns of a table and its rows, as they are written; class numbers of Hugging Face's tables as names.
+
+    Raises:
+        ValueError: the file cannot be read as what its name says, with the line where there is one, and the cure.
+    """
+    suffix = path.suffix.lower()
+    columns, rows = {".parquet": _read_parquet, ".jsonl": _read_json_lines}.get(suffix, _read_csv)(path)
+    if not rows:
+        raise ValueError(f"{path} has no rows{f' below its header {sorted(columns)}' if columns else ''}")
+    return columns, rows
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
+    text = _text(path.read_bytes(), path)
+    header = text.lstrip("\r\n").partition("\n")[0]
+    try:
+        delimiter = csv.Sniffer().sniff(header, DELIMITERS).delimiter
+    except csv.Error:  # a single column
+        delimiter = ","
+    # strict, because otherwise a quote that is never closed swallows the rest of the file.
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        # The line where the row starts, which is where a quote may have been left open.
+        raise ValueError(f"{path}, line {reader.line_num + 1}: {error}; such a table is safer as .jsonl") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise ValueError(
+                f"{path}, row {number} has more cells than the header; quote cells that hold {delimiter!r}"
+            )
+    return list(reader.fieldnames or ()), rows
+
+
+def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:
+    rows = parse_json_lines(path.read_bytes(), str(path))
+    return list(dict.fromkeys(name for row in rows for name in row)), rows
+
+
+def parse_json_lines(content: bytes, source: str) -> list[Row]:
+    r"""One dictionary a line; blank lines count but hold nothing.
+
+    Raises:
+        ValueError: a line that is no JSON object, with `source` and its number.
+
+    >>> parse_json_lines(b'{"text": "a"}\n\n{"text": "b"}\n', "standard input")
+    [{'text': 'a'}, {'text': 'b'}]
+    """
+    rows = []
+    # Only line feeds end a line: a string may hold U+2028 and others that `splitlines` would cut at.
+    for number, line in enumerate(_text(content, source).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            fault = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            why = "a JSON array of rows" if line.lstrip().startswith("[") else f"not JSON ({fault})"
+            raise ValueError(f"{source}, line {number} is {why}: write one object a line") from error
+        if not isinstance(row, dict):
+            kind = "a JSON array" if isinstance(row, list) else json.dumps(row)[:20]
+            cure = 'each line of the input must be one object such as {"text": "a"}'
+            raise ValueError(f"{source}, line {number} is {kind}: {cure}")
+        rows.append(row)
+    return rows
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return row
+
+
+def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
+    import datasets
+    import pyarrow
+    from pyarrow.parquet import read_table
+
+    try:
+        table = read_table(path, partitioning=None)
+        rows = table.to_pylist()
+        features = datasets.Features.from_arrow_schema(table.schema) if table.schema.metadata else {}
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
+    for name, feature in features.items():
+        if isinstance(feature, datasets.ClassLabel) and feature.names:
+            for row in rows:
+                row[name] = None if row[name] is None or row[name] < 0 else feature.names[row[name]]
+    return table.column_names, rows
+
+
+def _text(content: bytes, source: str | Path) -> str:
+    """The content as text, which must be UTF-8, with or without a byte order mark."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:100]:
+        raise ValueError(f"{source} is UTF-16 or no text at all: save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = content[: error.start].count(b"\n") + 1, content[error.start]
+        raise ValueError(
+            f"{source}, line {line}: byte 0x{byte:02x} is not UTF-8, but perhaps Windows-1252: save the file as UTF-8"
+        ) from error

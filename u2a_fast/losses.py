@@ -1,0 +1,68 @@
+"""Losses in which rare classes count for more, and labels on a scale that a head can learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .methods.base import MultimodalModel
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def balanced(model: MultimodalModel, labels: Tensor) -> Loss:
+    """A loss for `model.loss` in which every class weighs the same, by the labels of the training split.
+
+    Args:
+        labels: `[n]` classes, or `[n, C]` marks. A class's weight is n / (C count); of several labels a sample, the
+            weight of a mark is the number of samples without it over that of samples with it.
+
+    Raises:
+        ValueError: a regression, which has no classes.
+    """
+    problem_type, count = model.problem_type(labels), len(labels)
+    if problem_type == "regression":
+        raise ValueError("class_weights need classes, and this is a regression: leave them out")
+    if problem_type == "multi_label_classification":
+        marks = labels.float().sum(dim=0)
+        weights = (count - marks) / marks.clamp(min=1)
+        return lambda logits, target: F.binary_cross_entropy_with_logits(
+            logits, target.to(logits.dtype), pos_weight=weights.to(logits)
+        )
+    classes = model.config.num_labels
+    weights = count / (classes * labels.bincount(minlength=classes).clamp(min=1))
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        smoothing = model.label_smoothing if model.training else 0.0
+        return F.cross_entropy(logits, target, weight=weights.to(logits), label_smoothing=smoothing)
+
+    return loss
+
+
+class StandardLabels:
+    """A collator whose labels have mean 0 and deviation 1: a head that starts from nothing reaches no price.
+
+    `into_head` puts the scale into a trained model's head, so that it answers in the labels' own units.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]], labels: Tensor):
+        labels = labels.double().reshape(len(labels), -1)
+        deviation = labels.std(dim=0, correction=0)
+        self.collate = collate
+        self.mean, self.deviation = labels.mean(dim=0).float(), torch.where(deviation > 0, deviation, 1).float()
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(samples)
+        batch["labels"] = (batch["labels"].reshape(len(samples), -1) - self.mean) / self.deviation
+        return batch
+
+    @torch.no_grad()
+    def into_head(self, model: MultimodalModel) -> None:
+        for linear in model.head.modules():  # several where logits are averaged
+            if isinstance(linear, nn.Linear):
+                linear.weight.mul_(self.deviation[:, None].to(linear.weight))
+                linear.bias.mul_(self.deviation.to(linear.bias)).add_(self.mean.to(linear.bias))

@@ -1,0 +1,101 @@
+"""What the answers of a model are worth, in the measures that people of each task use."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import functional as F
+
+NAMES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "map": "mAP",
+    "auroc": "AUROC",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R2",
+}
+NAN = float("nan")
+
+Scores = dict[str, float]
+
+
+def score(problem_type: str, logits: Tensor, labels: Tensor) -> Scores:
+    """The task's measures, and under `majority` the first of them for the best answer that never looks at a sample.
+
+    Args:
+        problem_type: single_label_classification, multi_label_classification or regression.
+        logits: `[n, C]`.
+        labels: `[n]` classes, or `[n, C]` marks or numbers (`[n]` where C is 1).
+
+    >>> score("regression", torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 2.0]))
+    {'mae': 0.5, 'rmse': 0.7071067690849304, 'r2': -1.0, 'majority': 0.0}
+    """
+    measure = {
+        "single_label_classification": _classification,
+        "multi_label_classification": _multi_label,
+        "regression": _regression,
+    }[problem_type]
+    if not len(labels):
+        return dict.fromkeys((*measures(problem_type, logits.shape[1]), "majority"), NAN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # classes without a sample, which the means leave out
+        return {name: float(value) for name, value in measure(logits, labels).items()}
+
+
+def measures(problem_type: str, classes: int) -> tuple[str, ...]:
+    """The names of the task's measures, in the order of a report's columns."""
+    if problem_type == "regression":
+        return ("mae", "rmse", "r2")
+    if problem_type == "multi_label_classification":
+        return ("micro_f1", "macro_f1", "map", "accuracy")
+    return ("accuracy", "macro_f1", "auroc") if classes == 2 else ("accuracy", "macro_f1")
+
+
+def headline(row: Mapping[str, Any]) -> str:
+    """The measure of a report's row that plots draw and comparisons rank by: more is better in all of them."""
+    if "r2" in row:
+        return "r2"
+    return "accuracy" if "accuracy" in row and "map" not in row else "macro_f1"
+
+
+def _classification(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    task = {"task": "multiclass", "num_classes": logits.shape[1]}
+    predicted = logits.argmax(dim=1)
+    values = {
+        "accuracy": F.accuracy(predicted, labels, average="micro", **task),
+        "macro_f1": F.f1_score(predicted, labels, average="macro", **task),
+    }
+    if logits.shape[1] == 2:
+        both = len(labels.unique()) == 2
+        values["auroc"] = F.auroc((logits[:, 1] - logits[:, 0]).sigmoid(), labels, task="binary") if both else NAN
+    return {**values, "majority": labels.bincount().max() / len(labels)}
+
+
+def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    task = {"task": "multilabel", "num_labels": logits.shape[1]}
+    chances, labels = logits.sigmoid(), labels.view_as(logits).int()
+    everything = F.f1_score(torch.ones_like(chances), labels, average="macro", **task)
+    return {
+        "micro_f1": F.f1_score(chances, labels, average="micro", **task),
+        "macro_f1": F.f1_score(chances, labels, average="macro", **task),
+        "map": F.average_precision(chances, labels, average="macro", **task),
+        "accuracy": F.accuracy(chances, labels, average="micro", **task),
+        "majority": everything,
+    }
+
+
+def _regression(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    labels = labels.view_as(logits).float()
+    spread = len(labels) > 1 and bool((labels != labels[:1]).any())
+    return {
+        "mae": F.mean_absolute_error(logits.contiguous(), labels),
+        "rmse": F.mean_squared_error(logits.contiguous(), labels, squared=False),
+        "r2": F.r2_score(logits, labels) if spread else NAN,
+        "majority": 0.0,  # the mean of the labels
+    }

@@ -1,0 +1,228 @@
+"""What `u2a-fast train` takes, the data it knows by name, and what it chooses where nothing is said."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import data as data_module
+from .data.inputs import DecodeError, is_absent, to_image
+from .data.presence import without_unreadable
+from .lora import LoraConfig
+from .methods import METHODS
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run takes where its options say nothing."""
+
+    missing_rate: float = 0.7
+    modality_dropout: float = 0.1
+    epochs: float = 12
+    batch_size: int = 16
+    image_size: int = 112
+
+
+@dataclass(frozen=True)
+class BuiltinData:
+    """A data set that `--data` knows by name: `load(seed=...)` gives its splits."""
+
+    load: Callable[..., Mapping[str, Any]]
+    recipe: Recipe = Recipe()
+
+
+DATASETS = {
+    "emoji": BuiltinData(data_module.load_emoji),  # 72 pixels wide
+    "stamps": BuiltinData(data_module.load_stamps),  # larger; at 112 pixels they take a quarter of the time
+}
+DATA_HELP = (
+    ", ".join(DATASETS)
+    + ", "
+    + ", ".join(f"{name}:FOLDER" for name in data_module.BENCHMARKS)
+    + ", or a folder or table with image, text, audio and label columns"
+)
+
+BESIDES = ("label", "group")  # columns that are no modality
+
+# For data that nobody has tuned a recipe for.
+SAMPLES_SEEN = 12_000  # over all epochs, which are not fewer than 3 nor more than 12
+FEWEST_EPOCHS, MOST_EPOCHS = 3, 12
+IMAGE_SIZES = (112, 168, 224)  # multiples of DINOv2's patch; the middle one is the largest on a CPU
+PICTURES_MEASURED = 64
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything `u2a-fast train` takes; a YAML file may set the same names."""
+
+    data: str = option("emoji", DATA_HELP)
+    method: str = option("u2a", "which method to train, one of " + ", ".join(METHODS))
+    output_dir: str = option("out", "where checkpoint, report and model card go")
+    encoders: dict[str, str] | None = option(
+        None, "{modality: hub id or folder} of the encoders; None: those of [demo]"
+    )
+    columns: dict[str, str] | None = option(None, "{our column: the table's}, where a table has other names")
+    task: str | None = option(None, "classification, multi_label or regression; None: what the labels look like")
+    label_separator: str | None = option(None, "what stands between several labels in one cell of a table")
+    all_absent: str = option("error", "rows with nothing that can be read: error leaves them out, prior keeps them")
+    missing_rate: float | None = option(
+        None, "share of training samples that lose one modality; None: 0.7, and none of your own table's"
+    )
+    missing_kind: str = option("both", "which modality is lost: both, any, or the name of one")
+    image_size: int | None = option(None, "pixels of the [demo] image encoder; None: by the pictures and the machine")
+    lora_r: int = option(16, "rank of the adapters")
+    lora_alpha: float = option(16, "the adapters are scaled by alpha / r")
+    lora_dropout: float = option(0.0, "dropout inside the adapters")
+    modality_dropout: float | None = option(
+        None, "u2a only: chance that a complete sample loses a modality in a step; None: by the missing rate"
+    )
+    label_smoothing: float = option(0.2, "label smoothing of the cross entropy, while training")
+    class_weights: str | None = option(None, "balanced: rare classes count for more in the loss; None: they do not")
+    tuning: str = option("bitfit", "joint_embedding only: bitfit or lora")
+    quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
+    epochs: float | None = option(None, "how many passes over the training split; None: by its size")
+    max_steps: int = option(-1, "stop after so many steps, whatever epochs says")
+    batch_size: int | None = option(None, "how many samples a step takes; None: 16, in parts where memory is short")
+    learning_rate: float = option(7e-4, "peak of the cosine schedule, for all but the head")
+    head_learning_rate: float = option(1e-3, "peak for the head, whose classes start from nothing")
+    weight_decay: float = option(0.01, "weight decay of AdamW")
+    metric_for_best: str | None = option(
+        None, "keep the epoch that is best by this measure on the validation split, which is then not trained on"
+    )
+    seed: int = option(0, "seed of weights, order, missing table and split")
+    feature_cache: str | None = option(None, "pmf only: folder that keeps frozen features across epochs")
+    dtype: str = option("auto", "dtype of the frozen encoders: float32, bfloat16, or auto (bfloat16 where it is fast)")
+    baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")
+    resume: bool = option(False, "go on from the last checkpoint in output_dir")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "image_size", "learning_rate", "head_learning_rate", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
+
+
+# ----------------------------------------------------------------------------------------------------------- choices
+def settled(options: TrainOptions, splits: Mapping[str, Any]) -> TrainOptions:
+    """The options with a value for each that was None because it depends on the data."""
+    if not _open(options):
+        return options
+    recipe = recipe_for(options, splits)
+    missing_rate = recipe.missing_rate if options.missing_rate is None else options.missing_rate
+    chosen = asdict(replace(recipe, missing_rate=missing_rate, modality_dropout=0.1 if missing_rate else 0.3))
+    return replace(options, **{name: value for name, value in chosen.items() if getattr(options, name) is None})
+
+
+def recipe_for(options: TrainOptions, splits: Mapping[str, Any]) -> Recipe:
+    """The recipe of data that we know; for any other, epochs by size, pictures by their own size, holes as they are."""
+    if options.data in DATASETS:
+        return DATASETS[options.data].recipe
+    train = splits["train"]
+    epochs: float = FEWEST_EPOCHS
+    if hasattr(train, "__len__"):
+        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(SAMPLES_SEEN / max(len(train), 1))))
+    protocol = _benchmark(options.data) is not None
+    return Recipe(missing_rate=0.7 if protocol else 0.0, epochs=epochs, image_size=picture_size(train))
+
+
+def picture_size(dataset: Any) -> int:
+    """Pixels for an image encoder: as many as half of the pictures have, no more than the machine does in good time."""
+    fast = torch.cuda.is_available()
+    sizes = []
+    columns = getattr(dataset, "column_names", None) or ()
+    for i in range(min(len(dataset), PICTURES_MEASURED) if "image" in columns and hasattr(dataset, "__len__") else 0):
+        cell = dataset[i]["image"]
+        try:
+            sizes.append(0 if is_absent(cell) else to_image(cell).width)
+        except DecodeError:
+            continue
+    wide = statistics.median(size for size in sizes if size) if any(sizes) else IMAGE_SIZES[-1]
+    allowed = IMAGE_SIZES if fast else IMAGE_SIZES[:-1]
+    return next((size for size in allowed if size >= wide), allowed[-1])
+
+
+def choices(asked: TrainOptions, found: TrainOptions, modalities: Sequence[str]) -> str:
+    """What `settled` chose and how to choose otherwise, in a sentence; empty where everything was said.
+
+    >>> asked = TrainOptions(epochs=3, missing_rate=0.7, method="pmf")
+    >>> choices(asked, replace(asked, batch_size=16, image_size=112), ("image", "text"))
+    'Chosen for this data: --batch-size 16 --image-size 112; pass any of them to change it.'
+    """
+    without_effect = {
+        "modality_dropout": asked.method != "u2a",
+        "image_size": asked.encoders or "image" not in modalities,
+    }
+    names = [name for name in _open(asked) if not without_effect.get(name)]
+    chosen = " ".join(f"--{name.replace('_', '-')} {getattr(found, name)}" for name in names)
+    return f"Chosen for this data: {chosen}; pass any of them to change it." if chosen else ""
+
+
+def _open(options: TrainOptions) -> list[str]:
+    return [item.name for item in fields(Recipe) if getattr(options, item.name) is None]
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+def load_splits(data: str, seed: int, **table: Any) -> Mapping[str, Any]:
+    """`{"train", "validation", "test"}` of one of DATASETS, of a benchmark, or of a user's own folder or table.
+
+    `table` is what `load_table` takes too.
+    """
+    if data in DATASETS:
+        return DATASETS[data].load(seed=seed)
+    benchmark = _benchmark(data)
+    return data_module.load_table(data, seed, **table) if benchmark is None else benchmark(data.partition(":")[2])
+
+
+def _benchmark(data: str) -> Callable[[str], Mapping[str, Any]] | None:
+    return data_module.BENCHMARKS.get(data.partition(":")[0]) if ":" in data and not Path(data).exists() else None
+
+
+def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """The splits, and the folder or id of each modality's encoder."""
+    splits = load_splits(
+        options.data,
+        options.seed,
+        task=options.task,
+        label_separator=options.label_separator,
+        columns=options.columns,
+        decode=True,
+        keep_empty=options.all_absent == "prior",
+    )
+    if _benchmark(options.data):
+        splits = read_whole(splits, options.all_absent)
+    return splits, dict(options.encoders or default_encoders(options, splits))
+
+
+def read_whole(splits: Mapping[str, Any], all_absent: str) -> dict[str, Any]:
+    """Splits in which what cannot be decoded is None, and what they train on has no row with nothing left."""
+    modalities = [column for column in splits["train"].features if column not in BESIDES]
+    return {
+        name: part
+        if name == "test"  # where such rows do not count
+        else without_unreadable(part, modalities, all_absent == "prior", f"the {name} split")
+        for name, part in splits.items()
+    }
+
+
+def default_encoders(options: TrainOptions, splits: Mapping[str, Any]) -> dict[str, str]:
+    """The folder of a small pretrained encoder for each modality among the columns."""
+    folders = {
+        "image": lambda: data_module.dinov2_folder(image_size=settled(options, splits).image_size or IMAGE_SIZES[0]),
+        "text": data_module.minilm_folder,
+        "audio": data_module.whisper_folder,
+    }
+    columns = splits["train"].column_names
+    return {name: str(folder()) for name, folder in folders.items() if name in columns}

@@ -1,0 +1,123 @@
+"""What a model says of samples, in words: classes with their probabilities, or numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import MultimodalCollator, readable
+from .data.presence import rows_named
+from .data.table_files import parse_json_lines
+from .data.tables import read_samples
+from .methods.base import MultimodalModel
+
+logger = logging.getLogger(__name__)
+
+LIKELY = 0.5  # above it, one of several labels is given
+DIGITS = 4
+
+Answer = dict[str, Any]
+
+
+def samples_from(source: str, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Samples out of a table (.csv, .tsv, .jsonl, .parquet), or as JSON lines from the standard input (`-`).
+
+    Paths of files are relative to the table, those of the standard input to the working directory.
+    """
+    return (
+        parse_json_lines(sys.stdin.buffer.read(), "standard input") if source == "-" else read_samples(source, columns)
+    )
+
+
+def predict_answers(
+    model: MultimodalModel, samples: Sequence[Mapping[str, Any]], batch_size: int = 32, top_k: int = 3
+) -> list[Answer]:
+    """What the model says of each sample, in their order; an empty answer where nothing can be read.
+
+    See `answers` for what an answer holds.
+    """
+    if not samples:
+        return []
+    modalities = model.config.modalities
+    whole = [dict.fromkeys(modalities) | {name: sample.get(name) for name in modalities} for sample in samples]
+    kept = torch.ones(len(whole), dtype=torch.bool)
+    if model.all_absent == "error":
+        kept = readable(whole, MultimodalCollator(model.processors), source="the input").any(dim=1)
+    rows = kept.nonzero().flatten().tolist()
+    if len(rows) < len(whole):
+        empty = (~kept).nonzero().flatten().tolist()
+        logger.warning(
+            "%d of %d samples have nothing that can be read (rows %s)", len(empty), len(whole), rows_named(empty)
+        )
+    said = dict(zip(rows, answers(model, model.predict([whole[i] for i in rows], batch_size), top_k), strict=True))
+    return [said.get(i, {}) for i in range(len(whole))]
+
+
+def answers(model: MultimodalModel, logits: torch.Tensor, top_k: int = 3) -> Iterator[Answer]:
+    """Logits `[n, C]` in words, by the model's problem type.
+
+    One class a sample: `label`, `probability`, and under `top` the `top_k` likeliest. Several: `labels`, those above
+    0.5, and the `probabilities` of all. A regression: `value`, or `values` of several numbers.
+    """
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    problem_type = model.problem_type(None)
+    for row in logits.double().cpu():
+        if problem_type == "regression":
+            yield {"value": row.item()} if len(names) == 1 else {"values": row.tolist()}
+        elif problem_type == "multi_label_classification":
+            chances = dict(zip(names, (round(p, DIGITS) for p in row.sigmoid().tolist()), strict=True))
+            yield {"labels": [name for name, p in chances.items() if p > LIKELY], "probabilities": chances}
+        else:
+            values, order = row.softmax(dim=0).topk(min(top_k, len(names)))
+            top = [
+                {"label": names[i], "probability": round(p, DIGITS)}
+                for i, p in zip(order.tolist(), values.tolist(), strict=True)
+            ]
+            yield {**top[0], "top": top}
+
+
+def write_answers(said: Sequence[Answer], output: str) -> None:
+    """As a table where `output` ends in .csv, else as JSON lines (`-`: the standard output); whole or not at all."""
+    if output == "-":
+        sys.stdout.write(_json_lines(said))
+        return
+    path = Path(output)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(_table(said) if path.suffix.lower() == ".csv" else _json_lines(said), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _json_lines(said: Sequence[Answer]) -> str:
+    return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in said)
+
+
+def _table(said: Sequence[Answer]) -> str:
+    flat = [_flat(answer) for answer in said]
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in flat for name in row)))
+    writer.writeheader()
+    writer.writerows(flat)
+    return file.getvalue()
+
+
+def _flat(answer: Answer) -> dict[str, Any]:
+    """An answer as cells: `label`, `probability`, `label_2`, ..; `labels` and a column for each label; numbers."""
+    if "top" in answer:
+        cells: dict[str, Any] = {}
+        for place, one in enumerate(answer["top"], start=1):
+            cells |= {name if place == 1 else f"{name}_{place}": value for name, value in one.items()}
+        return cells
+    if "labels" in answer:
+        return {"labels": "|".join(answer["labels"]), **answer["probabilities"]}
+    if "values" in answer:
+        return {f"value_{place}": value for place, value in enumerate(answer["values"], start=1)}
+    return answer

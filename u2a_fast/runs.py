@@ -1,0 +1,53 @@
+"""The folder of a run: what it may hold, and where to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .options import TrainOptions
+
+RUN_FILE = "run.yaml"
+LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
+
+
+def check_directory(options: TrainOptions) -> str | None:
+    """Refuse a directory that holds something else; the checkpoint to resume from, if that was asked for."""
+    folder = Path(options.output_dir)
+    if (folder / RUN_FILE).exists():
+        found, asked = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")), _run(options)
+        changed = sorted(name for name in asked if found.get(name) != asked[name])
+        if changed:
+            raise ValueError(f"{folder} holds another run ({', '.join(changed)} differ): choose another output_dir")
+        if not options.resume:
+            raise ValueError(f"{folder} holds this run already: pass --resume to go on, or choose another output_dir")
+        return _last_checkpoint(folder)
+    found = sorted(path.name for pattern in LEFT_BY_OTHERS for path in folder.glob(pattern))
+    if found:
+        raise ValueError(f"{folder} holds another model ({found[0]}): choose another output_dir")
+    return None
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: Trainer writes its state last, and a killed run may have got less far."""
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(json.JSONDecodeError):
+            whole.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
+    return max(whole, default=(0, None))[1]
+
+
+def claim_directory(options: TrainOptions) -> None:
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).write_text(yaml.safe_dump(_run(options), sort_keys=False), encoding="utf-8")
+
+
+def _run(options: TrainOptions) -> dict[str, Any]:
+    """What makes two runs the same run: every option but where it is written and whether it goes on."""
+    return {name: value for name, value in asdict(options).items() if name not in ("output_dir", "resume")}
