@@ -182,7 +182,7 @@ class Block(GradientCheckpointingLayer):
             return self.project(rows)
         if present is not None:
             return self.project(rows, suffix, present, suffix[0])
-        if layout.tokens is None and (rows.requires_grad or not rows.is_cpu):
+        if layout.places is None and (rows.requires_grad or not rows.is_cpu):
             return self.project(rows, suffix)  # in one pass
         qkv, residual = self.project(rows)
         own, learned = self.project(suffix.to(rows.dtype)[None])

@@ -292,7 +292,7 @@ class LoraLinear(nn.Module):
         lora_a, lora_b = self.factors()
         options = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps, "lora_a": lora_a}
         h, s, rows = kernels.assemble_norm_project(tokens=x, **options)
-        width, rank = self.out_features // 3, 0 if s is None else lora_b.shape[1]
+        width, rank = self.out_features // 3, 0 if lora_b is None else lora_b.shape[1]
 
         def part(h: torch.Tensor, s: torch.Tensor | None, of: slice, groups: int) -> torch.Tensor:
             vectors = (None if t is None else t[of] for t in (self.bias, lora_b, self.weight_scale))
