@@ -6,11 +6,14 @@ ViT-B and BERT-base, 197 tokens each, batch 8, forward only, one thread. Arms ru
 process; `plain (A/A)` is the first arm again, and a ratio that is not larger than its noise is reported as no result.
 """
 
+import functools
+
 import pytest
 import torch
 from arms import compare, report, versions
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
+from u2a_fast.layout import dense
 from u2a_fast.methods import PMF
 
 BATCH, TOKENS, WIDTH, LIMIT = 8, 197, 768, 1.25
@@ -47,7 +50,7 @@ def test_pmf_layer(benchmark, one_thread, dtype):
     model = PMF({"image": image.to(dtype), "text": text.to(dtype)}, num_labels=101, fusion_layers=1).eval()
     blocks = [encoder.blocks[0] for encoder in model.encoders.values()]
     tokens = [torch.randn(BATCH, TOKENS, WIDTH).to(dtype) for _ in blocks]
-    everyone = [torch.arange(BATCH)] * 2
+    everyone, layouts = [torch.arange(BATCH)] * 2, [functools.partial(dense, BATCH, TOKENS)] * 2
 
     @torch.no_grad()
     def plain():
@@ -55,7 +58,7 @@ def test_pmf_layer(benchmark, one_thread, dtype):
 
     @torch.no_grad()
     def fusion():
-        return model.layers[0](blocks, everyone, [None, None], BATCH, *tokens)
+        return model.layers[0](blocks, everyone, layouts, [None, None], BATCH, *tokens)
 
     @torch.no_grad()
     def whole():

@@ -219,7 +219,7 @@ def backward_triton(
         R=r,
         PACKED=packed != batch,
         ACC=accumulator(dtype),
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(dtype),
         BR=rank_tile(r),
         **BACKWARD_TILE,
     )
@@ -249,7 +249,7 @@ def _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias):
         SPLIT=split,
         R=r,
         ACC=accumulator(rows.dtype),
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(rows.dtype),
         BR=block,
         **REDUCE_TILE,
     )

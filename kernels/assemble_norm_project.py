@@ -223,7 +223,7 @@ def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, nor
         TYPE=element_type(dtype),
         TINY=TINY,
         ACC=accumulator(tokens.dtype),
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(tokens.dtype),
         BR=rank_tile(r),
         **FORWARD_TILE,
     )

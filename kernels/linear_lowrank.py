@@ -156,7 +156,7 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
         GROUPS=groups,
         ACC=accumulator(rows.dtype),
         WIDE=accumulator(dtype),
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(dtype),
         EVEN=k % tile["BK"] == 0,
         BR=rank_tile(r),
         **tile,

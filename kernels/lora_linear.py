@@ -97,7 +97,7 @@ def project_triton(x, lora_a, dropout, seed):
         K=k,
         R=r,
         ACC=accumulator(x.dtype),
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(x.dtype),
         BR=block,
         **tile,
     )

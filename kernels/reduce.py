@@ -110,7 +110,7 @@ def launch_reduce_rows(left: Tensor, x: Tensor, dtype: torch.dtype, p: float = 0
         SPLIT=split,
         R=r,
         ACC=accumulator(x.dtype),
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(x.dtype),
         BR=block,
         **REDUCE_TILE,
     )

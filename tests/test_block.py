@@ -7,6 +7,7 @@ import torch
 from u2a_fast import LoraConfig
 from u2a_fast.encoders import from_pretrained_model
 from u2a_fast.encoders.frozen import quantize_encoder
+from u2a_fast.layout import dense
 
 
 @pytest.mark.slow
@@ -24,10 +25,10 @@ def test_compiles_without_a_graph_break(family, mode, backend):
         if linear.lora_b is not None:
             torch.nn.init.normal_(linear.lora_b, std=0.1)
     tokens, suffix = torch.randn(2, 5, 32), torch.randn(2, 32, requires_grad=True)
-    lengths = torch.tensor([5, 3])
+    layout = dense(2, 5, suffix=2, lengths=torch.tensor([5, 3]))
     trained = [suffix, *(p for p in block.parameters() if p.requires_grad)]
-    expected = block(tokens, lengths, suffix)
-    compiled = torch.compile(block, fullgraph=True, backend=backend)(tokens, lengths, suffix)
+    expected = block(tokens, layout, suffix)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)(tokens, layout, suffix)
     torch.testing.assert_close(compiled, expected)
     for got, exact in zip(
         torch.autograd.grad(compiled.square().sum(), trained),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import kernels
+from .layout import Layout, dense
 from .lora import LoraLinear
 
 
@@ -103,36 +104,89 @@ class Block(GradientCheckpointingLayer):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        lengths: torch.Tensor | None = None,
+        rows: torch.Tensor,
+        layout: Layout | None = None,
         suffix: torch.Tensor | None = None,
-        suffix_rows: int = 0,
         present: torch.Tensor | None = None,
-        mask_token: torch.Tensor | None = None,
         readers: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """tokens `[B, S, D]` -> `[B, S + Q, D]`; with `readers`, their rows `[B, K, D]` besides.
+        """All rows of a batch -> the same after this block; with `readers`, their rows `[B, K, D]` besides.
 
         Args:
-            lengths: `[B]`, keys that are real among the token rows; None: all.
-            suffix: `[Q, D]`, learned rows to append in this block.
-            suffix_rows: how many of the rows in `tokens` are learned rows appended by a block before.
-            present: bool `[B]`; the token rows of absent samples are never read, `mask_token` `[D]` stands in.
-            readers: `[B, K, D]`, or `[1, K, D]` where all samples have the same: read-only rows, which see every row
-                above and are seen by none, themselves included. Computed apart, so that the other rows are bitwise
-                what they are without.
+            rows: `[B, T, D]`, or `[1, N, D]` laid end to end.
+            layout: how they lie; None: `[B, T, D]` without padding.
+            suffix: `[Q, D]`, learned rows that the layout has a place for, and `rows` does not have yet.
+            present: bool `[B]`; the token rows of absent samples are never read, the first learned row stands in.
+            readers: `[B, K, D]` in the order of the layout, or `[1, K, D]` where all samples have the same: read-only
+                rows, which see every row above and are seen by none, themselves included. Computed apart, so that the
+                other rows are bitwise what they are without.
         """
-        if readers is None and suffix is None and present is None and self._is_fused(tokens):
-            return self._fused(tokens, lengths, suffix_rows)
-        qkv, residual = self.project(tokens, suffix, present, mask_token)
-        suffix_rows = suffix_rows if suffix is None else suffix_rows + suffix.shape[0]
-        tokens = self.complete(residual, *self.attend_project(qkv, None, lengths, suffix_rows, self.causal))
+        layout = layout or dense(*rows.shape[:2])
+        if readers is None and suffix is None and present is None and self._is_fused(rows):
+            return self._fused(rows, layout)
+        qkv, residual = self.enter(rows, layout, suffix, present)
+        rows = self.complete(residual, *self.attend_project(qkv, None, layout, causal=self.causal))
         if readers is None:
-            return tokens
+            return rows
         width = readers.shape[2]
         own, residual = self.project(readers)
-        q = own[..., :width].expand(qkv.shape[0], -1, -1)
-        return tokens, self.complete(residual, *self.attend_project(q, qkv[..., width:], lengths, suffix_rows))
+        q = own[..., :width].expand(layout.batch, -1, -1)
+        attended = self.attend_project(q, qkv[..., width:], layout, layout.with_queries(readers.shape[1]))
+        return rows, self.complete(residual, *attended)
+
+    def read(
+        self,
+        rows: torch.Tensor,
+        layout: Layout,
+        last: bool,
+        suffix: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+        readers: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, for the first (or last) token and the learned rows of each sample only: `[1, B * (1 + Q), D]`.
+
+        K and V are those of all rows; queries, attention, output projection and MLP only of those that are read.
+        """
+        places, groups = layout.read(last, rows.device)
+        if suffix is not None or present is not None or self.causal or not self.qkv.is_fusable:
+            rows = self(rows, layout, suffix, present, readers)
+            rows, *others = rows if readers is not None else (rows,)
+            rows = rows.reshape(-1, rows.shape[2]).index_select(0, places)[None]
+            return (rows, *others) if others else rows
+        q, kv, residual = self.split(rows, places)
+        rows = self.complete(residual, *self.attend_project(q, kv, layout, groups))
+        if readers is None:
+            return rows
+        own, residual = self.project(readers)
+        q = own[..., : readers.shape[2]].expand(layout.batch, -1, -1)
+        attended = self.attend_project(q, kv, layout, layout.with_queries(readers.shape[1]))
+        return rows, self.complete(residual, *attended)
+
+    def split(self, rows: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`project` with q of the rows at `places` alone: q `[1, R, D]`, k and v `[B, T, 2 D]`, and these rows."""
+        norm = _norm_operands(self.norm1) if self.pre_norm else kernels.Norm()
+        return self.qkv.split_after_norm(norm, rows, places)
+
+    def enter(
+        self,
+        rows: torch.Tensor,
+        layout: Layout,
+        suffix: torch.Tensor | None,
+        present: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, k, v of all rows and the rows themselves, where learned rows join them.
+
+        Tokens that need no gradient are projected apart from the learned rows, which need one: none is made for them.
+        """
+        if suffix is None:
+            return self.project(rows)
+        if present is not None:
+            return self.project(rows, suffix, present, suffix[0])
+        if layout.places is None and (rows.requires_grad or not rows.is_cpu):
+            return self.project(rows, suffix)  # in one pass
+        qkv, residual = self.project(rows)
+        own, learned = self.project(suffix.to(rows.dtype)[None])
+        return layout.join(qkv, own[0]), layout.join(residual, learned[0])
 
     def _is_fused(self, tokens: torch.Tensor) -> bool:
         """Whether both sublayers can run as one op each."""
@@ -141,16 +195,17 @@ class Block(GradientCheckpointingLayer):
         clamped = self.clamps_fp16 and tokens.dtype == torch.float16
         return not clamped and all(linear.is_fusable for linear in self.linears)
 
-    def _fused(self, x: torch.Tensor, lengths: torch.Tensor | None, suffix_rows: int) -> torch.Tensor:
+    def _fused(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Both sublayers as one op."""
-        modules, own, (batch, rows, _) = self._modules, self._parameters, x.shape
+        modules, own = self._modules, self._parameters
         qkv, o, fc1, fc2 = (modules[name].operands() for name in ("qkv", "o", "fc1", "fc2"))
         norms = [_norm_operands(modules[name]) for name in ("norm1", "norm2")]
         before, after = (norms, NO_NORMS) if self.pre_norm else (NO_NORMS, norms)
         attention = kernels.Half(before[0], qkv, o, own["scale1"], after[0])
         mlp = kernels.Half(before[1], fc1, fc2, own["scale2"], after[1])
-        see = kernels.Attention(self.num_heads, (batch, rows, rows), lengths, suffix_rows, self.causal)
-        return kernels.transformer_block(x, attention, mlp, see, self.fused_activation)
+        groups = tuple(size for group in layout.groups for size in group)
+        see = kernels.Attention(self.num_heads, groups, layout.lengths, layout.suffix, self.causal)
+        return kernels.transformer_block(rows, attention, mlp, see, self.fused_activation)
 
     def project(
         self,
@@ -167,32 +222,33 @@ class Block(GradientCheckpointingLayer):
         self,
         q: torch.Tensor,
         kv: torch.Tensor | None,
-        lengths: torch.Tensor | None = None,
-        suffix: int = 0,
+        layout: Layout,
+        groups: Sequence[kernels.Group] | None = None,
         causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention within each sample, and the low-rank product of its result that `o` needs: what `complete` takes.
 
         Args:
-            q: `[B, T, D]` beside kv `[B, S, 2 D]`; or `[B, T, 3 D]`, q, k and v side by side, and kv None.
-            lengths, suffix, causal: as in `kernels.attention`.
+            q: rows `[..., D]` beside kv `[..., 2 D]`; or `[..., 3 D]`, q, k and v side by side, and kv None.
+            groups: how the rows of q and kv are divided among samples; None: as in the layout.
+            causal: row i sees rows up to i only.
 
         Returns:
-            attended `[B * T, D]` and s `[B * T, r]`, None without an adapter on `o`.
+            attended `[Nq, D]` and s `[Nq, r]`, None without an adapter on `o`.
         """
-        batch, rows, width = q.shape
-        groups = [kernels.Group(batch, rows, rows if kv is None else kv.shape[1])]
-        kv = None if kv is None else kv.reshape(-1, kv.shape[2])
-        seen = {"lengths": lengths, "suffix": suffix, "causal": causal}
-        lora_a = self.o.lora_before_dropout
-        return kernels.attention_rows(q.reshape(-1, width), kv, self.num_heads, groups, lora_a, **seen)
+        kv = None if kv is None else kv.reshape(-1, kv.shape[-1])
+        seen = {"lengths": layout.lengths, "suffix": layout.suffix, "causal": causal}
+        rows, groups = q.reshape(-1, q.shape[-1]), groups or layout.groups
+        return kernels.attention_rows(rows, kv, self.num_heads, groups, self.o.lora_before_dropout, **seen)
 
     def complete(self, residual: torch.Tensor, attended: torch.Tensor, s: torch.Tensor | None = None) -> torch.Tensor:
         """residual `[B or 1, T, D]` and attention's result `[B * T, D]` -> the block's output `[B, T, D]`.
 
         `s` `[B * T, r]` is the low-rank product of `attended`, where it was computed together with it.
         """
-        attended = self.o.forward_projected(attended, s).view(-1, *residual.shape[1:])
+        rows = residual.shape[1]
+        batch = attended.shape[0] // rows if rows else residual.shape[0]
+        attended = self.o.forward_projected(attended, s).view(batch, *residual.shape[1:])
         if not self.pre_norm:
             x = normalise(self.norm1, residual + attended)
             update, x = self._mlp(x, None)

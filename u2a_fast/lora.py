@@ -282,6 +282,31 @@ class LoraLinear(nn.Module):
         )
         return self.forward_projected(h, s), rows
 
+    def split_after_norm(
+        self, norm: kernels.Norm, x: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of q, k, v: q of the rows at `places` `[R]` alone, k and v of all rows, and the rows at `places` of x.
+
+        x `[B, T, D]` -> `[1, R, D]`, `[B, T, 2 D]`, `[1, R, D]`.
+        """
+        lora_a, lora_b = self.factors()
+        options = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps, "lora_a": lora_a}
+        h, s, rows = kernels.assemble_norm_project(tokens=x, **options)
+        width, rank = self.out_features // 3, 0 if lora_b is None else lora_b.shape[1]
+
+        def part(h: torch.Tensor, s: torch.Tensor | None, of: slice, groups: int) -> torch.Tensor:
+            vectors = (None if t is None else t[of] for t in (self.bias, lora_b, self.weight_scale))
+            bias, b, scale = vectors
+            given = (h, self.weight[of], bias, s, b, self.scaling)
+            return kernels.linear_lowrank(*given, scale, groups=groups, quantize_input=self.quantize_input)
+
+        def at_places(t: torch.Tensor) -> torch.Tensor:
+            return t.reshape(-1, t.shape[2]).index_select(0, places)[None]
+
+        s_q, s_kv = (None, None) if s is None else (at_places(s)[..., :rank], s[..., rank:])
+        q = part(at_places(h), s_q, slice(width), 1)
+        return q, part(h, s_kv, slice(width, None), 2), at_places(rows)
+
     def forward_projected(self, x: torch.Tensor | kernels.QuantizedRows, s: torch.Tensor | None) -> torch.Tensor:
         """The same with `s = x A^T` [..., G * r] already computed by the pass that wrote `x`."""
         if s is None and torch.is_tensor(x):

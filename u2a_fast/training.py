@@ -17,6 +17,7 @@ from .data import MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, task_of
 from .data.presence import warn_of_cuts
 from .evaluation import evaluate
+from .kernels.targets import has_bfloat16
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
 from .methods.base import MultimodalModel
@@ -282,9 +283,8 @@ def _measure(model: MultimodalModel) -> Any:
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16 on a GPU and on CPUs that multiply it in hardware, float32 on others."""
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    """bfloat16 where it is multiplied in hardware, float32 elsewhere."""
+    return torch.bfloat16 if has_bfloat16() else torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------- baselines

@@ -4,7 +4,7 @@ import device
 import pytest
 import torch
 
-from u2a_fast.encoders.padding import padding_of, real_rows_first, take_rows
+from u2a_fast.padding import padding_of, take_rows
 
 MASKS = {
     "at the end": [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]],
@@ -24,11 +24,10 @@ def test_real_rows_come_first_and_keep_their_order(name, static):
     tokens = torch.arange(12.0).view(3, 4, 1)
     padding = padding_of(mask, static=static)
     assert padding.lengths.tolist() == mask.sum(1).tolist()
-    assert (padding.host_lengths is None) == static and (padding.order is None) == (name == "at the end" and not static)
-    moved, after = real_rows_first(tokens, padding)
-    for row, real, length, own in zip(moved, mask, after.lengths.tolist(), tokens, strict=True):
+    assert (padding.host_mask is None) == static and (padding.order is None) == (name == "at the end" and not static)
+    moved = tokens if padding.order is None else take_rows(tokens, padding.order)
+    for row, real, length, own in zip(moved, mask, padding.lengths.tolist(), tokens, strict=True):
         assert torch.equal(row[:length], own[real])
-    assert torch.equal(after.mask, torch.arange(4) < after.lengths[:, None]) and after.order is None
     if padding.order is not None:
         assert torch.equal(take_rows(moved, padding.order.argsort(dim=1)), tokens)
 
@@ -36,14 +35,13 @@ def test_real_rows_come_first_and_keep_their_order(name, static):
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 3, dtype=torch.bool), torch.ones(0, 3, dtype=torch.bool)])
 def test_nothing_to_say_where_nothing_is_padding(mask):
     assert padding_of(mask) is None
-    assert real_rows_first("tokens", None) == ("tokens", None)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_samples_are_selected_with_their_padding(name):
     rows = torch.tensor([2, 0])
     chosen, alone = padding_of(mask_of(name)).select(rows), padding_of(mask_of(name)[rows])
-    for attribute in ("mask", "lengths", "host_lengths"):
+    for attribute in ("mask", "lengths", "host_mask"):
         assert torch.equal(getattr(chosen, attribute), getattr(alone, attribute))
 
 

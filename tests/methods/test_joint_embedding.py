@@ -7,8 +7,8 @@ import tiny_encoders
 import torch
 
 from u2a_fast import JointEmbedding, LoraConfig
-from u2a_fast.encoders.padding import padding_of
 from u2a_fast.methods.joint_embedding import vicreg
+from u2a_fast.padding import padding_of
 from u2a_fast.reference import ReferenceJointEmbedding
 from u2a_fast.reference import joint_embedding as reference_module
 
@@ -130,7 +130,7 @@ def test_ordinary_rows_are_bitwise_what_they_are_without_prompts(family, dtype):
     encoder, inputs = model.encoders["a"], tiny_encoders.inputs(family, 3, padded=True)
     with torch.no_grad():
         tokens, padding_mask = encoder.embed(**inputs)
-        alone = encoder.class_token(encoder.finish(encoder.run(tokens, padding_mask)), padding_mask).float()
+        alone = encoder.read(tokens, padding_of(padding_mask))[0].float()
         beside = model.encode({"a": inputs}, torch.tensor([[True, False]] * 3)).class_tokens[0]
     assert torch.equal(alone, beside)
 

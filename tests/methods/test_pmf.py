@@ -235,20 +235,30 @@ def test_nothing_is_kept_below_the_fusion_layers():
 
 def test_a_fusion_layer_computes_keys_and_values_of_tokens_once(monkeypatch):
     """Rows that go through the fused q, k, v product of a fusion layer: tokens once, prompts once for all samples."""
-    fast, _, _ = models(PAIR, fusion_layers=1)
-    rows, qkv, project = [], fast.encoders["image"].blocks[1].qkv, LoraLinear.after_norm
+    fast, _, _ = models(PAIR, fusion_layers=2)
+    rows, qkv, project = [], fast.encoders["image"].blocks[0].qkv, LoraLinear.after_norm
 
     def counted(self, norm, x, **learned):
         rows.extend([x.shape[:2]] if self is qkv else [])
         return project(self, norm, x, **learned)
 
     monkeypatch.setattr(LoraLinear, "after_norm", counted)
-    fast.encoders["image"].blocks[1].fc2.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:2]))
+    fast.encoders["image"].blocks[0].fc2.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:2]))
     fast(**parity.batch(PAIR, COUNT))
     tokens = 10
     qkv = [(COUNT, tokens), (1, 8), (1, 4), (COUNT, 4)]  # tokens; qcp and qp; fcp; messages
     mlp = [(COUNT, 4), (COUNT, tokens)]  # query prompts; tokens
     assert sorted(map(tuple, rows)) == sorted(qkv + mlp)
+
+
+def test_the_last_fusion_layer_computes_class_tokens_alone():
+    fast, _, _ = models(PAIR, fusion_layers=1)
+    rows = {name: [] for name in PAIR}
+    for name, encoder in fast.encoders.items():
+        encoder.blocks[-1].fc2.register_forward_hook(lambda _, args, out, n=name: rows[n].append(args[0].shape[:2]))
+    fast(**parity.batch(PAIR, COUNT))
+    for name in PAIR:
+        assert sorted(map(tuple, rows[name])) == [(1, COUNT), (COUNT, 4)]  # class tokens; query prompts
 
 
 def test_train_mode_has_no_dropout():

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..block import Block, normalise
-from .padding import Padding, padding_of, take_rows
+from ..layout import Layout, layout_of
+from ..padding import Padding, padding_of, take_rows
 
 EmbedResult = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -90,6 +91,16 @@ class Encoder(nn.Module):
         """The dtype it computes in: that of its norms, which are never quantised."""
         return self.blocks[0].norm1.weight.dtype
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether the class token is the mean of all rows."""
+        return self.family.class_token == "mean"
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether it is the last row, not the first."""
+        return self.family.class_token == "last"
+
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
         self.stem.eval()  # frozen is not eval: dropout of the embedding stage must stay off
@@ -121,26 +132,67 @@ class Encoder(nn.Module):
     ) -> torch.Tensor:
         """All blocks (or `layers` of them): tokens `[B, S, D]` -> `[B, S + Q, D]`, before `finish`.
 
+        Padding is not computed: its rows are zeros, or undefined under static shapes.
+
         Args:
             padding: of the tokens; or the mask that `embed` gave, which is worked out here then.
             suffix: `[Q, D]` learned rows, appended once and always visible.
             present: bool `[B]`; token rows of absent samples are never read, the first suffix row stands in.
         """
+        tokens, layout, padding = self.lay_out(tokens, padding, suffix)
+        rows = self._through(self.blocks[layers], layout.pack(tokens), layout, suffix, present)
+        return self._restored(layout.unpack(rows, tokens.shape[:2]), padding, tokens.shape[1])
+
+    def read(
+        self,
+        tokens: torch.Tensor,
+        padding: Padding | None = None,
+        suffix: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[B, S, D]` -> the class token `[B, D]` and the learned rows `[B, Q, D]`, after `finish`.
+
+        As `run`, `finish` and `class_token`, but that the last block computes only the rows that are read.
+        """
+        if self.reads_all or (padding is not None and padding.host_mask is None):
+            hidden, length = self.finish(self.run(tokens, padding, suffix, present)), tokens.shape[1]
+            return self.class_token(hidden[:, :length], padding and padding.mask), hidden[:, length:]
+        tokens, layout, _ = self.lay_out(tokens, padding, suffix)
+        *below, last = self.blocks
+        rows, learned = layout.pack(tokens), suffix
+        if below:
+            rows, learned, present = self._through(below, rows, layout, suffix, present), None, None
+        read = last.read(rows, layout, self.reads_last, learned, present)
+        read = layout.of_each(self.finish(read), 1 + layout.suffix)
+        return read[:, 0], read[:, 1:]
+
+    @staticmethod
+    def lay_out(
+        tokens: torch.Tensor, padding: Padding | torch.Tensor | None, suffix: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Layout, Padding | None]:
+        """Tokens `[B, S, D]` as their layout takes them, the layout, and the padding by which they were reordered."""
         if torch.is_tensor(padding):
             padding = padding_of(padding)
-        order, lengths = (None, None) if padding is None else (padding.order, padding.lengths)
-        if order is not None:
-            tokens = take_rows(tokens, order)
-        rows, mask_token = 0, None if present is None else suffix[0]
-        for block in self.blocks[layers]:
-            tokens = block(tokens, lengths, suffix, rows, present, mask_token)
-            rows = rows if suffix is None else suffix.shape[0]
-            suffix = present = mask_token = None
-        if order is None:
-            return tokens
-        length = order.shape[1]
-        restored = take_rows(tokens[:, :length], order.argsort(dim=1))
-        return torch.cat([restored, tokens[:, length:]], dim=1) if rows else restored
+        layout = layout_of(tokens, padding, 0 if suffix is None else suffix.shape[0])
+        if layout.lengths is None or padding.order is None:
+            return tokens, layout, None
+        return take_rows(tokens, padding.order), layout, padding  # padding that is hidden has to stand at the end
+
+    @staticmethod
+    def _restored(rows: torch.Tensor, padding: Padding | None, length: int) -> torch.Tensor:
+        """Rows of tokens that `lay_out` has reordered, in their own order again."""
+        if padding is None:
+            return rows
+        restored = take_rows(rows[:, :length], padding.order.argsort(dim=1))
+        return torch.cat([restored, rows[:, length:]], dim=1) if rows.shape[1] > length else restored
+
+    @staticmethod
+    def _through(blocks, rows, layout, suffix, present):
+        """Rows of tokens through blocks, the learned rows joined to them in the first."""
+        for block in blocks:
+            rows = block(rows, layout, suffix, present)
+            suffix = present = None
+        return rows
 
     def finish(self, tokens: torch.Tensor) -> torch.Tensor:
         """The encoder's own last LayerNorm, or nothing where it has none: `[B, S, D]` -> `[B, S, D]`."""

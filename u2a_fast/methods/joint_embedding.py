@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import host
 from ..encoders import Encoder
 from ..encoders.frozen import add_adapters
-from ..encoders.padding import Padding, real_rows_first
 from ..lora import LoraConfig, read_lora
+from ..padding import Padding
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option, check_choice
 
@@ -148,13 +148,20 @@ class JointEmbedding(MultimodalModel):
     def read(self, name: str, tokens: Tensor, padding: Padding | None) -> tuple[Tensor, Tensor]:
         """tokens `[b, S, D]` -> class token and mean of the prompt rows, after the last norm: `[b, D]` each."""
         encoder, prompts = self.encoders[name], self.prompts[name]
-        tokens, padding = real_rows_first(tokens, padding)
-        lengths = padding and padding.lengths
-        readers = prompts.to(tokens.dtype)[None]  # [1, K, D], and [b, K, D] from the first block on
-        for block in encoder.blocks:
-            tokens, readers = block(tokens, lengths, None, 0, None, None, readers)
-        class_token = encoder.class_token(encoder.finish(tokens), padding and padding.mask)
-        return class_token.to(prompts.dtype), encoder.finish(readers).to(prompts.dtype).mean(dim=1)
+        tokens, layout, _ = encoder.lay_out(tokens, padding)
+        rows, readers = layout.pack(tokens), prompts.to(tokens.dtype)[None]  # [1, K, D]; [b, K, D] after a block
+        *below, last = encoder.blocks
+        for block in below:
+            rows, readers = block(rows, layout, None, None, readers)
+        if encoder.reads_all:
+            rows, readers = last(rows, layout, None, None, readers)
+            hidden = encoder.finish(layout.unpack(rows, tokens.shape[:2]))
+            class_token = encoder.class_token(hidden, padding and padding.mask)
+        else:
+            rows, readers = last.read(rows, layout, encoder.reads_last, readers=readers)
+            class_token = layout.of_each(encoder.finish(rows), 1)[:, 0]
+        read = layout.of_each(encoder.finish(readers), len(prompts))
+        return class_token.to(prompts.dtype), read.to(prompts.dtype).mean(dim=1)
 
     def fuse(self, encoded: JointEncoded, present: Tensor) -> tuple[Tensor, Tensor]:
         """present `[B, M]` may mark less than was encoded, never more."""

@@ -73,7 +73,7 @@ class LateFusion(MultimodalModel):
         for name, encoder in self.encoders.items():
             if name in rows:
                 tokens, where = rows[name].embed(encoder)
-                own = encoder.class_token(encoder.finish(encoder.run(tokens, where)), where and where.mask)
+                own, _ = encoder.read(tokens, where)
                 class_tokens.append(rows[name].spread(own.to(self.head.weight.dtype), len(present)))
             else:
                 class_tokens.append(self.head.weight.new_zeros(len(present), encoder.width))

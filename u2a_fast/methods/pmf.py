@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import host, kernels
 from ..block import Block
-from ..encoders.padding import Padding, padding_of, real_rows_first
 from ..feature_cache import FeatureCache
+from ..kernels import Group
+from ..layout import Layout, layout_of
+from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option
 from .presence import Rows
+
+Layouts = Callable[[int], Layout]  # the layout of one modality's rows with so many learned rows after each sample's
 
 
 class PMFConfig(MultimodalConfig):
@@ -26,7 +31,7 @@ class PMFConfig(MultimodalConfig):
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """The b samples that have one modality, padding at the end of each: tokens `[b, S, D]`.
+    """The b samples that have one modality: tokens `[b, S, D]` and their padding.
 
     positions: int64 `[b]`, their places in the batch, on the CPU. index: the same beside the tokens.
     """
@@ -68,33 +73,39 @@ class FusionPart(nn.Module):
         """What the rows y `[b, n, d]` say to modality `target`: `[b, n, d']`."""
         return (self.translator[target] if isinstance(self.translator, nn.ModuleDict) else self.translator)(y)
 
-    def query(self, block: Block, x: Tensor, kv: Tensor, lengths: Tensor | None) -> Tensor:
-        """y = Layer([x ; qcp ; qp])[-n:], `[b, n, D]`. kv: K and V of x, `[b, S, 2 D]`."""
-        batch, _, width = x.shape
-        count, learned = len(self.query_prompt), len(self.query_context_prompt) + len(self.query_prompt)
+    def query(self, block: Block, kv: Tensor, layout: Layouts) -> Tensor:
+        """y = Layer([x ; qcp ; qp])[-n:], `[b, n, D]`. kv: K and V of the rows x."""
+        width, count = self.query_prompt.shape[1], len(self.query_prompt)
         prompts = torch.cat([self.query_context_prompt, self.query_prompt])
-        own, rows = block.project(prompts.to(x.dtype)[None])  # the same for all samples: [1, c + n, 3 D], [1, c + n, D]
-        q = own[:, -count:, :width].expand(batch, -1, -1)  # [b, n, D]
-        kv = kernels.assemble(kv, suffix=own[0, :, width:])  # [b, S + c + n, 2 D]
-        if not block.causal:
-            attended = block.attend_project(q, kv, lengths, learned)[0]
-        else:  # learned rows come after the tokens: query i sees all rows but the queries after it
-            last = kv.shape[1] - count + 1
-            seen = [(q[:, i : i + 1], kv[:, : last + i]) for i in range(count)]
-            each = [block.attend_project(*qkv, lengths, learned - count + 1 + i)[0] for i, qkv in enumerate(seen)]
-            attended = torch.stack(each, dim=1).flatten(0, 1)
-        return block.complete(rows[:, -count:], attended)
+        own, rows = block.project(
+            prompts.to(kv.dtype)[None]
+        )  # the same for all samples: [1, c + n, 3 D], [1, c + n, D]
+        q, own = own[:, -count:, :width], own[0, :, width:]
 
-    def fuse(self, block: Block, x: Tensor, qkv: Tensor, messages: Tensor, lengths: Tensor | None) -> Tensor:
-        """Layer([x ; fcp ; messages])[: N], `[b, N, D]`. qkv: of x, `[b, N, 3 D]`."""
-        if block.causal:  # its tokens look back only, and learned rows come after them
-            return block.complete(x, *block.attend_project(qkv, None, lengths, causal=True))
+        def ask(q: Tensor, own: Tensor) -> Tensor:
+            where = layout(len(own))
+            q = q.expand(where.batch, -1, -1)
+            return block.attend_project(q, where.join(kv, own), where, where.with_queries(q.shape[1]))[0]
+
+        if not block.causal:
+            attended = ask(q, own)
+        else:  # learned rows come after the tokens: query i sees all rows but the queries after it
+            seen = len(own) - count + 1
+            each = [ask(q[:, i : i + 1], own[: seen + i]) for i in range(count)]
+            attended = torch.stack(each, dim=1).flatten(0, 1)
+        return layout(0).of_each(block.complete(rows[:, -count:], attended), count)
+
+    def fuse(self, block: Block, x: Tensor, q: Tensor, kv: Tensor, messages: Tensor, layout: Layouts) -> Tensor:
+        """Layer([x ; fcp ; messages])[: N] of the rows x, whose queries are q. kv: K and V of all rows."""
         width = x.shape[2]
         context, _ = block.project(self.fusion_context_prompt.to(x.dtype)[None])  # [1, c', 3 D]
         said, _ = block.project(messages.to(x.dtype))  # [b, n', 3 D]
         learned = kernels.assemble(said[..., width:], prefix=context[0, :, width:])  # [b, c' + n', 2 D]
-        kv = torch.cat([qkv[..., width:], learned], dim=1)
-        return block.complete(x, block.attend_project(qkv[..., :width], kv, lengths, learned.shape[1])[0])
+        where, asking = layout(learned.shape[1]), layout(0).groups
+        if q.shape[:2] != kv.shape[:2]:  # one row of each sample
+            asking = where.with_queries(1)
+        groups = [Group(a.samples, a.queries, b.keys) for a, b in zip(asking, where.groups, strict=True)]
+        return block.complete(x, *block.attend_project(q, where.join(kv, learned), where, groups))
 
 
 class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
@@ -117,24 +128,34 @@ class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
         self,
         blocks: Sequence[Block],
         indices: Sequence[Tensor],
-        lengths: Sequence[Tensor | None],
+        layouts: Sequence[Layouts],
+        places: Sequence[Tensor | None],
         batch: int,
         *tokens: Tensor,
     ) -> tuple[Tensor, ...]:
-        """tokens `[b_m, S_m, D_m]` of the samples `indices` `[b_m]` out of `batch`, for every m -> the same."""
-        rows = list(zip(self.items(), blocks, indices, lengths, tokens, strict=True))
+        """Rows of the samples `indices` `[b_m]` out of `batch`, for every m -> the same; or those at `places` alone."""
+        rows = list(zip(self.items(), blocks, indices, layouts, places, tokens, strict=True))
         projected, queries = [], {}
-        for (name, part), block, index, length, x in rows:
-            qkv, _ = block.project(x)  # [b, S, 3 D]
-            y = part.query(block, x, qkv[..., x.shape[2] :], length)
+        for (name, part), block, index, layout, place, x in rows:
+            if place is None or block.causal or not block.qkv.is_fusable:
+                qkv, x = block.project(x)
+                q, kv = qkv[..., : x.shape[2]], qkv[..., x.shape[2] :]
+            else:
+                q, kv, x = block.split(x, place)
+            y = part.query(block, kv, layout)
             # A missing modality (ours) says what its query prompts say before they have read anything.
             unread = part.query_prompt.expand(batch, -1, -1)  # [B, n, D]
             queries[name] = unread.index_copy(0, index, y.to(unread.dtype))
-            projected.append(qkv)
+            projected.append((x, q, kv))
         fused = []
-        for ((name, part), block, index, length, x), qkv in zip(rows, projected, strict=True):
+        for ((name, part), block, index, layout, place, _), (x, q, kv) in zip(rows, projected, strict=True):
             messages = [self[source].message(name, y[index]) for source, y in queries.items() if source != name]
-            fused.append(part.fuse(block, x, qkv, torch.cat(messages, dim=1), length))
+            if block.causal:  # its tokens look back only, and learned rows come after them
+                own = block.complete(x, *block.attend_project(q, kv, layout(0), causal=True))
+            else:
+                own = part.fuse(block, x, q, kv, torch.cat(messages, dim=1), layout)
+            unread = place is not None and own.shape[:2].numel() != len(place)
+            fused.append(own.flatten(0, 1).index_select(0, place)[None] if unread else own)
         return tuple(fused)
 
 
@@ -248,27 +269,43 @@ class PMF(MultimodalModel):
         encoder, below = self.encoders[name], self.encoders[name].num_layers - len(self.layers)
         if self.feature_cache is not None:
             tokens, mask = self.feature_cache.lookup(encoder, below, rows.inputs)
-            return real_rows_first(tokens, padding_of(mask))
-        tokens, padding = real_rows_first(*rows.embed(encoder))
+            return tokens, padding_of(mask)
+        tokens, padding = rows.embed(encoder)
         return encoder.run(tokens, padding, layers=slice(below)), padding
 
     def fuse(self, encoded: list[PackedTokens], present: Tensor) -> tuple[Tensor, Tensor]:
         """present `[B, M]` may mark less than was encoded, never more."""
         (on_host,) = host.to_host(present)
         kept = [packed.keep(here) for packed, here in zip(encoded, on_host.unbind(1), strict=True)]
-        indices, tokens = [packed.index for packed in kept], [packed.tokens for packed in kept]
-        lengths = [packed.padding and packed.padding.lengths for packed in kept]
+        # functools.cache: a layer asks for the same places as the one before it
+        layouts = [functools.cache(functools.partial(layout_of, p.tokens, p.padding)) for p in kept]
+        rows = [layout(0).pack(packed.tokens) for layout, packed in zip(layouts, kept, strict=True)]
+        indices, unread = [packed.index for packed in kept], [None] * len(kept)
         for i, layer in enumerate(self.layers):
             blocks = [encoder.blocks[i - len(self.layers)] for encoder in self.encoders.values()]
-            tokens = layer(blocks, indices, lengths, len(present), *tokens)
+            is_last = i == len(self.layers) - 1
+            places = [*map(self._class_places, self.encoders, layouts, rows)] if is_last else unread
+            rows = layer(blocks, indices, layouts, places, len(present), *rows)
         logits: Any = 0
-        for (name, head), packed, x in zip(self.head.items(), kept, tokens, strict=True):
-            encoder = self.encoders[name]
-            class_token = encoder.class_token(encoder.finish(x), packed.padding and packed.padding.mask)
+        for (name, head), packed, layout, x in zip(self.head.items(), kept, layouts, rows, strict=True):
+            class_token = self._class_token(name, packed, layout(0), x)
             own = head(class_token.to(head.weight.dtype))
             logits = logits + own.new_zeros(len(present), own.shape[1]).index_copy(0, packed.index, own)
         logits = logits / host.send(present, logits.device).sum(dim=1, keepdim=True).clamp(min=1)
         return logits, logits.new_zeros(())
+
+    def _class_places(self, name: str, layout: Layouts, rows: Tensor) -> Tensor | None:
+        """Where the class tokens stand among the rows of modality `name`; None where each is the mean of many."""
+        encoder = self.encoders[name]
+        return None if encoder.reads_all else layout(0).read(encoder.reads_last, rows.device)[0]
+
+    def _class_token(self, name: str, packed: PackedTokens, layout: Layout, rows: Tensor) -> Tensor:
+        """`[b, D]` from what the last fusion layer gave: the class tokens' rows, or all."""
+        encoder = self.encoders[name]
+        if not encoder.reads_all:
+            return layout.of_each(encoder.finish(rows), 1)[:, 0]
+        hidden = encoder.finish(layout.unpack(rows, packed.tokens.shape[:2]))
+        return encoder.class_token(hidden, packed.padding and packed.padding.mask)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import host
 from ..encoders import Encoder
-from ..encoders.padding import Padding, padding_of
+from ..padding import Padding, padding_of
 
 
 def presence(modalities: Sequence[str], inputs: Mapping[str, Any], modality_mask: Tensor | None) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import host, kernels
 from ..encoders.frozen import add_adapters
-from ..encoders.padding import Padding, padding_of
 from ..lora import LoraConfig, read_lora
+from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option
 
@@ -177,11 +177,8 @@ class U2A(MultimodalModel):
 
         here: bool `[B]`, who has the modality where not all of the samples do; the tokens of others are never read.
         """
-        encoder, mask_tokens = self.encoders[name], self.mask_tokens[name]
-        hidden = encoder.finish(encoder.run(tokens, padding, suffix=mask_tokens, present=here))
-        length = tokens.shape[1]
-        class_token = encoder.class_token(hidden[:, :length], padding and padding.mask)
-        return self._project(name, class_token), self._project(name, hidden[:, length:].transpose(0, 1))
+        class_token, learned = self.encoders[name].read(tokens, padding, self.mask_tokens[name], here)
+        return self._project(name, class_token), self._project(name, learned.transpose(0, 1))
 
     def _project(self, name: str, rows: Tensor) -> Tensor:
         """Rows of encoder `name` in the common width and the head's dtype."""

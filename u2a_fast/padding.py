@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import host
+from . import host
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class Padding:
     Attributes:
         mask: bool `[B, S]`, True = a real token, in the order of the tokens that it came with.
         lengths: int64 `[B]`, real tokens of each sample, on the device of the tokens.
-        host_lengths: the same on the CPU; None under static shapes, which wait for no device.
+        host_mask: `mask` on the CPU; None under static shapes, which wait for no device.
         order: int64 `[B, S]`, a stable reordering that brings real rows to the front; None: they are there. Without
             positions inside the blocks the order does not matter to them.
     """
 
     mask: Tensor
     lengths: Tensor
-    host_lengths: Tensor | None
+    host_mask: Tensor | None
     order: Tensor | None
 
     def select(self, rows: Tensor) -> Padding:
@@ -33,7 +33,7 @@ class Padding:
         return Padding(
             self.mask[index],
             self.lengths[index],
-            None if self.host_lengths is None else self.host_lengths[rows],
+            None if self.host_mask is None else self.host_mask[rows],
             None if self.order is None else self.order[index],
         )
 
@@ -54,20 +54,13 @@ def padding_of(mask: Tensor | None, on_host: Tensor | None = None, static: bool 
         (on_host,) = host.to_host(mask)
     if on_host.all():
         return None
-    lengths, at_the_end = on_host.sum(dim=1), bool((on_host[:, :-1] >= on_host[:, 1:]).all())
+    at_the_end = bool((on_host[:, :-1] >= on_host[:, 1:]).all())
     order = None if at_the_end else host.send(_order(on_host), mask.device)
-    return Padding(mask, host.send(lengths, mask.device), lengths, order)
+    return Padding(mask, host.send(on_host.sum(dim=1), mask.device), on_host, order)
 
 
 def _order(mask: Tensor) -> Tensor:
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-
-
-def real_rows_first(tokens: Tensor, padding: Padding | None) -> tuple[Tensor, Padding | None]:
-    """Tokens `[B, S, D]` and their padding at the end of every sample; what is real keeps its order."""
-    if padding is None or padding.order is None:
-        return tokens, padding
-    return take_rows(tokens, padding.order), replace(padding, mask=padding.mask.gather(1, padding.order), order=None)
 
 
 def take_rows(tokens: Tensor, order: Tensor) -> Tensor:

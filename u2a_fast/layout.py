@@ -1,0 +1,143 @@
+"""How the rows of a batch lie while blocks run: end to end, without padding, samples of equal length together.
+
+Tokens come as `[B, S, D]`, blocks see rows `[1, N, D]`: the real tokens of a sample in their order, then its learned
+rows; then the next sample. Attention takes samples of one length as a dense view of their rows (`kernels.Group`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import host, kernels
+from .padding import Padding
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows stand that were laid end to end without padding.
+
+    Attributes:
+        samples: int64 `[B]`, the sample that stands at each place.
+        tokens: int64, of every real token its place among B * S.
+        rows: int64, of the same tokens their places among the N rows.
+        learned: int64 `[B * Q]`, the places of the learned rows.
+        starts, ends: int64 `[B]`, the places of each sample's first and last token.
+    """
+
+    samples: Tensor
+    tokens: Tensor
+    rows: Tensor
+    learned: Tensor
+    starts: Tensor
+    ends: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of B samples lie.
+
+    Attributes:
+        groups: `((samples, rows, rows), ...)`, in the order of the rows.
+        suffix: learned rows at the end of each sample.
+        lengths: int64 `[B]`, real tokens, where padding stays and is hidden instead (static shapes).
+        places: where they stand; None: as in `[B, S + Q]`.
+    """
+
+    groups: tuple[kernels.Group, ...]
+    suffix: int = 0
+    lengths: Tensor | None = None
+    places: Places | None = None
+
+    @property
+    def batch(self) -> int:
+        return sum(group.samples for group in self.groups)
+
+    def with_queries(self, rows: int) -> tuple[kernels.Group, ...]:
+        """The groups where `rows` rows of each sample ask."""
+        return tuple(kernels.Group(group.samples, rows, group.keys) for group in self.groups)
+
+    def pack(self, tokens: Tensor) -> Tensor:
+        """`[B, S, D]` -> the real rows end to end, `[1, n, D]`; as they are where there is no padding."""
+        return tokens if self.places is None else tokens.flatten(0, 1).index_select(0, self.places.tokens)[None]
+
+    def join(self, rows: Tensor, learned: Tensor) -> Tensor:
+        """The rows of the tokens and learned rows `[Q, C]`, or `[B, Q, C]` of each sample -> all rows.
+
+        `[1, n, C]` -> `[1, N, C]`, or `[B, S, C]` -> `[B, S + Q, C]` where there is no padding.
+        """
+        at = self.places
+        if at is None:
+            own = learned.to(rows.dtype)
+            return kernels.assemble(rows, suffix=learned) if learned.dim() == 2 else torch.cat([rows, own], dim=1)
+        each = learned.expand(len(at.samples), -1, -1) if learned.dim() == 2 else learned[at.samples]
+        joined = rows.new_empty(len(rows[0]) + each.shape[0] * each.shape[1], rows.shape[2])
+        joined = joined.index_copy(0, at.rows, rows[0])
+        return joined.index_copy(0, at.learned, each.flatten(0, 1).to(rows.dtype))[None]
+
+    def unpack(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+        """All rows -> `[B, S + Q, D]`, zeros where a token is padding. shape: (B, S)."""
+        at = self.places
+        if at is None:
+            return rows
+        batch, length = shape
+        tokens = rows.new_zeros(batch * length, rows.shape[2]).index_copy(0, at.tokens, rows[0][at.rows])
+        tokens = tokens.view(batch, length, rows.shape[2])
+        return torch.cat([tokens, self.of_each(rows[:, at.learned], self.suffix)], 1) if self.suffix else tokens
+
+    def read(self, last: bool, device: torch.device) -> tuple[Tensor, tuple[kernels.Group, ...]]:
+        """Where a sample's first (or last) token and its learned rows stand, `[B * (1 + Q)]`, and their groups."""
+        if self.places is None:
+            batch, rows, _ = self.groups[0]
+            starts = torch.arange(batch, device=device) * rows
+            ends = starts + rows - self.suffix - 1
+            learned = ends[:, None] + torch.arange(1, 1 + self.suffix, device=device)
+        else:
+            starts, ends = self.places.starts, self.places.ends
+            learned = self.places.learned.view(len(starts), self.suffix)
+        places = torch.cat([(ends if last else starts)[:, None], learned], dim=1)
+        return places.flatten(), self.with_queries(1 + self.suffix)
+
+    def of_each(self, rows: Tensor, count: int) -> Tensor:
+        """`count` rows of each sample, `[1, B * R, D]` or `[B, R, D]` -> `[B, R, D]` in the order of the batch."""
+        each = rows.view(self.batch, count, rows.shape[2])
+        return each if self.places is None else torch.empty_like(each).index_copy(0, self.places.samples, each)
+
+
+def dense(batch: int, length: int, suffix: int = 0, lengths: Tensor | None = None) -> Layout:
+    """The layout of `[B, S, D]` tokens that stay as they are."""
+    return Layout((kernels.Group(batch, length + suffix, length + suffix),), suffix, lengths)
+
+
+def packed(mask: Tensor, device: torch.device, suffix: int = 0) -> Layout:
+    """The layout of the real rows alone, worked out on the CPU and sent to `device` without waiting.
+
+    mask: bool `[B, S]` on the CPU. A sample without a real token keeps its first.
+    """
+    mask = mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(mask.shape[1]) == 0))
+    lengths, order = mask.sum(dim=1).sort(stable=True)
+    of_sample, column = mask[order].nonzero().unbind(1)
+    ends = (lengths + suffix).cumsum(0)  # behind the last row of each sample
+    learned = (ends - suffix)[:, None] + torch.arange(suffix)
+    each, counts = lengths.unique_consecutive(return_counts=True)
+    sizes = zip(counts.tolist(), (each + suffix).tolist(), strict=True)
+    where = {
+        "samples": order,
+        "tokens": order[of_sample] * mask.shape[1] + column,
+        "rows": torch.arange(len(column)) + suffix * of_sample,  # learned rows stand between
+        "learned": learned.flatten(),
+        "starts": ends - suffix - lengths,
+        "ends": ends - suffix - 1,
+    }
+    places = Places(**{name: host.send(index, device) for name, index in where.items()})
+    return Layout(tuple(kernels.Group(samples, rows, rows) for samples, rows in sizes), suffix, places=places)
+
+
+def layout_of(tokens: Tensor, padding: Padding | None, suffix: int = 0) -> Layout:
+    """The layout for tokens `[B, S, D]`: packed where the padding is known on the CPU, dense otherwise."""
+    batch, length, _ = tokens.shape
+    if padding is not None and padding.host_mask is not None:
+        return packed(padding.host_mask, tokens.device, suffix)
+    return dense(batch, length, suffix, None if padding is None else padding.lengths)
