@@ -11,53 +11,27 @@ import copy
 import peft
 import pytest
 import torch
-from arms import compare, report, versions
+from arms import DEVICE, hold, measure
+from models import NO_DROPOUT, TARGETS, on_device
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from u2a_fast import PMF, U2A, JointEmbedding, LoraConfig, kernels
 from u2a_fast.encoders import from_pretrained_model
 
-BLOCK, FORWARD, LINEAR = 0.6, 0.7, 1.6  # of PEFT's layer, of its forward without gradient, of plain aten
-ROUNDS, RANK, CLASSES = 300, 4, 5
+ROUNDS, STEP_ROUNDS, RANK, CLASSES = 300, 60, 4, 5
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-TARGETS = {
-    "image": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "text": ["query", "key", "value", "attention.output.dense"],
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def encoders():
     image = ViTModel(ViTConfig(image_size=16, patch_size=8, **SIZES), add_pooling_layer=False)
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return {
-        "image": image,
-        "text": BertModel(BertConfig(vocab_size=99, **no_dropout, **SIZES), add_pooling_layer=False),
-    }
+    text = BertModel(BertConfig(vocab_size=99, **NO_DROPOUT, **SIZES), add_pooling_layer=False)
+    return {"image": image.to(DEVICE), "text": text.to(DEVICE)}
 
 
 def with_peft(model, name):
     config = peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=TARGETS[name])
     return peft.get_peft_model(copy.deepcopy(model), config).train()
-
-
-def measured(benchmark, arms, base, limits=None, rounds=ROUNDS):
-    """Ratios of medians to `base`, whose second arm is the control; those in `limits` are asserted."""
-    arms = {**arms, f"{base} (A/A)": arms[base]}
-    times = compare(benchmark, arms, rounds=rounds, warmup=20)
-    rows = report(times, base=base, control=f"{base} (A/A)")
-    benchmark.extra_info.update(rows=rows, versions=versions())
-    for name, limit in (limits or {}).items():
-        ratio = rows[name]["median_s"] / rows[base]["median_s"]
-        assert ratio <= limit, f"{name} costs {ratio:.2f} times {base}, {limit} was promised"
 
 
 def layers():
@@ -66,42 +40,32 @@ def layers():
     block = from_pretrained_model(copy.deepcopy(model)).blocks[0].train()
     for linear in block.linears:
         linear.add_adapter(LoraConfig(r=RANK, lora_alpha=8))
-    return block, with_peft(model, "image").base_model.model.layers[0], torch.randn(2, 5, 32)
+    layer = with_peft(model, "image").base_model.model.layers[0]
+    return block.to(DEVICE), layer, torch.randn(2, 5, 32, device=DEVICE)
 
 
-def test_block_forward_and_backward(benchmark):
+def first_of(y):
+    return y[0] if isinstance(y, tuple) else y
+
+
+def block_arms():
     block, layer, x = layers()
-    x, g = x.requires_grad_(), torch.ones(2, 5, 32)
-
-    def theirs():
-        y = layer(x)
-        (y[0] if isinstance(y, tuple) else y).backward(g)
-
-    measured(benchmark, {"peft": theirs, "ours": lambda: block(x).backward(g)}, "peft", {"ours": BLOCK})
+    x, g = x.requires_grad_(), torch.ones_like(x)
+    return {"peft": lambda: first_of(layer(x)).backward(g), "ours": lambda: block(x).backward(g)}
 
 
-def test_block_forward_without_gradient(benchmark):
+def forward_arms():
     block, layer, x = layers()
-    arms = {"peft": torch.no_grad()(lambda: layer(x)), "ours": torch.no_grad()(lambda: block(x))}
-    measured(benchmark, arms, "peft", {"ours": FORWARD})
+    return {"peft": torch.no_grad()(lambda: layer(x)), "ours": torch.no_grad()(lambda: block(x))}
 
 
-def test_linear_lowrank(benchmark):
-    h, s = torch.randn(10, 32, requires_grad=True), torch.randn(10, RANK, requires_grad=True)
-    weight, bias, b, g = (
-        torch.randn(96, 32),
-        torch.randn(96),
-        torch.randn(96, RANK, requires_grad=True),
-        torch.ones(10, 96),
-    )
-
-    def plain():
-        (F.linear(h, weight, bias) + 2.0 * (s @ b.t())).backward(g)
-
-    def ours():
-        kernels.linear_lowrank(h, weight, bias, s, b, 2.0).backward(g)
-
-    measured(benchmark, {"aten": plain, "ours": ours}, "aten", {"ours": LINEAR})
+def linear_arms():
+    h, s, b = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((10, 32), (10, RANK), (96, RANK)))
+    weight, bias, g = (torch.randn(*shape, device=DEVICE) for shape in ((96, 32), (96,), (10, 96)))
+    return {
+        "aten": lambda: (F.linear(h, weight, bias) + 2.0 * (s @ b.t())).backward(g),
+        "ours": lambda: kernels.linear_lowrank(h, weight, bias, s, b, 2.0).backward(g),
+    }
 
 
 class PeftLateFusion(torch.nn.Module):
@@ -117,8 +81,7 @@ class PeftLateFusion(torch.nn.Module):
         return F.cross_entropy(self.head(torch.cat(rows, dim=1)), labels)
 
 
-def test_steps_of_all_methods(benchmark):
-    """No limit: PEFT's arm computes less than PMF and JointEmbedding do, and stands here as a yardstick of calls."""
+def step_arms():
     lora, models = LoraConfig(r=RANK, lora_alpha=8), encoders()
     ours = {
         "u2a": U2A(copy.deepcopy(models), CLASSES, lora=lora, modality_dropout=0.0),
@@ -130,7 +93,34 @@ def test_steps_of_all_methods(benchmark):
         "text": {"input_ids": torch.randint(5, 99, (2, 5))},
         "labels": torch.tensor([0, 1]),
     }
-    plain = PeftLateFusion(models).train()
+    ours = {name: model.to(DEVICE) for name, model in ours.items()}
+    batch, plain = on_device(batch), PeftLateFusion(models).to(DEVICE).train()
     arms = {"peft late fusion": lambda: plain(**batch).backward()}
-    arms |= {name: (lambda model=model: model(**batch).loss.backward()) for name, model in ours.items()}
-    measured(benchmark, arms, "peft late fusion", rounds=60)
+    return arms | {n: (lambda model=model: model(**batch).loss.backward()) for n, model in ours.items()}
+
+
+QUESTIONS = {
+    "block over PEFT's layer": block_arms,
+    "block without gradient over PEFT's layer": forward_arms,
+    "linear_lowrank over aten": linear_arms,
+}
+
+
+def time_calls(benchmark, arms, rounds):
+    return measure(benchmark, arms, next(iter(arms)), rounds, warmup=20, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_dispatch(benchmark, one_thread, question):
+    rows = time_calls(benchmark, QUESTIONS[question](), ROUNDS)
+    hold(benchmark, {f"dispatch: {question}": rows["ours"]["ratio"]})
+
+
+def test_steps_of_all_methods(benchmark, one_thread):
+    """No limit: PEFT's arm computes less than PMF and JointEmbedding do, and stands here as a yardstick of calls."""
+    time_calls(benchmark, step_arms(), STEP_ROUNDS)
+
+
+@pytest.mark.parametrize("arms", [block_arms, step_arms], ids=["block", "steps"])
+def test_smoke(benchmark, arms):
+    time_calls(benchmark, arms(), 2)

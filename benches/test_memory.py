@@ -1,6 +1,6 @@
 """Bytes kept for backward by a training step: U2A's against transformers + PEFT, with and without checkpointing.
 
-    pytest benches/test_saved_bytes.py --benchmark-only -s
+    pytest benches/test_memory.py --benchmark-only -s
 
 Counted through saved_tensors_hooks, each storage once, parameters not; nothing is timed but the count itself. LoRA of
 rank 8 on q, k, v, o, all samples present, SDPA attention and no dropout in PEFT's arm. Under autocast PEFT also keeps
@@ -11,6 +11,8 @@ import copy
 
 import pytest
 import torch
+from arms import hold, machine
+from models import TINY
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
@@ -18,7 +20,6 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, ViTCo
 from u2a_fast import U2A, LoraConfig
 from u2a_fast.memory import saved_bytes
 
-WITHOUT, WITH_CHECKPOINTING = 0.60, 0.20
 ROLES = {"image": r".*(q_proj|k_proj|v_proj|o_proj)", "text": r".*(query|key|value|attention\.output\.dense)"}
 
 
@@ -74,33 +75,55 @@ def kept_by_us(models, inputs, autocast, checkpointing):
     return saved_bytes(step, model.parameters())
 
 
-@pytest.mark.parametrize("sizes, batch", [(small, 32), (base, 8)], ids=["DINOv2-S + MiniLM", "ViT-B + BERT-base"])
-def test_saved_bytes(benchmark, sizes, batch):
+def tiny():
+    image = ViTModel(ViTConfig(num_hidden_layers=2, image_size=32, **TINY), add_pooling_layer=False)
+    return {"image": image, "text": bert(num_hidden_layers=2, **TINY)}, 8
+
+
+WAYS = {
+    "PEFT, autocast": kept_by_peft,
+    "U2A, autocast": lambda m, i: kept_by_us(m, i, True, False),
+    "U2A, bf16 encoders": lambda m, i: kept_by_us(m, i, False, False),
+    "U2A, autocast, checkpointing": lambda m, i: kept_by_us(m, i, True, True),
+    "U2A, bf16, checkpointing": lambda m, i: kept_by_us(m, i, False, True),
+}
+PEFT = next(iter(WAYS))
+
+
+def count(sizes, batch):
+    """Bytes by number of samples, `batch` and half of it, and by way."""
     models, length = sizes()
-    side = models["image"].config.image_size
-    ways = {
-        "PEFT, autocast": kept_by_peft,
-        "U2A, autocast": lambda m, i: kept_by_us(m, i, True, False),
-        "U2A, bf16 encoders": lambda m, i: kept_by_us(m, i, False, False),
-        "U2A, autocast, checkpointing": lambda m, i: kept_by_us(m, i, True, True),
-        "U2A, bf16, checkpointing": lambda m, i: kept_by_us(m, i, False, True),
-    }
+    side, kept = models["image"].config.image_size, {}
+    for rows in (batch, batch // 2):
+        text = {"input_ids": torch.randint(5, 1000, (rows, length))}
+        inputs = {"image": {"pixel_values": torch.randn(rows, 3, side, side)}, "text": text}
+        kept[rows] = {name: way(models, inputs) for name, way in WAYS.items()}
+    return kept
 
-    def count():
-        kept = {}
-        for rows in (batch, batch // 2):
-            text = {"input_ids": torch.randint(5, 1000, (rows, length))}
-            inputs = {"image": {"pixel_values": torch.randn(rows, 3, side, side)}, "text": text}
-            kept[rows] = {name: way(models, inputs) for name, way in ways.items()}
-        return kept
 
-    kept = benchmark.pedantic(count, rounds=1)
-    activations = {name: 2 * (kept[batch][name] - kept[batch // 2][name]) for name in ways}
-    first = next(iter(ways))
+def count_bytes(benchmark, sizes, batch, **facts):
+    kept = benchmark.pedantic(count, args=(sizes, batch), rounds=1)
+    activations = {name: 2 * (kept[batch][name] - kept[batch // 2][name]) for name in WAYS}
+    ratios = {name: kept[batch][name] / kept[batch][PEFT] for name in WAYS}
     print(f"\nMB kept for backward, batch {batch}")
-    for name in ways:
-        ratio, alone = kept[batch][name] / kept[batch][first], activations[name] / activations[first]
-        print(f"  {name:30s} {kept[batch][name] / 1e6:7.1f}  {ratio:.3f}x;  activations alone {alone:.3f}x")
-        benchmark.extra_info[name] = {"bytes": kept[batch][name], "ratio": ratio, "activations_ratio": alone}
-        limit = WITH_CHECKPOINTING if "checkpointing" in name else WITHOUT
-        assert name == first or ratio <= limit
+    for name in WAYS:
+        alone = activations[name] / activations[PEFT]
+        print(f"  {name:30s} {kept[batch][name] / 1e6:7.1f}  {ratios[name]:.3f}x;  activations alone {alone:.3f}x")
+    facts |= {"saved_bytes": kept[batch], "activation_bytes": activations, "batch": batch, "base": PEFT}
+    benchmark.extra_info.update(machine=machine(), dtype="bf16", **facts)
+    return ratios
+
+
+CASES = {"DINOv2-S + MiniLM": (small, 32), "ViT-B + BERT-base": (base, 8)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_bytes(benchmark, case):
+    ratios = count_bytes(benchmark, *CASES[case], encoders=case)
+    plain, checkpointed = ([r for n, r in ratios.items() if n != PEFT and ("check" in n) == c] for c in (False, True))
+    worst = {"saved bytes": max(plain), "saved bytes with checkpointing": max(checkpointed)}
+    hold(benchmark, {f"memory: {what} over PEFT": ratio for what, ratio in worst.items()})
+
+
+def test_smoke(benchmark):
+    count_bytes(benchmark, tiny, 4)

@@ -1,0 +1,24 @@
+"""What holds for every bench: one start, all cores or one, and smoke runs that test plumbing and time nothing."""
+
+import arms
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start(request, monkeypatch):
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    if "smoke" in request.node.name:
+        torch.set_num_threads(1)  # tensors this small take longer on two
+        monkeypatch.setattr(arms, "GEMM_ROWS", 16)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
