@@ -131,13 +131,22 @@ def test_padding_costs_nothing(benchmark):
     hold(benchmark, {f"u2a_step: {over[0]}": rows["padded"]["ratio"], f"u2a_step: {over[1]}": ratio})
 
 
+def place_of(batch):
+    """Where a batch stands on the axes of the charts."""
+    complete, mask = batch["modality_mask"].all(dim=1), batch["text"]["attention_mask"]
+    return {
+        "real_rows": real_rows(batch),
+        "missing_rate": 1 - complete.float().mean().item(),
+        "longest_text": mask.shape[1],
+    }
+
+
 def time_growth(benchmark, model, batches, rounds, **facts):
-    """Seconds over real rows: the line through them, and the worst relative deviation from it."""
+    """The worst relative deviation of the seconds from the line through them, over real rows."""
     steps = {name: step(lambda batch=batch: model(batch)) for name, batch in batches.items()}
-    base = next(iter(batches))
-    points = {name: real_rows(batch) for name, batch in batches.items()}
-    rows = measure(benchmark, steps, base, rounds, warmup=1, points=points, **facts)
-    x = torch.tensor([points[name] for name in batches], dtype=torch.float64)
+    points = {name: place_of(batch) for name, batch in batches.items()}
+    rows = measure(benchmark, steps, next(iter(batches)), rounds, warmup=1, points=points, **facts)
+    x = torch.tensor([points[name]["real_rows"] for name in batches], dtype=torch.float64)
     y = torch.tensor([rows[name]["median_s"] for name in batches], dtype=torch.float64)
     design = torch.stack([x, torch.ones_like(x)], dim=1)
     line = torch.linalg.lstsq(design, y[:, None]).solution.flatten()
