@@ -52,3 +52,8 @@ def has_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def has_int8() -> bool:
+    """Whether the current GPU, or the CPU where there is none, multiplies int8 in hardware."""
+    return torch.cuda.is_available() or torch.cpu._is_vnni_supported()

@@ -1,9 +1,12 @@
 """`u2a-fast doctor` on machines that are not this one."""
 
 import pytest
+import tiny_encoders
 import torch
 
 from u2a_fast import doctor
+from u2a_fast.encoders import from_pretrained_model
+from u2a_fast.encoders.frozen import quantize_encoder
 from u2a_fast.kernels import targets
 
 
@@ -37,3 +40,36 @@ def test_an_old_gpu_has_no_bfloat16(two_gpus, monkeypatch):
         properties = type("Properties", (), {"major": major})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
         assert targets.has_bfloat16() is has
+
+
+@pytest.fixture
+def old_cpu(monkeypatch):
+    """A CPU without AVX-512, and no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("_is_avx512_bf16_supported", "_is_vnni_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+
+
+@pytest.fixture
+def new_cpu(old_cpu, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_vnni_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+
+
+def test_doctor_says_which_modes_are_slower_than_float32(old_cpu):
+    found = doctor.findings()
+    assert "as long as in float32" in found["int8 encoders"]
+    assert "as long as float32" in found["bfloat16"] and found["dtype auto"] == "float32"
+
+
+def test_a_cpu_that_multiplies_them_is_warned_of_nothing(new_cpu, recwarn):
+    assert doctor.findings()["dtype auto"] == "bfloat16"
+    quantize_encoder(from_pretrained_model(tiny_encoders.build("bert").bfloat16()), "int8_w8a8")
+    assert not [w for w in recwarn if "float32" in str(w.message)]
+
+
+def test_an_encoder_that_would_be_slower_than_in_float32_says_so(old_cpu):
+    with pytest.warns(UserWarning, match="bfloat16 in hardware"):
+        encoder = from_pretrained_model(tiny_encoders.build("bert").bfloat16())
+    with pytest.warns(UserWarning, match="no VNNI"):
+        quantize_encoder(encoder, "int8_w8a8")

@@ -10,6 +10,8 @@ import torch
 
 from .kernels.backend import interpreting, triton
 from .kernels.targets import has_bfloat16, supports_triton
+from .quantization import slower_than_float32
+from .training import fast_dtype
 
 OPTIONAL = {
     "bitsandbytes": "no nf4 encoders, no 8-bit optimizer, no encoders loaded with BitsAndBytesConfig",
@@ -26,7 +28,7 @@ def int8_path() -> str:
         return "int8: weights dequantised per tile; int8_w8a8: int8 tensor cores"
     if torch.cpu._is_vnni_supported():
         return "int8: weights dequantised per use; int8_w8a8: torch._int_mm with VNNI"
-    return "int8: weights dequantised per use; int8_w8a8: torch._int_mm without VNNI, slower than floating point"
+    return f"int8: weights dequantised per use; int8_w8a8: {slower_than_float32(torch.float32, 'int8_w8a8')}"
 
 
 def findings() -> dict[str, str]:
@@ -39,7 +41,8 @@ def findings() -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "u2a-fast")},
         "triton": importlib.metadata.version("triton") if triton is not None else "not installed",
         **backends(),
-        "bfloat16": "in hardware" if has_bfloat16() else "emulated: use float32",
+        "bfloat16": "in hardware" if has_bfloat16() else f"{slower_than_float32(torch.bfloat16)}",
+        "dtype auto": str(fast_dtype()).removeprefix("torch."),
         "int8 encoders": int8_path(),
     }
     for name, cost in OPTIONAL.items():

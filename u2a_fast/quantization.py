@@ -11,6 +11,7 @@ compute the same. Backward always has dX in the input's dtype, and nothing is ke
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .kernels.nf4 import bitsandbytes
+from .kernels.targets import has_bfloat16, has_int8
 
 STORAGE = {None: "float", "int8": "int8", "int8_w8a8": "int8", "nf4": "nf4"}  # mode -> how a weight is stored
 MODES = tuple(mode for mode in STORAGE if mode)
@@ -26,6 +28,25 @@ MODES = tuple(mode for mode in STORAGE if mode)
 def storage_of(weight: Tensor) -> str:
     """`"float"`, `"int8"` or `"nf4"`, by dtype: packed 4-bit weights are uint8."""
     return {torch.int8: "int8", torch.uint8: "nf4"}.get(weight.dtype, "float")
+
+
+def slower_than_float32(dtype: torch.dtype, mode: str | None = None) -> str | None:
+    """Why an encoder of `dtype`, stored in `mode`, would be slower here than in fp32; None where it would not be.
+
+    By what the machine has, never by a timing. Modes that dequantise per use save memory and are not meant here.
+    """
+    if mode == "int8_w8a8" and not has_int8():
+        return "this CPU has no VNNI: products of int8 rows take about 50 times as long as in float32"
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        return "this machine does not multiply bfloat16 in hardware: it takes about 5 times as long as float32"
+    return None
+
+
+def warn_if_slow(dtype: torch.dtype, mode: str | None = None) -> None:
+    """Say so, once a process: Python's default filter shows a warning of one place and text only once."""
+    reason = slower_than_float32(dtype, mode)
+    if reason is not None:
+        warnings.warn(reason, stacklevel=1)
 
 
 def read_quantization(quantization: Any, modalities: Iterable[str]) -> dict[str, str | None]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..block import Block
 from ..lora import LoraLinear
+from ..quantization import warn_if_slow
 from .base import Encoder, Family
 from .families import FAMILIES
 
@@ -52,6 +53,7 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
     layers = _get(model, family.layers)
     blocks = [_block(layer, family, model.config) for layer in layers]
     encoder = Encoder(family, model.config, stem, blocks, name_or_path=getattr(model, "name_or_path", "") or "")
+    warn_if_slow(encoder.dtype)
     return encoder.train(model.training)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..block import Block
 from ..lora import LoraConfig
-from ..quantization import STORAGE
+from ..quantization import STORAGE, warn_if_slow
 from .base import Encoder
 
 
@@ -21,6 +21,7 @@ def quantize_encoder(encoder: Encoder, mode: str | None) -> Encoder:
         ValueError: the encoder is stored in another way already.
     """
     check_storage(encoder, mode)
+    warn_if_slow(encoder.dtype, mode)
     if mode is None:
         return encoder
     for block in encoder.blocks:
