@@ -10,6 +10,7 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/pytest -q --durations=15 tests
+	$(BIN)/pytest -q benches --benchmark-only -k smoke
 
 # One case of every quick test. Tensors this small are slower on two threads.
 fast: $(READY)
