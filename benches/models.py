@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from u2a_fast import MissingPattern
 from u2a_fast.encoders.build import family_of
+from u2a_fast.memory import saved_bytes
 
 Inputs = dict[str, Any]
 Models = dict[str, PreTrainedModel]
@@ -131,17 +132,27 @@ class PeftU2A(nn.Module):
         rows = model.layernorm(rows) if hasattr(model, "layernorm") else rows
         return rows[:, 0].float(), rows[:, -1].float()
 
-    def forward(self, batch: Inputs) -> Tensor:
+    def forward(self, image: Inputs, text: Inputs, modality_mask: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
-            (image, to_text), (text, to_image) = (self.read(name, batch[name]) for name in ("image", "text"))
-        has_image, has_text = batch["modality_mask"].unsqueeze(2).unbind(1)
+            (image, to_text), (text, to_image) = self.read("image", image), self.read("text", text)
+        has_image, has_text = modality_mask.unsqueeze(2).unbind(1)
         fused = torch.where(has_image, image, to_image) + torch.where(has_text, text, to_text)
         both = (has_image & has_text).float()
         pairs = both.sum().clamp(min=1) * image.shape[1]
         align = ((to_text - text.detach()).square() * both).sum() / pairs
         align = align + ((to_image - image.detach()).square() * both).sum() / pairs
-        return F.cross_entropy(self.head(fused), batch["labels"]) + 0.2 * align
+        return F.cross_entropy(self.head(fused), labels) + 0.2 * align
 
 
-def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
-    return lambda: loss().backward()
+def step(model: nn.Module, *inputs: Any, **batch: Any) -> Callable[[], None]:
+    """A training step but for the optimizer's."""
+    return lambda: loss_of(model(*inputs, **batch)).backward()
+
+
+def loss_of(output: Any) -> Tensor:
+    return output if torch.is_tensor(output) else output.loss
+
+
+def kept_by(model: nn.Module, *inputs: Any, **batch: Any) -> int:
+    """Bytes that a step keeps for backward, parameters not counted."""
+    return saved_bytes(lambda: loss_of(model(*inputs, **batch)), model.parameters())

@@ -11,10 +11,20 @@ import copy
 
 import pytest
 from arms import DEVICE, FAST, counted_flops, hold, measure
-from models import ALPHA, CLASSES, RANK, even_lengths, make_batch, presence_table, step, tiny_encoders, vit_and_bert
+from models import (
+    ALPHA,
+    CLASSES,
+    RANK,
+    even_lengths,
+    kept_by,
+    make_batch,
+    presence_table,
+    step,
+    tiny_encoders,
+    vit_and_bert,
+)
 
 from u2a_fast import JointEmbedding, LoraConfig
-from u2a_fast.memory import saved_bytes
 from u2a_fast.reference import ReferenceJointEmbedding
 
 LAYERS, BATCH, ROUNDS = 3, 16, 7
@@ -28,13 +38,13 @@ def time_step(benchmark, models, batch, tuning, rounds, **facts):
     ours_tuning, reference_tuning = TUNINGS[tuning]
     ours = JointEmbedding(copy.deepcopy(models), CLASSES, tuning=ours_tuning).to(DEVICE).train()
     reference = ReferenceJointEmbedding(copy.deepcopy(models), CLASSES, tuning=reference_tuning).to(DEVICE).train()
-    losses = {
-        "ours": lambda: ours(**batch).loss,
-        "reference": lambda: reference(inputs, batch["modality_mask"], batch["labels"]).loss,
+    trained = {
+        "ours": (ours, (), batch),
+        "reference": (reference, (inputs, batch["modality_mask"], batch["labels"]), {}),
     }
-    arms = {name: step(loss) for name, loss in losses.items()}
+    arms = {name: step(model, *a, **k) for name, (model, a, k) in trained.items()}
     flops = {name: counted_flops(arm) for name, arm in arms.items()}
-    facts |= {"flops": flops, "saved_bytes": {name: saved_bytes(loss) for name, loss in losses.items()}}
+    facts |= {"flops": flops, "saved_bytes": {name: kept_by(model, *a, **k) for name, (model, a, k) in trained.items()}}
     return measure(benchmark, arms, "ours", rounds, warmup=1, useful_flops=flops["ours"], tuning=tuning, **facts)
 
 

@@ -13,11 +13,10 @@ import functools
 import pytest
 import torch
 from arms import DEVICE, FAST, counted_flops, hold, measure, name_of
-from models import CLASSES, even_lengths, make_batch, presence_table, step, tiny_encoders, vit_and_bert
+from models import CLASSES, even_lengths, kept_by, make_batch, presence_table, step, tiny_encoders, vit_and_bert
 
 from u2a_fast import PMF
 from u2a_fast.layout import dense
-from u2a_fast.memory import saved_bytes
 from u2a_fast.reference import ReferencePMF
 
 BATCH, TOKENS, ROUNDS = 8, 197, 15
@@ -74,13 +73,13 @@ def time_step(benchmark, models, batch, rounds, **facts):
         for name, encoder in ours.encoders.items():
             encoder(**inputs[name])
 
-    losses = {
-        "ours": lambda: ours(**batch).loss,
-        "reference": lambda: reference(inputs, batch["modality_mask"], batch["labels"]).loss,
+    trained = {
+        "ours": (ours, (), batch),
+        "reference": (reference, (inputs, batch["modality_mask"], batch["labels"]), {}),
     }
-    arms = {"frozen": frozen, **{name: step(loss) for name, loss in losses.items()}}
+    arms = {"frozen": frozen, **{name: step(model, *a, **k) for name, (model, a, k) in trained.items()}}
     flops = {name: counted_flops(arm) for name, arm in arms.items()}
-    facts |= {"flops": flops, "saved_bytes": {name: saved_bytes(loss) for name, loss in losses.items()}}
+    facts |= {"flops": flops, "saved_bytes": {name: kept_by(model, *a, **k) for name, (model, a, k) in trained.items()}}
     return measure(benchmark, arms, "ours", rounds, warmup=1, useful_flops=flops["ours"], **facts)
 
 

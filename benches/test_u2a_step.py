@@ -19,6 +19,7 @@ from models import (
     RANK,
     PeftU2A,
     even_lengths,
+    kept_by,
     make_batch,
     presence_table,
     real_rows,
@@ -30,7 +31,6 @@ from models import (
 from u2a_fast import U2A, LoraConfig
 from u2a_fast.data import dinov2_folder, minilm_folder
 from u2a_fast.encoders import load
-from u2a_fast.memory import saved_bytes
 
 LAYERS, BATCH, SHORTEST, LONGEST, MISSING = 3, 16, 8, 128, 0.7
 ROUNDS = 9
@@ -45,12 +45,11 @@ def in_dtype(models, dtype):
 def ours(models, dtype=FAST, absent="pack", quantization=None):
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA)
     options = {"lora": lora, "modality_dropout": 0.0, "absent": absent, "quantization": quantization}
-    model = U2A(in_dtype(models, dtype), CLASSES, **options).to(DEVICE).train()
-    return lambda batch: model(**batch).loss
+    return U2A(in_dtype(models, dtype), CLASSES, **options).to(DEVICE).train()
 
 
 def peft_arms(models):
-    """Name -> loss of a batch. The weights are fp32; autocast casts what it multiplies."""
+    """Under autocast the weights are fp32, and cast as they are multiplied."""
     kinds = {"fp32": (torch.float32, False)}
     if HAS_BF16:
         kinds |= {"autocast": (torch.float32, True), "bf16": (torch.bfloat16, False)}
@@ -69,10 +68,10 @@ def our_arms(models):
 
 
 def time_step(benchmark, models, batch, rounds, **facts):
-    losses = {**our_arms(models), **peft_arms(models)}
-    steps = {name: step(lambda loss=loss: loss(batch)) for name, loss in losses.items()}
+    arms = {**our_arms(models), **peft_arms(models)}
+    steps = {name: step(model, **batch) for name, model in arms.items()}
     flops = {name: counted_flops(run) for name, run in steps.items() if "int8" not in name}
-    kept = {name: saved_bytes(lambda loss=loss: loss(batch)) for name, loss in losses.items()}
+    kept = {name: kept_by(model, **batch) for name, model in arms.items()}
     facts |= {"flops": flops, "saved_bytes": kept, "batch": len(batch["labels"])}
     return measure(benchmark, steps, "packed", rounds, warmup=1, useful_flops=flops["packed"], **facts)
 
@@ -115,9 +114,9 @@ def time_padding(benchmark, model, lengths, rounds, **facts):
         {name: value for name, value in make_batch(each, everyone, image_size=32).items() if name != "image"}
         for each in (lengths, torch.full((samples,), total // samples))
     )
-    losses = {"without padding": lambda: model(even), "padded": lambda: model(padded)}
-    kept = {name: saved_bytes(loss) for name, loss in losses.items()}
-    steps = {name: step(loss) for name, loss in losses.items()}
+    batches = {"without padding": even, "padded": padded}
+    kept = {name: kept_by(model, **batch) for name, batch in batches.items()}
+    steps = {name: step(model, **batch) for name, batch in batches.items()}
     facts |= {"saved_bytes": kept, "real_rows": total + samples, "longest_text": int(lengths.max())}
     return measure(benchmark, steps, "without padding", rounds, warmup=1, **facts), kept
 
@@ -143,7 +142,7 @@ def place_of(batch):
 
 def time_growth(benchmark, model, batches, rounds, **facts):
     """The worst relative deviation of the seconds from the line through them, over real rows."""
-    steps = {name: step(lambda batch=batch: model(batch)) for name, batch in batches.items()}
+    steps = {name: step(model, **batch) for name, batch in batches.items()}
     points = {name: place_of(batch) for name, batch in batches.items()}
     rows = measure(benchmark, steps, next(iter(batches)), rounds, warmup=1, points=points, **facts)
     x = torch.tensor([points[name]["real_rows"] for name in batches], dtype=torch.float64)
@@ -196,4 +195,4 @@ def test_both_compute_the_same_smoke(benchmark):
         for name, token in theirs.mask_tokens.items():
             token.copy_(model.mask_tokens[name].view(1, 1, -1))
     expected = benchmark.pedantic(lambda: model(**batch).loss, rounds=1)
-    torch.testing.assert_close(theirs(batch), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs(**batch), expected, rtol=1e-4, atol=1e-4)
