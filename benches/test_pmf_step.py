@@ -56,9 +56,9 @@ def time_layer(benchmark, models, dtype, rounds, batch=BATCH, tokens=TOKENS):
     return measure(benchmark, arms, "plain", rounds, dtype=dtype, **facts)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("dtype", sorted({torch.float32, FAST}, key=str), ids=name_of)
 def test_pmf_layer(benchmark, one_thread, dtype):
-    rows = time_layer(benchmark, vit_and_bert(1), dtype, ROUNDS if dtype == FAST else ROUNDS // 3)
+    rows = time_layer(benchmark, vit_and_bert(1), dtype, ROUNDS)
     hold(benchmark, {f"pmf layer over plain layers, {name_of(dtype)}": rows["fusion layer"]["ratio"]})
 
 
