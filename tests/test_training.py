@@ -1,11 +1,11 @@
-"""A data set that `--data` knows by name is one entry of one table."""
+"""Training: a data set is one entry of one table."""
 
-from u2a_fast import data, training
+from u2a_fast import options
 
 
 def test_a_data_set_is_one_entry(monkeypatch):
-    monkeypatch.setitem(training.DATASETS, "toy", training.BuiltinData(lambda seed: {"train": seed}, image_size=8))
-    monkeypatch.setattr(data, "dinov2_folder", lambda image_size: f"dinov2-{image_size}")
-    assert training.load_splits("toy", 3) == {"train": 3}
-    assert training.default_encoders("toy", ["image", "label"]) == {"image": "dinov2-8"}
-    assert training.default_encoders("a/table.csv", ["image", "label"]) == {"image": "dinov2-224"}
+    entry = options.BuiltinData(lambda seed: {"train": seed}, options.Recipe(image_size=8))
+    monkeypatch.setitem(options.DATASETS, "toy", entry)
+    asked = options.TrainOptions(data="toy", seed=3)
+    assert options.DATASETS["toy"].load(seed=3) == {"train": 3}
+    assert options.settled(asked, {"train": None}).image_size == 8
