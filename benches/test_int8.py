@@ -3,7 +3,7 @@
     pytest benches/test_int8.py --benchmark-only -s
 
 All arms are the same block, so that only the linears differ. Forward, and forward with dX (no adapters: what the frozen
-linears cost). Without VNNI an int8 product takes fifty times as long as one in fp32: one sample and few rounds show
+linears cost). Without VNNI an int8 product takes many times as long as one in fp32: one sample and few rounds show
 that, and nothing was promised there.
 """
 
