@@ -52,10 +52,13 @@ def unpack_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: to
             [0., 1.]])
     """
     computed = torch.float32 if dtype == torch.float64 else dtype
+    # bitsandbytes' CPU kernels read rows as whole blocks of weights: a matrix whose rows are not is given as blocks.
+    count = shape[0] * shape[1]
+    width = shape[1] if shape[1] % NF4_BLOCK == 0 else NF4_BLOCK if count % NF4_BLOCK == 0 else count
     # Without its table of levels, which would be copied to the device at every use: the kernels have their own.
     options = {"blocksize": NF4_BLOCK, "quant_type": "nf4", "dtype": computed}
-    state = bitsandbytes().QuantState(absmax, shape=torch.Size(shape), **options)
-    return bitsandbytes().dequantize_4bit(packed, state).to(dtype)
+    state = bitsandbytes().QuantState(absmax, shape=torch.Size((count // width, width)), **options)
+    return bitsandbytes().dequantize_4bit(packed, state).view(shape).to(dtype)
 
 
 class _Nf4Lowrank(torch.autograd.Function):

@@ -109,6 +109,7 @@ class Block(GradientCheckpointingLayer):
         suffix: torch.Tensor | None = None,
         present: torch.Tensor | None = None,
         readers: torch.Tensor | None = None,
+        reads: str | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """All rows of a batch -> the same after this block; with `readers`, their rows `[B, K, D]` besides.
 
@@ -120,8 +121,12 @@ class Block(GradientCheckpointingLayer):
             readers: `[B, K, D]` in the order of the layout, or `[1, K, D]` where all samples have the same: read-only
                 rows, which see every row above and are seen by none, themselves included. Computed apart, so that the
                 other rows are bitwise what they are without.
+            reads: `"first"` or `"last"`: of each sample, that token and the learned rows only, `[1, B * (1 + Q), D]`.
+                K and V are those of all rows; queries, attention, output projection and MLP only of those.
         """
         layout = layout or dense(*rows.shape[:2])
+        if reads is not None:
+            return self._read(rows, layout, suffix, present, readers, reads == "last")
         if readers is None and suffix is None and present is None and self._is_fused(rows):
             return self._fused(rows, layout)
         qkv, residual = self.enter(rows, layout, suffix, present)
@@ -134,22 +139,18 @@ class Block(GradientCheckpointingLayer):
         attended = self.attend_project(q, qkv[..., width:], layout, layout.with_queries(readers.shape[1]))
         return rows, self.complete(residual, *attended)
 
-    def read(
+    def _read(
         self,
         rows: torch.Tensor,
         layout: Layout,
+        suffix: torch.Tensor | None,
+        present: torch.Tensor | None,
+        readers: torch.Tensor | None,
         last: bool,
-        suffix: torch.Tensor | None = None,
-        present: torch.Tensor | None = None,
-        readers: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As `forward`, for the first (or last) token and the learned rows of each sample only: `[1, B * (1 + Q), D]`.
-
-        K and V are those of all rows; queries, attention, output projection and MLP only of those that are read.
-        """
         places, groups = layout.read(last, rows.device)
-        if suffix is not None or present is not None or self.causal or not self.qkv.is_fusable:
-            rows = self(rows, layout, suffix, present, readers)
+        if suffix is not None or present is not None or self.causal or not self.qkv.is_splittable:
+            rows = self.forward(rows, layout, suffix, present, readers)
             rows, *others = rows if readers is not None else (rows,)
             rows = rows.reshape(-1, rows.shape[2]).index_select(0, places)[None]
             return (rows, *others) if others else rows

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import kernels
+from .kernels.nf4 import NF4_BLOCK
 from .quantization import storage_of
 
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
@@ -241,6 +242,14 @@ class LoraLinear(nn.Module):
         weight = self._parameters["weight"]
         return not ((self.dropout > 0 and self.training) or weight.dtype == torch.uint8 or weight.requires_grad)
 
+    @property
+    def is_splittable(self) -> bool:
+        """Whether `split_after_norm` can take it apart: 4-bit weights where no block of them lies across two roles."""
+        of_role = self.out_features * self.in_features // len(self.roles)
+        if self.storage == "nf4":
+            return of_role % NF4_BLOCK == 0 and not (self.dropout > 0 and self.training)
+        return self.is_fusable
+
     def operands(self) -> kernels.Linear:
         """What `kernels` takes of it."""
         own = self._parameters  # attributes of a module are slow to read, and a block reads twenty
@@ -295,17 +304,30 @@ class LoraLinear(nn.Module):
         width, rank = self.out_features // 3, 0 if lora_b is None else lora_b.shape[1]
 
         def part(h: torch.Tensor, s: torch.Tensor | None, of: slice, groups: int) -> torch.Tensor:
-            vectors = (None if t is None else t[of] for t in (self.bias, lora_b, self.weight_scale))
-            bias, b, scale = vectors
-            given = (h, self.weight[of], bias, s, b, self.scaling)
-            return kernels.linear_lowrank(*given, scale, groups=groups, quantize_input=self.quantize_input)
+            weight, scale = self._stored(of)
+            bias, b = (None if t is None else t[of] for t in (self.bias, lora_b))
+            if self.storage == "nf4":
+                shape = (groups * width, self.in_features)
+                return kernels.nf4_linear(
+                    h, weight, scale, shape, bias, s, None, b, scaling=self.scaling, groups=groups
+                )
+            given = (h, weight, bias, s, b, self.scaling, scale)
+            return kernels.linear_lowrank(*given, groups=groups, quantize_input=self.quantize_input)
 
         def at_places(t: torch.Tensor) -> torch.Tensor:
             return t.reshape(-1, t.shape[2]).index_select(0, places)[None]
 
         s_q, s_kv = (None, None) if s is None else (at_places(s)[..., :rank], s[..., rank:])
-        q = part(at_places(h), s_q, slice(width), 1)
-        return q, part(h, s_kv, slice(width, None), 2), at_places(rows)
+        q = part(at_places(h), s_q, slice(0, width), 1)
+        return q, part(h, s_kv, slice(width, 3 * width), 2), at_places(rows)
+
+    def _stored(self, of: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows `of` of the frozen weight as they are stored, and their scales."""
+        weight, scale = self.weight, self.weight_scale
+        if scale is None or self.storage != "nf4":
+            return weight[of], None if scale is None else scale[of]
+        first, last = of.start * self.in_features, of.stop * self.in_features
+        return weight[first // 2 : last // 2], scale[first // NF4_BLOCK : last // NF4_BLOCK]
 
     def forward_projected(self, x: torch.Tensor | kernels.QuantizedRows, s: torch.Tensor | None) -> torch.Tensor:
         """The same with `s = x A^T` [..., G * r] already computed by the pass that wrote `x`."""

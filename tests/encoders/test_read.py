@@ -6,6 +6,7 @@ import torch
 
 from u2a_fast import LoraConfig
 from u2a_fast.encoders import from_pretrained_model
+from u2a_fast.encoders.frozen import quantize_encoder
 from u2a_fast.padding import padding_of
 
 
@@ -21,8 +22,8 @@ def encoder_of(family):
 
 @pytest.mark.parametrize("suffix", [0, 2])
 @pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
-def test_values_and_gradients_are_those_of_all_rows(family, suffix):
-    encoder = encoder_of(family)
+def test_values_and_gradients_are_those_of_all_rows(family, suffix, mode=None):
+    encoder = quantize_encoder(encoder_of(family), mode)
     tokens, mask = encoder.embed(**tiny_encoders.inputs(family, 3, padded=True))
     learned = torch.randn(suffix, tokens.shape[2], dtype=torch.float64, requires_grad=True) if suffix else None
     trained = [p for p in (*encoder.parameters(), learned) if p is not None and p.requires_grad]
@@ -38,13 +39,30 @@ def test_values_and_gradients_are_those_of_all_rows(family, suffix):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
 @pytest.mark.parametrize("family", ["vit", "bert"])
-def test_rows_that_nobody_reads_are_not_computed(family):
+def test_values_and_gradients_are_those_of_all_rows_where_weights_are_quantised(family, mode):
+    test_values_and_gradients_are_those_of_all_rows(family, 2, mode)
+
+
+@pytest.mark.parametrize("mode", [None, "int8", "nf4"])
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_rows_that_nobody_reads_are_not_computed(family, mode):
     encoder, seen = encoder_of(family), []
+    quantize_encoder(encoder, mode)
     encoder.blocks[-1].fc2.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[:-1].numel()))
     tokens, mask = encoder.embed(**tiny_encoders.inputs(family, 3, padded=True))
     encoder.read(tokens, padding_of(mask), torch.randn(2, tokens.shape[2], dtype=torch.float64))
     assert seen == [3 * (1 + 2)]
+
+
+def test_the_last_block_is_called_and_not_reached_into():
+    """What wraps a module wraps its call: FSDP gathers weights there, checkpointing recomputes it."""
+    encoder, seen = encoder_of("vit"), []
+    encoder.blocks[-1].register_forward_pre_hook(lambda *_: seen.append(1))
+    tokens, _ = encoder.embed(**tiny_encoders.inputs("vit", 3))
+    encoder.read(tokens)
+    assert seen == [1]
 
 
 def test_padding_is_not_computed():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from u2a_fast import kernels
-from u2a_fast.kernels import backend
+from u2a_fast.kernels import backend, targets
 
 MODULES = ("backend", "dropout", "linear_backward", "linear_lowrank", "lora_linear", "quantize", "reduce", "tiling")
 
@@ -34,9 +34,12 @@ def test_auto_is_torch_on_a_cpu():
     assert backend.resolve(torch.ones(1), None) == "torch"
 
 
-def test_auto_is_triton_on_a_gpu_except_for_float64():
+def test_auto_is_triton_on_a_gpu_except_for_float64(monkeypatch):
+    monkeypatch.setattr(targets, "architecture", lambda index: "sm_90")
+    targets._gpu_supports.cache_clear()
+
     class OnGpu:
-        device, dtype = torch.device("cuda:0"), torch.bfloat16
+        device, dtype, is_cpu = torch.device("cuda:0"), torch.bfloat16, False
 
     class Double(OnGpu):
         dtype = torch.float64
@@ -45,6 +48,7 @@ def test_auto_is_triton_on_a_gpu_except_for_float64():
     assert backend.resolve(Double()) == "torch"
     backend.set_backend("torch")
     assert backend.resolve(OnGpu()) == "torch"
+    targets._gpu_supports.cache_clear()
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

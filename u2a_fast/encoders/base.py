@@ -162,7 +162,7 @@ class Encoder(nn.Module):
         rows, learned = layout.pack(tokens), suffix
         if below:
             rows, learned, present = self._through(below, rows, layout, suffix, present), None, None
-        read = last.read(rows, layout, self.reads_last, learned, present)
+        read = last(rows, layout, learned, present, reads=self.family.class_token)
         read = layout.of_each(self.finish(read), 1 + layout.suffix)
         return read[:, 0], read[:, 1:]
 

@@ -158,7 +158,7 @@ class JointEmbedding(MultimodalModel):
             hidden = encoder.finish(layout.unpack(rows, tokens.shape[:2]))
             class_token = encoder.class_token(hidden, padding and padding.mask)
         else:
-            rows, readers = last.read(rows, layout, encoder.reads_last, readers=readers)
+            rows, readers = last(rows, layout, readers=readers, reads=encoder.family.class_token)
             class_token = layout.of_each(encoder.finish(rows), 1)[:, 0]
         read = layout.of_each(encoder.finish(readers), len(prompts))
         return class_token.to(prompts.dtype), read.to(prompts.dtype).mean(dim=1)

@@ -137,7 +137,7 @@ class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
         rows = list(zip(self.items(), blocks, indices, layouts, places, tokens, strict=True))
         projected, queries = [], {}
         for (name, part), block, index, layout, place, x in rows:
-            if place is None or block.causal or not block.qkv.is_fusable:
+            if place is None or block.causal or not block.qkv.is_splittable:
                 qkv, x = block.project(x)
                 q, kv = qkv[..., : x.shape[2]], qkv[..., x.shape[2] :]
             else:
