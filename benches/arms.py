@@ -129,15 +129,16 @@ def measure(
     *,
     warmup: int = 2,
     dtype: torch.dtype = FAST,
-    useful_flops: int | None = None,
+    useful_flops: int | Mapping[str, int] | None = None,
     **facts: Any,
 ) -> Rows:
     """Time the arms, `base` twice, and record all that a figure needs: medians, quartiles, ratios to `base`, machine.
 
     Args:
         dtype: what the arms compute in, where their names say nothing else.
-        useful_flops: operations that the question needs, whoever answers it; then a product of `dtype` runs as one
-            more arm, and every arm is given the fraction of its rate at which it did what was needed.
+        useful_flops: operations that the question needs, whoever answers it, or of each arm where they answer different
+            ones; then a product of `dtype` runs as one more arm, and every arm is given the fraction of its rate at
+            which it did what was needed.
         facts: shapes, flops, bytes, saved bytes and what else the figure depends on.
     """
     control = f"{base} (A/A)"
@@ -147,9 +148,9 @@ def measure(
     rows = report(compare(benchmark, arms, rounds, warmup), base, control)
     if useful_flops is not None:
         rate = 2 * GEMM_ROWS * GEMM_IN * GEMM_OUT / rows[GEMM]["median_s"]
-        for row in rows.values():
-            row["fraction_of_peak"] = useful_flops / row["median_s"] / rate
-        rows[GEMM]["fraction_of_peak"] = 1.0
+        for name, row in rows.items():
+            needed = useful_flops if isinstance(useful_flops, int) else useful_flops.get(name.removesuffix(" (A/A)"), 0)
+            row["fraction_of_peak"] = 1.0 if name == GEMM else needed / row["median_s"] / rate
         facts |= {"useful_flops": useful_flops, "gemm_gflops": rate / 1e9}
         shown = {name: round(row["fraction_of_peak"], 3) for name, row in rows.items()}
         print(f"  fraction of the {rate / 1e9:.0f} GFLOP/s of a product: {shown}")

@@ -2,30 +2,33 @@
 
     pytest benches/test_dispatch.py --benchmark-only -s
 
-Random ViT and BERT of width 32, LoRA of rank 4 on q, k, v, o, one thread, fp32. Arms run interleaved and shuffled in
-one process with the first arm twice (A/A). PEFT's arms are transformers + PEFT as one would write them.
+Random ViT and BERT of width 32, LoRA of rank 4 on q, k, v, o, one thread, fp32; twelve blocks in a row. Arms run
+interleaved and shuffled in one process with the first arm twice (A/A). PEFT's arms are transformers + PEFT as one would
+write them.
 """
 
+import contextlib
 import copy
 
 import peft
 import pytest
 import torch
 from arms import DEVICE, hold, measure
+from dry_driver import dry
 from models import NO_DROPOUT, TARGETS, on_device
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from u2a_fast import PMF, U2A, JointEmbedding, LoraConfig, kernels
+from u2a_fast import PMF, U2A, JointEmbedding, LoraConfig, kernels, set_backend
 from u2a_fast.encoders import from_pretrained_model
 
-ROUNDS, STEP_ROUNDS, RANK, CLASSES = 300, 60, 4, 5
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+ROUNDS, STEP_ROUNDS, DEPTH, RANK, CLASSES = 100, 60, 12, 4, 5
 
 
-def encoders():
-    image = ViTModel(ViTConfig(image_size=16, patch_size=8, **SIZES), add_pooling_layer=False)
-    text = BertModel(BertConfig(vocab_size=99, **NO_DROPOUT, **SIZES), add_pooling_layer=False)
+def encoders(depth=2):
+    sizes = {"hidden_size": 32, "num_hidden_layers": depth, "num_attention_heads": 4, "intermediate_size": 64}
+    image = ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes), add_pooling_layer=False)
+    text = BertModel(BertConfig(vocab_size=99, **NO_DROPOUT, **sizes), add_pooling_layer=False)
     return {"image": image.to(DEVICE), "text": text.to(DEVICE)}
 
 
@@ -34,29 +37,36 @@ def with_peft(model, name):
     return peft.get_peft_model(copy.deepcopy(model), config).train()
 
 
-def layers():
-    """Our block and PEFT's layer over the same weights, and their input."""
-    model = encoders()["image"]
-    block = from_pretrained_model(copy.deepcopy(model)).blocks[0].train()
-    for linear in block.linears:
-        linear.add_adapter(LoraConfig(r=RANK, lora_alpha=8))
-    layer = with_peft(model, "image").base_model.model.layers[0]
-    return block.to(DEVICE), layer, torch.randn(2, 5, 32, device=DEVICE)
+class Stack(torch.nn.Sequential):
+    """Blocks one after the other, as a step calls them: between two calls of one alone, much leaves the caches."""
+
+    def forward(self, x):
+        for block in self:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
 
 
-def first_of(y):
-    return y[0] if isinstance(y, tuple) else y
+def stacks(dtype=torch.float32):
+    """Our blocks and PEFT's layers over the same weights, and their input."""
+    model = encoders(DEPTH)["image"].to(dtype)
+    ours = Stack(*from_pretrained_model(copy.deepcopy(model)).blocks).train()
+    for block in ours:
+        for linear in block.linears:
+            linear.add_adapter(LoraConfig(r=RANK, lora_alpha=8))
+    peft = Stack(*with_peft(model, "image").base_model.model.layers)
+    return ours.to(DEVICE), peft, torch.randn(2, 5, 32, device=DEVICE, dtype=dtype)
 
 
 def block_arms():
-    block, layer, x = layers()
+    ours, peft, x = stacks()
     x, g = x.requires_grad_(), torch.ones_like(x)
-    return {"peft": lambda: first_of(layer(x)).backward(g), "ours": lambda: block(x).backward(g)}
+    return {"peft": lambda: peft(x).backward(g), "ours": lambda: ours(x).backward(g)}
 
 
 def forward_arms():
-    block, layer, x = layers()
-    return {"peft": torch.no_grad()(lambda: layer(x)), "ours": torch.no_grad()(lambda: block(x))}
+    ours, peft, x = stacks()
+    return {"peft": torch.no_grad()(lambda: peft(x)), "ours": torch.no_grad()(lambda: ours(x))}
 
 
 def linear_arms():
@@ -99,6 +109,21 @@ def step_arms():
     return arms | {n: (lambda model=model: model(**batch).loss.backward()) for n, model in ours.items()}
 
 
+@contextlib.contextmanager
+def launching_arms():
+    """Our blocks in bf16: on the way to an H100 that is not there (tests/support/dry_driver.py), and in ATen calls."""
+    ours, _, x = stacks(torch.bfloat16)
+    ours, x = ours.cpu(), x.cpu().requires_grad_()
+    g = torch.ones_like(x)
+
+    def step(backend):
+        set_backend(backend)
+        ours(x).backward(g)
+
+    with dry("sm_90"):
+        yield {"torch": lambda: step("torch"), "triton": lambda: step("triton")}
+
+
 QUESTIONS = {
     "block over PEFT's layer": block_arms,
     "block without gradient over PEFT's layer": forward_arms,
@@ -114,6 +139,13 @@ def time_calls(benchmark, arms, rounds):
 def test_dispatch(benchmark, one_thread, question):
     rows = time_calls(benchmark, QUESTIONS[question](), ROUNDS)
     hold(benchmark, {f"dispatch: {question}": rows["ours"]["ratio"]})
+
+
+def test_launching(benchmark, one_thread):
+    """What the host does for a GPU: all but the launches themselves."""
+    with launching_arms() as arms:
+        rows = measure(benchmark, arms, "torch", ROUNDS, warmup=20, dtype=torch.bfloat16)
+    hold(benchmark, {"dispatch: Triton's block over ATen's": rows["triton"]["ratio"]})
 
 
 def test_steps_of_all_methods(benchmark, one_thread):

@@ -177,12 +177,13 @@ def uses_matmul(q: Tensor, k: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and q.is_cpu and k.shape[2] <= MATMUL_KEYS and backend.resolve(q) == "torch"
 
 
-def _uses_triton(q: Tensor, causal: bool) -> bool:
+def uses_triton(q: Tensor, causal: bool) -> bool:
+    """Whether the few queries of q have a kernel of their own."""
     return not causal and few_queries(q) and backend.resolve(q) == "triton"
 
 
 def _fake(q, k, v, lengths, suffix, causal):
-    if _uses_triton(q, causal):
+    if uses_triton(q, causal):
         return rows_first(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=backend.wide(q.dtype))
     return rows_first(q), None
 
@@ -277,7 +278,7 @@ def _run(q, k, v, lengths, suffix, causal):
     """Attention without read-only rows, by the implementation that suits device, dtype and shape."""
     if q.shape[0] == 0:  # nobody: flash kernels refuse it before torch 2.10
         return _nothing(q, k, v)
-    if uses_matmul(q, k) or _uses_triton(q, causal):
+    if uses_matmul(q, k) or uses_triton(q, causal):
         if backend.needs_grad(q, k, v):
             return _Attention.apply(q, k, v, lengths, suffix, causal)
         return attention_forward(q, k, v, lengths, suffix, causal)[0]

@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .attention import MATMUL_KEYS, attention, blind_rows, visible_keys
+from .attention import (
+    MATMUL_KEYS,
+    attention,
+    attention_backward,
+    attention_forward,
+    blind_rows,
+    uses_triton,
+    visible_keys,
+)
 from .attention import backward_aten as matmul_backward
 from .attention import forward_aten as matmul_forward
 from .backend import cast
@@ -56,9 +64,6 @@ def _heads(q: Tensor, kv: Tensor | None, samples: int, heads: int) -> tuple[Tens
 def _parts(groups: Sequence[Group], of_queries: Sequence[Tensor | None], of_keys: Sequence[Tensor | None]) -> Iterator:
     """(samples, parts) of every group that has keys and queries: its rows of each tensor, those with a row for every
     query first."""
-    if len(groups) == 1 and min(groups[0]) > 0:
-        yield groups[0][0], *of_queries, *of_keys
-        return
     q_at = k_at = 0
     for samples, query_rows, key_rows in groups:
         q_end, k_end = q_at + samples * query_rows, k_at + samples * key_rows
@@ -97,22 +102,31 @@ def _flash_backward(d_out, q, k, v, out, lse, lengths, suffix, causal):
     return flash_backward(d_out, q, k, v, out, lse, 0.0, False, attn_mask=bias)
 
 
+def _attend(q, kv, samples, heads, recomputed, *seen):
+    """out [rows of q, D] of samples of equal length, and log-sum-exp [rows of q, H], None where it is recomputed."""
+    q, k, v = _heads(q, kv, samples, heads)
+    if recomputed:
+        out, lse = matmul_forward(q, k, v, *seen), None
+    else:
+        out, lse = _flash(q, k, v, *seen)
+        lse = lse.transpose(1, 2).reshape(-1, heads)
+    return out.transpose(1, 2).reshape(-1, heads * q.shape[3]), lse  # views: attention lays out its results by rows
+
+
 def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal):
     """out [Nq, D], s [Nq, R] or None, and flash attention's log-sum-exp [Nq, H] or None."""
     groups = _groups(groups)
-    width = q.shape[1] // 3 if kv is None else q.shape[1]
-    each, statistics, recomputed = [], [], recomputes(q, groups)
-    for samples, of_q, of_kv in _parts(groups, (q,), (kv,)):
-        views = _heads(of_q, of_kv, samples, heads)
-        if recomputed:
-            out = matmul_forward(*views, lengths, suffix, causal)
-        else:
-            out, lse = _flash(*views, lengths, suffix, causal)
-            statistics.append(lse.transpose(1, 2).reshape(-1, heads))
-        each.append(out.transpose(1, 2).reshape(-1, width))  # a view: attention lays out its result by rows
-    out = _end_to_end(each, q.shape[0], width, q)
-    lse = None if recomputed else _end_to_end(statistics, q.shape[0], heads, q, backend.wide(q.dtype))
-    return out, None if lora_a is None else out @ cast(lora_a, out.dtype).t(), lse
+    recomputed = recomputes(q, groups)
+    seen = heads, recomputed, lengths, suffix, causal
+    if len(groups) == 1 and min(groups[0]) > 0:
+        out, lse = _attend(q, kv, groups[0][0], *seen)
+    else:
+        each = [_attend(of_q, of_kv, samples, *seen) for samples, of_q, of_kv in _parts(groups, (q,), (kv,))]
+        width = q.shape[1] // 3 if kv is None else q.shape[1]
+        out = _end_to_end([out for out, _ in each], q.shape[0], width, q)
+        wide = backend.wide(q.dtype)
+        lse = None if recomputed else _end_to_end([lse for _, lse in each], q.shape[0], heads, q, wide)
+    return out, None if lora_a is None else F.linear(out, cast(lora_a, out.dtype)), lse
 
 
 def _end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -122,42 +136,48 @@ def _end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _attend_backward(d_out, q, kv, out, lse, samples, heads, wants_out, *seen):
+    """d_q, d_kv (None where kv is) and out (None unless wanted) of samples of equal length."""
+    views = _heads(q, kv, samples, heads)
+    by_head = samples, -1, heads, views[0].shape[3]
+    d_out = d_out.view(by_head).transpose(1, 2)
+    if out is None:
+        dq, dk, dv, *again = matmul_backward(d_out, *views, *seen, wants_out=wants_out)
+        out = again[0].transpose(1, 2).reshape(q.shape[0], -1) if wants_out else None
+    else:
+        own_out, own_lse = out.view(by_head).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
+        dq, dk, dv = _flash_backward(d_out, *views, own_out, own_lse, *seen)
+    dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)  # [samples, S, H, Dh]
+    if kv is None:
+        return torch.stack((dq, dk, dv), 2).view(q.shape), None, out
+    return dq.reshape(q.shape), torch.stack((dk, dv), 2).view(kv.shape), out
+
+
 def backward_aten(d_out, d_s, q, kv, lora_a, out, lse, heads, groups, lengths, suffix, causal):
     """d_q, d_kv (None where kv is) and dA (None without lora_a). `out` and `lse`: of flash attention."""
-    groups, recomputed = _groups(groups), out is None
-    if d_s is not None:
-        through_s = d_s @ cast(lora_a, d_s.dtype)
-        d_out = through_s if d_out is None else through_s.add_(d_out)
-    of_q, of_kv, of_out = [], [], []
-    for samples, own_d_out, own_q, own_out, own_lse, own_kv in _parts(groups, (d_out, q, out, lse), (kv,)):
-        views = _heads(own_q, own_kv, samples, heads)
-        shape = samples, -1, heads, views[0].shape[3]
-        own_d_out = own_d_out.view(shape).transpose(1, 2)
-        if recomputed:
-            grads = matmul_backward(own_d_out, *views, lengths, suffix, causal, wants_out=d_s is not None)
-            of_out += [t.transpose(1, 2).reshape(-1, d_out.shape[1]) for t in grads[3:]]
-        else:
-            own_out, own_lse = (t.view(samples, -1, heads, t.shape[1] // heads) for t in (own_out, own_lse))
-            statistics = own_out.transpose(1, 2), own_lse.squeeze(3).transpose(1, 2)
-            grads = _flash_backward(own_d_out, *views, *statistics, lengths, suffix, causal)
-        dq, dk, dv = (t.transpose(1, 2) for t in grads[:3])  # [samples, S, H, Dh]
-        if kv is None:
-            of_q.append(torch.stack((dq, dk, dv), 2).view(-1, q.shape[1]))
-        else:
-            of_q.append(dq.reshape(-1, q.shape[1]))
-            of_kv.append(torch.stack((dk, dv), 2).view(-1, kv.shape[1]))
-    out = _end_to_end(of_out, *d_out.shape, q) if recomputed and d_s is not None else out
-    return (
-        _end_to_end(of_q, *q.shape, q),
-        None if kv is None else _end_to_end(of_kv, *kv.shape, kv),
-        None if d_s is None else cast(d_s.t() @ out, lora_a.dtype),
-    )
+    groups, wants_out = _groups(groups), d_s is not None
+    if wants_out:
+        a = cast(lora_a, d_s.dtype)
+        d_out = d_s @ a if d_out is None else torch.addmm(d_out, d_s, a)
+    seen = heads, wants_out, lengths, suffix, causal
+    if len(groups) == 1 and min(groups[0]) > 0:
+        d_q, d_kv, out = _attend_backward(d_out, q, kv, out, lse, groups[0][0], *seen)
+    else:
+        recomputed, of_rows = out is None, (d_out, q, out, lse)
+        each = [
+            _attend_backward(own_d_out, own_q, own_kv, own_out, own_lse, samples, *seen)
+            for samples, own_d_out, own_q, own_out, own_lse, own_kv in _parts(groups, of_rows, (kv,))
+        ]
+        d_q = _end_to_end([t[0] for t in each], *q.shape, q)
+        d_kv = None if kv is None else _end_to_end([t[1] for t in each], *kv.shape, kv)
+        out = _end_to_end([t[2] for t in each], *d_out.shape, q) if recomputed and wants_out else out
+    return d_q, d_kv, cast(d_s.t() @ out, lora_a.dtype) if wants_out else None
 
 
 # -------------------------------------------------------------------------------------------------------- registration
 def recomputes(q: Tensor, groups: Sequence[Group]) -> bool:
     """Whether the groups run as matmul + softmax, whose backward computes the probabilities again."""
-    return q.dtype == torch.bfloat16 and all(group[2] <= MATMUL_KEYS for group in groups)
+    return q.dtype == torch.bfloat16 and max(group[2] for group in groups) <= MATMUL_KEYS
 
 
 def _groups(flat: Sequence[int]) -> list[Sequence[int]]:
@@ -188,6 +208,57 @@ attention_rows_backward = backend.Op(
         None if d_s is None else torch.empty_like(lora_a),
     ),
 )
+
+
+# ------------------------------------------------------------------------------------------ of a Function of many steps
+def attend(qkv, heads, groups, lengths, suffix, causal, differentiable):
+    """out [N, D]; log-sum-exp or None; and where autograd differentiates attention its graph, `(qkv, out)`."""
+    if _on_cpu(qkv):
+        out, _, lse = attention_rows_forward(qkv, None, None, heads, groups, lengths, suffix, causal)
+        return out, lse, None
+    if len(groups) == 3 and groups[0] and uses_triton((views := _heads(qkv, None, groups[0], heads))[0], causal):
+        out, lse = attention_forward(*views, lengths, suffix, causal)
+        return out.transpose(1, 2).reshape(qkv.shape[0], -1), lse, None
+    with torch.set_grad_enabled(differentiable):
+        qkv = qkv.detach().requires_grad_(differentiable)
+        out = _each_group(qkv, None, heads, _groups(groups), lengths, suffix, causal)
+    return out.detach(), None, (qkv, out) if differentiable else None
+
+
+def attend_backward(d_out, d_s, qkv, lora_a, out, lse, graph, heads, groups, lengths, suffix, causal):
+    """d_qkv, and dA of the product S = out A^T whose gradient is d_s (None without one)."""
+    if _on_cpu(qkv):
+        operands = d_out, d_s, qkv, None, lora_a, out, lse, heads, groups, lengths, suffix, causal
+        d_qkv, _, d_a = attention_rows_backward(*operands)
+        return d_qkv, d_a
+    if graph is not None:
+        qkv, out = graph
+    if d_s is not None:
+        d_out = torch.addmm(d_out, d_s, cast(lora_a, d_s.dtype))
+    if graph is not None:  # whether it is needed again is not for this Function to say
+        (d_qkv,) = torch.autograd.grad(out, qkv, d_out, retain_graph=True)
+    else:
+        q, k, v = _heads(qkv, None, groups[0], heads)
+        d_out, own_out = (t.view(*groups[:2], *q.shape[1::2]).transpose(1, 2) for t in (d_out, out))
+        grads = attention_backward(d_out, q, k, v, lengths, own_out, lse, suffix, causal)
+        d_qkv = torch.stack([t.transpose(1, 2) for t in grads], 2).view(qkv.shape)
+    return d_qkv, None if d_s is None else cast(d_s.t() @ out.detach(), lora_a.dtype)
+
+
+def _on_cpu(q: Tensor) -> bool:
+    return q.is_cpu and backend.get_backend() != "triton"
+
+
+def _each_group(q, kv, heads, groups, lengths, suffix, causal):
+    """out [Nq, D], group by group through `attention`."""
+    width = q.shape[1] // 3 if kv is None else q.shape[1]
+    each = [
+        attention(*_heads(of_q, of_kv, samples, heads), lengths, suffix=suffix, causal=causal)
+        for samples, of_q, of_kv in _parts(groups, (q,), (kv,))
+    ]
+    each = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in each]  # [samples * Sq, D]
+    out = _end_to_end(each, q.shape[0], width, q)
+    return out if each else out + 0 * (q.sum() + (0 if kv is None else kv.sum()))  # of nobody, but differentiable
 
 
 class _AttentionRows(torch.autograd.Function):
@@ -255,13 +326,7 @@ def attention_rows(
         if backend.needs_grad(q, kv, lora_a):
             return _AttentionRows.apply(*operands)
         return attention_rows_forward(*operands)[:2]
-    each = [
-        attention(*_heads(of_q, of_kv, samples, heads), lengths, suffix=suffix, causal=causal)
-        for samples, of_q, of_kv in _parts(groups, (q,), (kv,))
-    ]
-    each = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in each]  # [samples * Sq, D]
-    out = _end_to_end(each, q.shape[0], q.shape[1] // 3 if kv is None else q.shape[1], q)
-    out = out if each else out + 0 * (q.sum() + (0 if kv is None else kv.sum()))  # of nobody, but differentiable
+    out = _each_group(q, kv, heads, groups, lengths, suffix, causal)
     return out, None if lora_a is None else F.linear(out, lora_a.to(out.dtype))
 
 

@@ -157,7 +157,7 @@ def outside_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(ctx, *grads):
-        given = next((g for g in grads if g is not None), None)
+        given = grads[0] if grads[0] is not None else next((g for g in grads if g is not None), None)
         if given is None or not torch.is_autocast_enabled(given.device.type):
             return function(ctx, *grads)
         with torch.autocast(given.device.type, enabled=False):

@@ -210,8 +210,10 @@ def as_float(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) ->
 def linear_backward_aten(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
     """dX [..., K], dS = G [..., groups * r], dA, dB; None where its operand (weight, wants_ds, x, s) is not given."""
     rows, dx, g, da, db, mask = flat(dy), None, None, None, None, None
-    if wants_ds or lora_a is not None:
-        g = times_b(rows, cast(lora_b * scaling, dy.dtype), groups)
+    if lora_b is not None:
+        wants_g = wants_ds or lora_a is not None
+        g, db = low_rank_backward(rows, None if s is None else flat(s), lora_b, scaling, groups, wants_g)
+        g = g.mul_(scaling) if wants_g else None
     if lora_a is not None and seed is not None:
         mask = kept(rows.shape[0], lora_a.shape[1], dropout, seed)
     if weight is not None and lora_a is None:
@@ -226,44 +228,35 @@ def linear_backward_aten(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling
         da = cast(g.t() @ (x if mask is None else torch.where(mask, x, 0)), lora_a.dtype)
         if mask is not None:
             da.mul_(1 / (1 - dropout))
-    if s is not None:
-        db = b_grad(rows, flat(s), lora_b, scaling, groups)
     return _like_rows(dy, dx), _like_rows(dy, g) if wants_ds else None, da, db
 
 
-def times_b(dy: Tensor, b: Tensor, groups: int) -> Tensor:
-    """dY B, block by block: dy [M, N], b [N, r] -> [M, groups * r]."""
+def low_rank_backward(dy, s, lora_b, scaling, groups, wants_g=True):
+    """G = dY B [M, groups * r] and dB = scaling dY^T S [N, r], block by block; None: not wanted, or no S given."""
+    b, g, db = cast(lora_b, dy.dtype), None, None
     if groups == 1:
-        return dy @ b
-    g = torch.bmm(split_groups(dy, groups), b.view(groups, -1, b.shape[1]))  # [groups, M, r]
-    return g.transpose(0, 1).flatten(1)
+        g = dy @ b if wants_g else None
+        db = None if s is None else torch.addmm(b, dy.t(), s, beta=0, alpha=scaling)  # b is not read
+    else:
+        (rows, n), r = dy.shape, b.shape[1]
+        blocks, b = dy.view(rows, groups, n // groups).transpose(0, 1), b.view(groups, -1, r)
+        if wants_g:
+            g = torch.bmm(blocks, b).transpose(0, 1).flatten(1)
+        if s is not None:
+            s = s.view(rows, groups, r).transpose(0, 1)
+            db = torch.baddbmm(b, blocks.transpose(1, 2), s, beta=0, alpha=scaling).flatten(0, 1)
+    return g, None if db is None else cast(db, lora_b.dtype)
 
 
-def b_grad(dy: Tensor, s: Tensor, lora_b: Tensor, scaling: float, groups: int) -> Tensor:
-    """scaling * dY^T S, block by block: dy [M, N], s [M, groups * r] -> [N, r], in the dtype of lora_b."""
-    if groups == 1:
-        return scaled_product(lora_b, dy.t(), s, scaling)
-    like = lora_b.view(groups, -1, lora_b.shape[1])
-    return scaled_product(like, split_groups(dy, groups).transpose(1, 2), split_groups(s, groups), scaling).flatten(
-        0, 1
-    )
-
-
-def scaled_product(like: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling * a @ b in the shape and dtype of `like`, which is not read: it stands in the place of a sum."""
-    product = torch.addmm if a.dim() == 2 else torch.baddbmm
-    return cast(product(cast(like, a.dtype), a, b, beta=0, alpha=scaling), like.dtype)
+def a_grad(g: Tensor, h: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+    """dA = scaling G^T h, [groups * r, K] in the dtype of lora_a, which is not read: only its shape counts."""
+    return cast(torch.addmm(cast(lora_a, g.dtype), g.t(), h, beta=0, alpha=scaling), lora_a.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- registration
 def flat(t: Tensor | None) -> Tensor | None:
     """[..., C] -> [M, C]"""
     return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
-
-
-def split_groups(t: Tensor, groups: int) -> Tensor:
-    """[M, groups * C] -> [groups, M, C], a view."""
-    return t.view(t.shape[0], groups, t.shape[1] // groups).transpose(0, 1)
 
 
 def _like_rows(dy: Tensor, t: Tensor | None) -> Tensor | None:

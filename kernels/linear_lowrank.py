@@ -194,8 +194,8 @@ def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, group
         q, scale = quantize_rows_aten(rows) if q is None else (flat(q), scale)
         y = linear_int8(q, scale, weight, bias, weight_scale, h.dtype)
     else:
-        w = as_float(weight, weight_scale, h.dtype).t()
-        y = rows @ w if bias is None else torch.addmm(cast(bias, h.dtype), rows, w)
+        bias = None if bias is None else cast(bias, h.dtype)
+        y = F.linear(rows, as_float(weight, weight_scale, h.dtype), bias)
     if lora_b is not None:
         add_lowrank(y, flat(s), cast(lora_b, y.dtype), scaling, groups)
     return y if rows is h else y.view(*h.shape[:-1], y.shape[1])

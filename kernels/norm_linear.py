@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
@@ -24,7 +25,7 @@ from .assemble_aten import Leaves
 from .assemble_backward import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
 from .backend import cast
-from .linear_backward import as_float, b_grad, flat, linear_backward_triton, scaled_product, times_b
+from .linear_backward import a_grad, as_float, flat, linear_backward_triton, low_rank_backward
 from .linear_lowrank import check, linear_lowrank, linear_lowrank_aten, linear_lowrank_triton
 from .norm_aten import norm_aten, norm_backward_aten
 
@@ -82,7 +83,7 @@ def forward_aten(
         h, mean, rstd = norm_aten(x, norm_weight, norm_bias, eps)
     h = cast(h, dtype)
     if lora_a is not None:
-        s = h @ cast(lora_a, dtype).t()
+        s = F.linear(h, cast(lora_a, dtype))
     y = linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, int8, None, None)
     return y, s, mean, rstd
 
@@ -94,30 +95,24 @@ def backward_aten(
     """`Trained`, the gradients that `needs` asks for. d_x: the residual's gradient of x."""
     need_x, need_gamma, need_beta, need_a, need_b = needs
     through_norm, g, dh, d_gamma, d_beta, d_a, d_b = need_x or need_gamma or need_beta, *[None] * 6
-    if lora_a is not None and (through_norm or need_a):
-        g = times_b(dy, cast(lora_b, dy.dtype), groups)
+    if lora_b is not None:
+        g, d_b = low_rank_backward(dy, s if need_b else None, lora_b, scaling, groups, through_norm or need_a)
     if through_norm:
         dh = dy @ as_float(weight, weight_scale, dy.dtype)
         if g is not None:
             dh.addmm_(g, cast(lora_a, dy.dtype), alpha=scaling)
     if need_a:
         h = x if norm_weight is None else norm_aten(x, norm_weight, norm_bias, eps)[0]
-        d_a = scaled_product(lora_a, g.t(), cast(h, dy.dtype), scaling)
-    if need_b:
-        d_b = b_grad(dy, s, lora_b, scaling, groups)
+        d_a = a_grad(g, cast(h, dy.dtype), lora_a, scaling)
     if norm_weight is not None and through_norm:
         mask = [need_x, need_gamma, need_beta]
         dh, d_gamma, d_beta = norm_backward_aten(dh, x, mean, rstd, norm_weight, norm_bias, mask)
+        d_gamma = cast(d_gamma, norm_weight.dtype) if need_gamma else None
+        d_beta = cast(d_beta, norm_bias.dtype) if need_beta else None
     if need_x:
         dh = cast(dh, dtype)
         dh = dh if d_x is None else dh.add_(d_x)
-    return Trained(
-        dh if need_x else None,
-        cast(d_gamma, norm_weight.dtype) if need_gamma else None,
-        cast(d_beta, norm_bias.dtype) if need_beta else None,
-        d_a,
-        d_b,
-    )
+    return Trained(dh if need_x else None, d_gamma, d_beta, d_a, d_b)
 
 
 # -------------------------------------------------------------------------------------------------------- registration

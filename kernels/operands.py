@@ -65,15 +65,6 @@ class Half(NamedTuple):
         """The other tensors."""
         return self.first.weight, self.first.weight_scale, self.second.weight, self.second.weight_scale, self.scale
 
-    def holding(self, trained: list[Tensor | None], frozen: list[Tensor | None]) -> Half:
-        """The same with other tensors, in the order of `trained` and `frozen`."""
-        weight, weight_scale, weight2, weight_scale2, scale = frozen
-        norm = Norm(*trained[:2], self.after.eps if self.norm.weight is None else self.norm.eps)
-        first = Linear(weight, *trained[2:5], weight_scale, *self.first[5:])
-        second = Linear(weight2, *trained[5:8], weight_scale2, *self.second[5:])
-        before, after = (Norm(), norm) if self.norm.weight is None else (norm, Norm())
-        return Half(before, first, second, scale, after)
-
 
 def add_update(x: Tensor, update: Tensor, scale: Tensor | None, norm: Norm):
     """norm(x + scale * update); where it is normalised also the sum, its mean and 1 / standard deviation."""
@@ -86,11 +77,11 @@ def add_update(x: Tensor, update: Tensor, scale: Tensor | None, norm: Norm):
 
 def add_update_backward(d_x, total, mean, rstd, scale, norm, dtype, need_weight, need_bias):
     """Gradients of the sum (and so of x), of the update in `dtype`, and of the norm's parameters (None: no norm)."""
-    d_norm = None
-    if norm[0] is not None:
-        mask = [True, need_weight, need_bias]
-        d_x, *d_norm = norm_backward_aten(d_x, cast(total, d_x.dtype), mean, rstd, norm[0], norm[1], mask)
-        d_norm = [cast(g, p.dtype) if need else None for g, p, need in zip(d_norm, norm, mask[1:], strict=False)]
+    if norm[0] is None:
+        return d_x, cast(d_x if scale is None else d_x * scale, dtype), None
+    mask = [True, need_weight, need_bias]
+    d_x, *d_norm = norm_backward_aten(d_x, cast(total, d_x.dtype), mean, rstd, norm[0], norm[1], mask)
+    d_norm = [cast(g, p.dtype) if need else None for g, p, need in zip(d_norm, norm, mask[1:], strict=False)]
     return d_x, cast(d_x if scale is None else d_x * scale, dtype), d_norm
 
 

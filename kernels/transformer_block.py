@@ -12,41 +12,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import attention_half, backend, mlp_half
-from .attention_half import Attention
+from . import attention_half, backend, mlp_half, steps_aten, steps_triton
+from .attention_half import KEPT, Attention
 from .operands import Half
 
-TRAINED, FROZEN, KEPT = 8, 5, 11  # entries of `Half.trained`, of `Half.frozen`, and kept by the attention half
+TRAINED = 8  # entries of `Half.trained`
 
 
 class _TransformerBlock(torch.autograd.Function):
+    """`leaves` are those of `Half.trained` that `needs` marks: an argument costs time whether or not it is one.
+
+    Parameters are kept with `ctx.operands`; saving the leaves as well makes autograd notice a change of them.
+    """
+
     @staticmethod
-    def forward(ctx, attention, mlp, see, activation, dtype, x, *trained):
-        z, kept = attention_half.forward(x.reshape(-1, x.shape[2]), attention, see, dtype)
-        y, kept_by_mlp = mlp_half.forward(z, mlp, activation, dtype)
-        ctx.halves, ctx.options, ctx.dtype = (attention, mlp), (see._replace(lengths=None), activation), x.dtype
-        ctx.save_for_backward(*kept, *kept_by_mlp, *trained, *attention.frozen, *mlp.frozen, see.lengths)
+    def forward(ctx, operands, dtype, steps, x, *leaves):
+        attention, mlp, see, activation, _ = ctx.operands = operands
+        z, kept, ctx.graph = attention_half.forward(x.reshape(-1, x.shape[2]), attention, see, dtype, steps, True)
+        y, kept_by_mlp = mlp_half.forward(z, mlp, activation, dtype, steps)
+        ctx.steps = steps
+        ctx.save_for_backward(*kept, *kept_by_mlp, *leaves)
         return y.view(x.shape)
 
     @staticmethod
     @backend.outside_autocast
     def backward(ctx, dy):
-        saved, (see, activation), need = ctx.saved_tensors, ctx.options, ctx.needs_input_grad[5:]
-        *saved, lengths = saved
-        kept, kept_by_mlp = saved[:KEPT], saved[KEPT : -2 * (TRAINED + FROZEN)]
-        tensors = saved[-2 * (TRAINED + FROZEN) :]
-        trained, frozen = tensors[: 2 * TRAINED], tensors[2 * TRAINED :]
-        attention = ctx.halves[0].holding(trained[:TRAINED], frozen[:FROZEN])
-        mlp = ctx.halves[1].holding(trained[TRAINED:], frozen[FROZEN:])
-        below = any(need[: 1 + TRAINED])
-        dz, *of_mlp = mlp_half.backward(
-            dy.reshape(-1, dy.shape[2]), kept_by_mlp, mlp, activation, ctx.dtype, (below, *need[1 + TRAINED :])
-        )
-        dx, of_attention = None, [None] * TRAINED
+        kept, steps, (attention, mlp, see, activation, needs) = ctx.saved_tensors, ctx.steps, ctx.operands
+        of_attention, of_mlp = (ctx.needs_input_grad[3], *needs[:TRAINED]), needs[TRAINED:]
+        below, dx = True in of_attention, None
+        kept, kept_by_mlp = kept[:KEPT], kept[KEPT : KEPT + mlp_half.KEPT]
+        rows = dy.reshape(-1, dy.shape[2])
+        dz, *grads = mlp_half.backward(rows, kept_by_mlp, mlp, activation, (below, *of_mlp), steps)
         if below:
-            see = see._replace(lengths=lengths)
-            dx, *of_attention = attention_half.backward(dz, kept, attention, see, ctx.dtype, need[: 1 + TRAINED])
-        return *[None] * 5, None if dx is None else dx.view(dy.shape), *of_attention, *of_mlp
+            dx, *others = attention_half.backward(dz, kept, ctx.graph, attention, see, of_attention, steps)
+            grads = [*others, *grads]
+        leaves = [g for g, need in zip(grads, needs[-len(grads) :], strict=True) if need]
+        return *[None] * 3, None if dx is None else dx.view(dy.shape), *leaves
 
 
 def transformer_block(x: Tensor, attention: Half, mlp: Half, see: Attention, activation: str) -> Tensor:
@@ -74,8 +75,12 @@ def transformer_block(x: Tensor, attention: Half, mlp: Half, see: Attention, act
              [5., 7.]]])
     """
     dtype, trained = backend.compute_dtype(x), (*attention.trained, *mlp.trained)
-    backend.resolve(x, *attention.frozen, *mlp.frozen, *trained)
-    if backend.needs_grad(x, *trained):
-        return _TransformerBlock.apply(attention, mlp, see, activation, dtype, x, *trained)
-    z, _ = attention_half.forward(x.reshape(-1, x.shape[2]), attention, see, dtype)
-    return mlp_half.forward(z, mlp, activation, dtype)[0].view(x.shape)
+    others = () if x.is_cpu else (*attention.frozen, *mlp.frozen, *trained)  # ATen refuses what lies elsewhere itself
+    steps = steps_triton if backend.resolve(x, *others) == "triton" else steps_aten
+    if torch.is_grad_enabled():
+        needs = [t is not None and t.requires_grad for t in trained]
+        if x.requires_grad or True in needs:
+            leaves = [t for t, need in zip(trained, needs, strict=True) if need]
+            return _TransformerBlock.apply((attention, mlp, see, activation, needs), dtype, steps, x, *leaves)
+    z, *_ = attention_half.forward(x.reshape(-1, x.shape[2]), attention, see, dtype, steps, False)
+    return mlp_half.forward(z, mlp, activation, dtype, steps)[0].view(x.shape)

@@ -127,8 +127,18 @@ class Block(GradientCheckpointingLayer):
         layout = layout or dense(*rows.shape[:2])
         if reads is not None:
             return self._read(rows, layout, suffix, present, readers, reads == "last")
-        if readers is None and suffix is None and present is None and self._is_fused(rows):
-            return self._fused(rows, layout)
+        return self._all(rows, layout, suffix, present, readers)
+
+    def _all(
+        self,
+        rows: torch.Tensor,
+        layout: Layout,
+        suffix: torch.Tensor | None,
+        present: torch.Tensor | None,
+        readers: torch.Tensor | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if readers is None and suffix is None and present is None and (fused := self._fused(rows, layout)) is not None:
+            return fused
         qkv, residual = self.enter(rows, layout, suffix, present)
         rows = self.complete(residual, *self.attend_project(qkv, None, layout, causal=self.causal))
         if readers is None:
@@ -150,7 +160,7 @@ class Block(GradientCheckpointingLayer):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         places, groups = layout.read(last, rows.device)
         if suffix is not None or present is not None or self.causal or not self.qkv.is_splittable:
-            rows = self.forward(rows, layout, suffix, present, readers)
+            rows = self._all(rows, layout, suffix, present, readers)
             rows, *others = rows if readers is not None else (rows,)
             rows = rows.reshape(-1, rows.shape[2]).index_select(0, places)[None]
             return (rows, *others) if others else rows
@@ -189,18 +199,20 @@ class Block(GradientCheckpointingLayer):
         own, learned = self.project(suffix.to(rows.dtype)[None])
         return layout.join(qkv, own[0]), layout.join(residual, learned[0])
 
-    def _is_fused(self, tokens: torch.Tensor) -> bool:
-        """Whether both sublayers can run as one op each."""
-        if not tokens.is_cpu or self.fused_activation is None or kernels.backend.resolve(tokens) != "torch":
-            return False
-        clamped = self.clamps_fp16 and tokens.dtype == torch.float16
-        return not clamped and all(linear.is_fusable for linear in self.linears)
-
-    def _fused(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Both sublayers as one op."""
-        modules, own = self._modules, self._parameters
-        qkv, o, fc1, fc2 = (modules[name].operands() for name in ("qkv", "o", "fc1", "fc2"))
-        norms = [_norm_operands(modules[name]) for name in ("norm1", "norm2")]
+    def _fused(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+        """Both sublayers as one op; None where they have to run in parts."""
+        if self.fused_activation is None or kernels.get_backend() == "reference":
+            return None
+        if self.clamps_fp16 and rows.dtype == torch.float16:
+            return None
+        if not rows.is_cpu and torch.compiler.is_compiling():
+            return None  # a graph cannot hold attention that is differentiated by autograd inside a Function
+        modules, own = self._modules, self._parameters  # attributes of a module are slow to read
+        linears = [modules[name].operands() for name in ("qkv", "o", "fc1", "fc2")]
+        if None in linears:
+            return None
+        qkv, o, fc1, fc2 = linears
+        norms = _norm_operands(modules["norm1"]), _norm_operands(modules["norm2"])
         before, after = (norms, NO_NORMS) if self.pre_norm else (NO_NORMS, norms)
         attention = kernels.Half(before[0], qkv, o, own["scale1"], after[0])
         mlp = kernels.Half(before[1], fc1, fc2, own["scale2"], after[1])

@@ -237,25 +237,24 @@ class LoraLinear(nn.Module):
         )
 
     @property
-    def is_fusable(self) -> bool:
-        """Whether it can be part of a sublayer's op: dropout draws a mask, 4-bit weights are unpacked for each use."""
-        weight = self._parameters["weight"]
-        return not ((self.dropout > 0 and self.training) or weight.dtype == torch.uint8 or weight.requires_grad)
-
-    @property
     def is_splittable(self) -> bool:
-        """Whether `split_after_norm` can take it apart: 4-bit weights where no block of them lies across two roles."""
+        """Whether `split_after_norm` can take it apart: 4-bit weights only where no block of them lies across roles."""
+        if self.dropout > 0 and self.training:
+            return False
         of_role = self.out_features * self.in_features // len(self.roles)
-        if self.storage == "nf4":
-            return of_role % NF4_BLOCK == 0 and not (self.dropout > 0 and self.training)
-        return self.is_fusable
+        return self.storage != "nf4" or of_role % NF4_BLOCK == 0
 
-    def operands(self) -> kernels.Linear:
-        """What `kernels` takes of it."""
+    def operands(self) -> kernels.Linear | None:
+        """What `kernels.transformer_block` takes of it; None where dropout draws a mask or the weight is 4-bit."""
         own = self._parameters  # attributes of a module are slow to read, and a block reads twenty
-        low = (own["lora_a"], own["lora_b"]) if self.adapter_enabled and self.adapted == self.roles else self.factors()
+        weight = own["weight"]
+        if weight.dtype == torch.uint8 or weight.requires_grad or (self.dropout > 0 and self.training):
+            return None
+        a, b = own["lora_a"], own["lora_b"]
+        if a is not None and not (self.adapter_enabled and self.adapted == self.roles):
+            a, b = self.factors()
         options = self.scaling, len(self.roles), self.quantize_input
-        return kernels.Linear(own["weight"], own["bias"], *low, own["weight_scale"], *options)
+        return kernels.Linear(weight, own["bias"], a, b, own["weight_scale"], *options)
 
     def after_norm(
         self, norm: nn.LayerNorm | None, x: torch.Tensor, **learned: torch.Tensor | None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from triton_interpreter import interpreted
 
 from u2a_fast.kernels import Attention, Half, Linear, Norm, quantize_rows, set_backend, transformer_block
 from u2a_fast.memory import saved_bytes
@@ -76,8 +77,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("case", CASES)
-def test_results_and_gradients_are_those_of_the_formulas(case):
+def test_results_and_gradients_are_those_of_the_formulas(case, implementation):
+    if implementation == "triton":
+        with interpreted():
+            return check_results_and_gradients(case)
+    check_results_and_gradients(case)
+
+
+def check_results_and_gradients(case):
     options, seen, activation, act = CASES[case]
     x, (attention, mlp) = leaf(BATCH, ROWS, WIDTH, mean=0.5, std=1.0), halves(**options)
     leaves = [x, *(t for t in (*attention.trained, *mlp.trained) if t is not None)]

@@ -16,7 +16,8 @@ Not seen: values, faults and time of a GPU. What the host spends on a launch is 
     with dry("sm_90"):
         block(tokens)                       # compiles
         seconds = timed(lambda: block(tokens))
-    seconds_of_torch = timed(lambda: block(tokens))
+        set_backend("torch")                # as without a dry device
+        seconds_of_torch = timed(lambda: block(tokens))
 """
 
 import collections
@@ -61,7 +62,7 @@ def dry(target: str, compiles: bool = True):
     hip = "6.4" if device.amd else None
     with (
         mock.patch.object(backend, "_backend", "triton"),
-        mock.patch.object(backend, "resolve", lambda *tensors: "triton"),
+        mock.patch.object(backend, "resolve", lambda *tensors: backend.get_backend()),
         mock.patch.object(torch.version, "hip", hip),
         mock.patch.object(torch.cuda, "device_of", contextlib.nullcontext),
         knobs.compilation.scope(),
