@@ -197,7 +197,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("u2a_fast.feature_cache.os.replace", full)
+    monkeypatch.setattr("u2a_fast.tensor_files.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         FeatureCache(tmp_path).lookup(encoder, 2, inputs)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

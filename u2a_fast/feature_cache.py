@@ -1,27 +1,22 @@
 """Features of a frozen prefix, computed once and kept on disk.
 
 Where nothing below layer l trains, the rows that enter it are the same in every epoch. A sample's key is the sha256 of
-its processed inputs, of the prefix's weights, and of what else the result depends on (layer, dtypes). One safetensors
-file per sample, written to a temporary name and moved into place: concurrent writers write the same bytes, and a file
-that is torn, truncated or altered is a miss and gets written again.
+its processed inputs, of the prefix's weights, and of what else the result depends on (layer, dtypes). One file per
+sample: concurrent writers write the same bytes, and a file that is damaged is a miss and gets written again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .encoders import Encoder
+from .tensor_files import TensorFiles, digest
 
 FORMAT = "1"  # part of every key: raise it when what is stored changes
 NAMES = ("_name_or_path", "architectures", "dtype", "transformers_version")  # parts of a config that compute nothing
@@ -35,7 +30,8 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self._files = TensorFiles(folder)
+        self.folder = self._files.folder
         self.hits = self.misses = 0
         self._fingerprints: weakref.WeakKeyDictionary[Encoder, tuple[tuple, str]] = weakref.WeakKeyDictionary()
 
@@ -64,8 +60,8 @@ class FeatureCache:
         prefix = self._fingerprint(encoder, layer) + repr(sorted(options.items()))
         first = next(iter(tensors.values()))
         samples = [_content(tensors, i) for i in range(first.shape[0])]
-        keys = [_digest(prefix, *sample) for sample in samples]
-        found = {key: stored for key in dict.fromkeys(keys) if (stored := _read(self._path(key))) is not None}
+        keys = [digest(prefix, *sample) for sample in samples]
+        found = {key: stored for key in dict.fromkeys(keys) if (stored := self._files.read(key)) is not None}
         missing = {key: i for i, key in enumerate(keys) if key not in found}
         self.hits, self.misses = self.hits + len(set(keys) - set(missing)), self.misses + len(missing)
         if missing:
@@ -73,13 +69,10 @@ class FeatureCache:
             computed = _compute(encoder, layer, {name: value[rows] for name, value in tensors.items()} | options)
             for i, stored in zip(rows.tolist(), computed, strict=True):
                 found[keys[i]] = stored
-                _write(self._path(keys[i]), stored)
+                self._files.write(keys[i], stored)
         if not keys:
             return _run(encoder, layer, inputs)
         return _join([found[key] for key in keys], first.device)
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
 
     def _fingerprint(self, encoder: Encoder, layer: int) -> str:
         """Hash of everything but the sample that the result depends on; weights are read again once they changed.
@@ -104,7 +97,7 @@ class FeatureCache:
         state = (setting, tuple(zip((tensor.data_ptr() for tensor in tensors.values()), versions, strict=True)))
         known = self._fingerprints.get(encoder)
         if known is None or known[0] != state:
-            known = (state, _digest(repr(setting), *tensors.items()))
+            known = (state, digest(repr(setting), *tensors.items()))
             self._fingerprints[encoder] = known
         return known[1]
 
@@ -129,19 +122,6 @@ def _content(inputs: Mapping[str, Tensor], i: int) -> list[tuple[str, Tensor]]:
         for name, value in inputs.items()
     }
     return sorted(cut.items())
-
-
-def _digest(prefix: str, *named: tuple[str, Tensor]) -> str:
-    digest = hashlib.sha256(prefix.encode())
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
 
 
 @torch.no_grad()
@@ -171,32 +151,3 @@ def _join(samples: list[dict[str, Tensor]], device: torch.device) -> tuple[Tenso
         tokens[i, :length] = sample["tokens"]
         mask[i, :length] = sample.get("mask", torch.tensor(True))
     return tokens.to(device), mask.to(device) if "mask" in samples[0] else None
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    return _digest("", *sorted(tensors.items()))
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"checksum": _checksum(contiguous)})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file; None where it is missing or is not what was written."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            expected = (file.metadata() or {}).get("checksum")
-    except (OSError, SafetensorError, ValueError):
-        return None
-    return tensors if expected == _checksum(tensors) else None

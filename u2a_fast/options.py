@@ -100,6 +100,8 @@ class TrainOptions:
     )
     seed: int = option(0, "seed of weights, order, missing table and split")
     feature_cache: str | None = option(None, "pmf only: folder that keeps frozen features across epochs")
+    data_cache: str | None = option(None, "folder that keeps processed pictures and recordings, for epochs and runs")
+    num_workers: int | None = option(None, "processes that prepare batches; None: 2 where there is a GPU, otherwise 0")
     dtype: str = option("auto", "dtype of the frozen encoders: float32, bfloat16, or auto (bfloat16 where it is fast)")
     baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
@@ -109,6 +111,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"--num-workers must be 0 or more, not {self.num_workers}")
 
     @property
     def lora(self) -> LoraConfig:

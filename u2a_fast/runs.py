@@ -13,6 +13,7 @@ import yaml
 from .options import TrainOptions
 
 RUN_FILE = "run.yaml"
+ELSEWHERE = ("output_dir", "resume", "data_cache", "num_workers")  # say where and how fast, not what comes out
 LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
 
 
@@ -49,5 +50,5 @@ def claim_directory(options: TrainOptions) -> None:
 
 
 def _run(options: TrainOptions) -> dict[str, Any]:
-    """What makes two runs the same run: every option but where it is written and whether it goes on."""
-    return {name: value for name, value in asdict(options).items() if name not in ("output_dir", "resume")}
+    """What makes two runs the same run: every option that bears on what comes out."""
+    return {name: value for name, value in asdict(options).items() if name not in ELSEWHERE}

@@ -35,6 +35,7 @@ PROBLEM_TYPES = {
     "regression": "regression",
 }
 LESS_IS_BETTER = ("mae", "rmse")
+WORKERS_BESIDE_GPU = 2
 SAMPLE_BYTES = 150 * 2**20  # kept for backward by a sample, ViT-B + BERT-base with adapters, counted generously
 
 
@@ -99,7 +100,7 @@ def make_trainer(
     set_seed(options.seed)
     pool = training_split(options, splits)
     model = build_model(method, options, splits, sources)
-    collate: Any = MultimodalCollator(model.processors)
+    collate: Any = MultimodalCollator(model.processors, cache=options.data_cache)
     if model.config.problem_type == "regression":
         collate = StandardLabels(collate, _labels(pool))
     if options.class_weights:
@@ -110,7 +111,7 @@ def make_trainer(
         watched["compute_metrics"] = _measure(model)
     return Trainer(
         model,
-        training_arguments(options, folder),
+        training_arguments(options, folder, workers_for(options, pool)),
         train_dataset=holed(pool, options, sources, "train"),
         data_collator=collate,
         optimizers=(make_optimizer(model, options), None),
@@ -233,7 +234,7 @@ def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim
     return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay)
 
 
-def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments:
+def training_arguments(options: TrainOptions, folder: Path, workers: int) -> TrainingArguments:
     assert options.batch_size is not None  # settled
     part = fitting_batch(options.batch_size)
     best = {
@@ -258,10 +259,21 @@ def training_arguments(options: TrainOptions, folder: Path) -> TrainingArguments
         seed=options.seed,
         report_to="none",
         disable_tqdm=False,  # or silencing transformers' log turns the bar off
+        dataloader_num_workers=workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # or Trainer drops the image and text columns
         **(best if options.metric_for_best else {}),
     )
+
+
+def workers_for(options: TrainOptions, pool: Any) -> int:
+    """How many processes prepare batches: on a CPU they would take the cores of the step itself.
+
+    Several may each read all of a stream, whose holes they draw otherwise, so there they have to be asked for.
+    """
+    if options.num_workers is not None:
+        return options.num_workers
+    return WORKERS_BESIDE_GPU if torch.cuda.is_available() and hasattr(pool, "__len__") else 0
 
 
 def fitting_batch(batch_size: int) -> int:

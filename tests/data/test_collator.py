@@ -106,6 +106,15 @@ def test_the_rows_of_a_batch_do_not_depend_on_each_other(collate, sample):
             assert torch.equal(together[modality][name][1], tensor[0])
 
 
+def test_pictures_that_stay_of_unlike_sizes_are_refused_with_the_cure(picture):
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    collate = MultimodalCollator({"image": ViTImageProcessorPil(do_resize=False)})
+    assert collate([{"image": picture}] * 2)["image"]["pixel_values"].shape == (2, 3, 12, 12)
+    with pytest.raises(ValueError, match=r"pixel_values of unlike shapes, such as \(3, 6, 6\) and \(3, 12, 12\)"):
+        collate([{"image": picture}, {"image": picture.resize((6, 6))}])
+
+
 def test_an_undecodable_file_is_absent_counted_and_logged_once(collate, sample, tmp_path, caplog):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG nonsense")

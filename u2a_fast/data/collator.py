@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .inputs import DecodeError, is_absent, read_cell
+from .processed_cache import ProcessedCache
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,7 @@ NO_LIMIT = 10**6  # what tokenizers state that do not know: 10 to the power of 3
 REPORTED = 5  # broken files that are named; the others are counted
 LABELS = ("labels", "label")
 MEMBERS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
+LENGTH = "length"  # of a clip before it was cut, kept beside what the processor made of it
 SHORTEST_CLIP = 40  # of a second: the first window of a spectrogram needs 25 ms
 
 Inputs = dict[str, Tensor]
@@ -44,6 +47,9 @@ class MultimodalCollator:
     Texts end at the tokenizer's `model_max_length`, which a model lowers to what its encoder takes, and clips at their
     extractor's window; what is cut is counted in `cut`.
 
+    With `cache`, a folder, the tensors of pictures and of clips in a window of their own are kept there by content, and
+    such a file is decoded and processed once for all epochs, workers and runs. The batches are the same without it.
+
     >>> from transformers import Wav2Vec2FeatureExtractor
     >>> collate = MultimodalCollator({"audio": Wav2Vec2FeatureExtractor()})
     >>> batch = collate([{"audio": np.ones(400), "label": 1}, {"audio": None, "label": 0}])
@@ -51,13 +57,14 @@ class MultimodalCollator:
     (torch.Size([2, 400]), [[True], [False]], [1, 0])
     """
 
-    def __init__(self, processors: Mapping[str, Any]) -> None:
+    def __init__(self, processors: Mapping[str, Any], cache: str | os.PathLike | None = None) -> None:
         if not processors:
             raise ValueError("MultimodalCollator needs a processor for each modality, and got none")
         self.processors: dict[str, Any] = {}
         self.kinds: dict[str, str] = {}
         for modality, processor in processors.items():
             self.kinds[modality], self.processors[modality] = _fitting(modality, processor)
+        self.cache = None if cache is None else ProcessedCache(cache)
         self.undecodable: Counter[str] = Counter()
         self.cut: dict[str, Cut] = {}
         self._reported: set[str] = set()
@@ -85,10 +92,10 @@ class MultimodalCollator:
             )
         batch: dict[str, Any] = {}
         masks = []
-        for modality in self.processors:
-            values = [self.read(modality, sample.get(modality)) for sample in samples]
-            present = torch.tensor([value is not None for value in values])
-            batch[modality] = self._inputs(modality, [value for value in values if value is not None], present)
+        for modality, processor in self.processors.items():
+            compute = self._singly if stands_alone(self.kinds[modality], processor) else self._together
+            computed, present = compute(modality, [sample.get(modality) for sample in samples])
+            batch[modality] = self._scatter(modality, computed, present)
             masks.append(present)
         batch["modality_mask"] = torch.stack(masks, dim=1)
         labels = _labels(samples)
@@ -116,15 +123,41 @@ class MultimodalCollator:
             what = "further files are counted, not named" if len(self._reported) > REPORTED else error
             logger.warning("%s %s cannot be decoded and counts as absent: %s", modality, name, what)
 
-    def _inputs(self, modality: str, values: list[Any], present: Tensor) -> Inputs:
-        """The processor's tensors, scattered to the present rows of the batch."""
-        if len(values) == len(present):
-            return self._process(modality, values)
-        computed = self._process(modality, values) if values else self._blank(modality)
+    def _together(self, modality: str, cells: list[Any]) -> tuple[Inputs | None, Tensor]:
+        """`({name: [P, ..]}, present [B])`, what the processor makes of all P present cells at once; None of none."""
+        values = [self.read(modality, cell) for cell in cells]
+        there = [value for value in values if value is not None]
+        self.measure(modality, there)
+        return self._process(modality, there) if there else None, torch.tensor([value is not None for value in values])
+
+    def _singly(self, modality: str, cells: list[Any]) -> tuple[Inputs | None, Tensor]:
+        """As `_together`, but cell by cell, so that not a bit of a row depends on its neighbours or on the cache."""
+
+        def read(cell: Any) -> Any:
+            return self.read(modality, cell)
+
+        def process(value: Any) -> Inputs:
+            length = {LENGTH: torch.tensor([len(value)])} if self.kinds[modality] == "audio" else {}
+            return self._process(modality, [value]) | length
+
+        if self.cache is None:
+            rows = [None if (value := read(cell)) is None else process(value) for cell in cells]
+        else:
+            rows = self.cache.lookup(self.processors[modality], cells, read, process)
+        there = [row for row in rows if row is not None]
+        computed = _concatenated(modality, there) if there else None  # [P, ..]
+        if computed is not None and LENGTH in computed:
+            self._count(modality, computed.pop(LENGTH).tolist())
+        return computed, torch.tensor([row is not None for row in rows])
+
+    def _scatter(self, modality: str, computed: Inputs | None, present: Tensor) -> Inputs:
+        """The processor's tensors `[P, ..]` on the present rows of the batch, `[B, ..]`."""
+        if computed is not None and present.all():
+            return computed
         inputs = {}
-        for name, tensor in computed.items():
+        for name, tensor in (computed or self._blank(modality)).items():
             inputs[name] = tensor.new_zeros(len(present), *tensor.shape[1:])
-            if values:
+            if computed is not None:
                 inputs[name][present] = tensor
         if self.kinds[modality] == "text":
             _show_one_token(inputs, ~present, self.processors[modality])
@@ -168,14 +201,11 @@ class MultimodalCollator:
         if not pad:
             shortest = processor.sampling_rate // SHORTEST_CLIP
             clips = [np.pad(clip, (0, max(0, shortest - len(clip)))) for clip in clips]
-        self.measure(modality, clips)
         return dict(processor(clips, sampling_rate=processor.sampling_rate, return_tensors="pt", **pad))
 
     def _process_texts(self, modality: str, texts: list[str]) -> Inputs:
         options = {"padding": True, "padding_side": "right", "return_attention_mask": True, "return_tensors": "pt"}
-        limit = self._limit(modality)
-        self.measure(modality, texts)
-        return dict(self.processors[modality](texts, **options, truncation=True, max_length=limit))
+        return dict(self.processors[modality](texts, **options, truncation=True, max_length=self._limit(modality)))
 
     def measure(self, modality: str, values: list[Any]) -> None:
         """Count which of these texts or clips are too long; of pictures none is."""
@@ -184,6 +214,9 @@ class MultimodalCollator:
             lengths = [len(ids) for ids in processor(values, verbose=False)["input_ids"]]
         else:
             lengths = [len(clip) for clip in values] if self.kinds[modality] == "audio" else []
+        self._count(modality, lengths)
+
+    def _count(self, modality: str, lengths: list[int]) -> None:
         limit = self._limit(modality)
         if limit is not None and lengths:
             counted = self.cut.setdefault(modality, Cut(limit))
@@ -222,6 +255,20 @@ def window(extractor: Any) -> int | None:
     return getattr(extractor, "n_samples", None) or (frames and frames * extractor.sampling_rate // 100)
 
 
+def stands_alone(kind: str, processor: Any) -> bool:
+    """Whether what a processor makes of a cell depends on nothing else, neither its neighbours in a batch nor chance.
+
+    >>> from transformers import ASTFeatureExtractor, Wav2Vec2FeatureExtractor
+    >>> stands_alone("audio", ASTFeatureExtractor()), stands_alone("audio", Wav2Vec2FeatureExtractor())
+    (True, False)
+    """
+    if kind != "audio":
+        return kind == "image"
+    padding = inspect.signature(type(processor).__call__).parameters.get("padding")
+    own_window = padding is None or padding.default == "max_length"
+    return own_window and not getattr(processor, "dither", 0.0)  # which is noise, drawn anew
+
+
 def cell_name(value: Any) -> str:
     """What to call a cell in a message: the path it holds."""
     path = value.get("path") if isinstance(value, Mapping) else value
@@ -249,6 +296,18 @@ def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
         f"the processor given for {modality!r} is a {type(processor).__name__}; a Hugging Face tokenizer, image "
         "processor or feature extractor is needed"
     )
+
+
+def _concatenated(modality: str, rows: list[Inputs]) -> Inputs:
+    """`{name: [P, ..]}` of P rows `{name: [1, ..]}`."""
+    shapes = {name: {tuple(row[name].shape[1:]) for row in rows} for name in rows[0]}
+    for name, found in shapes.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"the processor for {modality!r} makes {name} of unlike shapes, such as "
+                f"{' and '.join(map(str, sorted(found)[:2]))}: let it resize to one size"
+            )
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def _show_one_token(inputs: Inputs, absent: Tensor, tokenizer: Any) -> None:
