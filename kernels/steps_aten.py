@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backend import cast
 from .linear_backward import a_grad, as_float, low_rank_backward
-from .linear_lowrank import add_lowrank, linear_lowrank_aten
+from .linear_lowrank import add_lowrank, linear_aten, linear_lowrank_aten
 from .norm_aten import norm_aten, norm_backward_aten
 from .operands import Linear, Norm
 
@@ -30,7 +30,7 @@ def project(h: Tensor, linear: Linear):
     """y, and S [M, groups * r], None without an adapter."""
     weight, bias, a, b, weight_scale, scaling, groups, int8 = linear
     if weight.dtype == h.dtype and (bias is None or bias.dtype == h.dtype):
-        y = F.linear(h, weight, bias)
+        y = linear_aten(h, weight, bias)
     else:
         y = linear_lowrank_aten(h, weight, bias, None, None, 1.0, weight_scale, 1, int8, None, None)
     if a is None:

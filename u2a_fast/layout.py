@@ -7,12 +7,29 @@ rows; then the next sample. Attention takes samples of one length as a dense vie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import host, kernels
 from .padding import Padding
+
+
+class _Joined(torch.autograd.Function):
+    """Rows `[n, C]` and `[m, C]` at their places among n + m. The gradient of `index_copy` would keep both."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, others: Tensor, other_places: Tensor) -> Tensor:
+        ctx.save_for_backward(places, other_places)
+        joined = rows.new_empty(len(rows) + len(others), rows.shape[1])
+        return joined.index_copy_(0, places, rows).index_copy_(0, other_places, others)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (need, _, need_others, _), (places, other_places) = ctx.needs_input_grad, ctx.saved_tensors
+        own = grad.index_select(0, places) if need else None
+        return own, None, grad.index_select(0, other_places) if need_others else None, None
 
 
 @dataclass(frozen=True)
@@ -73,9 +90,7 @@ class Layout:
             own = learned.to(rows.dtype)
             return kernels.assemble(rows, suffix=learned) if learned.dim() == 2 else torch.cat([rows, own], dim=1)
         each = learned.expand(len(at.samples), -1, -1) if learned.dim() == 2 else learned[at.samples]
-        joined = rows.new_empty(len(rows[0]) + each.shape[0] * each.shape[1], rows.shape[2])
-        joined = joined.index_copy(0, at.rows, rows[0])
-        return joined.index_copy(0, at.learned, each.flatten(0, 1).to(rows.dtype))[None]
+        return _Joined.apply(rows[0], at.rows, each.flatten(0, 1).to(rows.dtype), at.learned)[None]
 
     def unpack(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         """All rows -> `[B, S + Q, D]`, zeros where a token is padding. shape: (B, S)."""
