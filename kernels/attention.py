@@ -8,14 +8,11 @@ same keys, so the other rows are bitwise what they are without them. A row witho
 
 Which implementation runs is decided by device, dtype and shape:
     few queries (up to 64), not causal, on a GPU   attention_small_query.py
-    sequences of unequal lengths on a GPU          flash-attn's varlen function, where that package is installed
     bf16 on a CPU, up to 768 keys                  matmul + softmax, faster than SDPA both ways
     all else                                       PyTorch's scaled_dot_product_attention (SDPA)
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import torch.nn.functional as F
@@ -74,28 +71,6 @@ def _sdpa(q, k, v, lengths, suffix, causal):
 def _nothing(q, k, v):
     """Attention over 0 samples, differentiable all the same."""
     return q + (k.sum(2, keepdim=True) + v.sum(2, keepdim=True))
-
-
-# ----------------------------------------------------------------------------------------------------------- flash-attn
-@functools.cache
-def _flash():
-    """flash-attn's function for sequences laid end to end; None where the package is not installed."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
-
-
-def _packed(function, q, k, v, lengths, suffix, causal):
-    """Attention of the visible rows alone, Sq = S; rows of padding give 0."""
-    b, h, rows, d = q.shape
-    visible = visible_keys(lengths, rows, suffix, q.device)[:, 0, 0]  # [B, S]
-    kept = visible.flatten().nonzero().flatten()
-    ends = F.pad(visible.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    packed = (t.transpose(1, 2).flatten(0, 1)[kept] for t in (q, k, v))  # [visible rows, H, Dh]
-    out = function(*packed, ends, ends, rows, rows, causal=causal)
-    return q.new_zeros(b * rows, h, d).index_copy(0, kept, out).view(b, rows, h, d).transpose(1, 2)
 
 
 # -------------------------------------------------------------------------------------------- matmul + softmax on a CPU
@@ -282,10 +257,6 @@ def _run(q, k, v, lengths, suffix, causal):
         if backend.needs_grad(q, k, v):
             return _Attention.apply(q, k, v, lengths, suffix, causal)
         return attention_forward(q, k, v, lengths, suffix, causal)[0]
-    if lengths is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape == k.shape:
-        function = None if torch.compiler.is_compiling() else _flash()  # it packs by counts that a graph does not have
-        if function is not None:
-            return _packed(function, q, k, v, lengths, suffix, causal)
     return _sdpa(q, k, v, lengths, suffix, causal)
 
 

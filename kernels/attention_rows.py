@@ -8,7 +8,8 @@ buffer, so that padding is neither stored nor masked nor computed. q may have fe
 result is read. Heads are views as well; backward writes the gradients of q, k and v into one buffer.
 
 On a CPU each group runs as matmul + softmax, which backward computes again (bf16, up to 768 keys), or as ATen's flash
-attention. Elsewhere each is a call of `attention`, or all together one of flash-attn's varlen function.
+attention. On a GPU several groups are one call of a varlen function, flash-attn's or torch's own, which takes rows as
+they lie; a single one, and what these functions do not take, is a call of `attention`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .attention import (
 )
 from .attention import backward_aten as matmul_backward
 from .attention import forward_aten as matmul_forward
+from .attention_varlen import by_varlen, fits_varlen, varlen_function
 from .backend import cast
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -252,6 +254,8 @@ def _on_cpu(q: Tensor) -> bool:
 def _each_group(q, kv, heads, groups, lengths, suffix, causal):
     """out [Nq, D], group by group through `attention`."""
     width = q.shape[1] // 3 if kv is None else q.shape[1]
+    if len(groups) > 1 and not causal and fits_varlen(q, width // heads):
+        return by_varlen(varlen_function(), q, kv, heads, groups)
     each = [
         attention(*_heads(of_q, of_kv, samples, heads), lengths, suffix=suffix, causal=causal)
         for samples, of_q, of_kv in _parts(groups, (q,), (kv,))

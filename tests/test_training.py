@@ -1,5 +1,7 @@
 """Training: a data set is one entry of one table; who prepares its batches, and where they are kept."""
 
+import re
+
 import pytest
 import tiny_data
 import torch
@@ -52,6 +54,14 @@ def test_trainer_gets_workers_and_data_cache(data, tmp_path):
     assert trainer.args.dataloader_num_workers == 1
     pictures = sum(int(batch["modality_mask"][:, 1].sum()) for batch in trainer.get_train_dataloader())
     assert 0 < len(list((tmp_path / "cache").rglob("*.safetensors"))) <= pictures
+
+
+def test_the_bar_shows_the_loss(data, tmp_path, capsys):
+    asked = options.TrainOptions(data="squares", max_steps=10, batch_size=4)
+    make_trainer(U2A, asked, *data, tmp_path / "out").train()
+    shown = capsys.readouterr()
+    assert re.search(r"10/10 .*loss \d+\.\d{3}", shown.err)
+    assert "learning_rate" not in shown.out + shown.err
 
 
 def test_a_cache_that_cannot_be_a_folder_is_refused_before_training(data, tmp_path):

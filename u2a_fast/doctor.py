@@ -15,7 +15,7 @@ from .training import fast_dtype
 
 OPTIONAL = {
     "bitsandbytes": "no nf4 encoders, no 8-bit optimizer, no encoders loaded with BitsAndBytesConfig",
-    "flash_attn": "attention on a GPU through SDPA instead of flash-attn's varlen kernels",
+    "flash_attn": "texts of unequal lengths on a GPU through torch's varlen attention instead of flash-attn's",
     "peft": "no comparison with PEFT in the benches",
     "soundfile": "no audio files",
     "scipy": "no resampling of audio",

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
@@ -109,7 +109,7 @@ def make_trainer(
     if options.metric_for_best:
         watched["eval_dataset"] = holed(splits["validation"], options, sources, "validation")
         watched["compute_metrics"] = _measure(model)
-    return Trainer(
+    trainer = Trainer(
         model,
         training_arguments(options, folder, workers_for(options, pool)),
         train_dataset=holed(pool, options, sources, "train"),
@@ -117,6 +117,19 @@ def make_trainer(
         optimizers=(make_optimizer(model, options), None),
         **watched,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossBar)
+    return trainer
+
+
+class LossBar(ProgressCallback):
+    """Trainer's bar with the loss behind the time left, instead of a line for every ten steps."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+        else:
+            super().on_log(args, state, control, logs, **kwargs)
 
 
 def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalModel:

@@ -1,7 +1,6 @@
 """Attention with lengths, suffix and read-only rows: every implementation against plain PyTorch in fp64."""
 
 import importlib
-import itertools
 
 import pytest
 import torch
@@ -193,24 +192,6 @@ def test_no_samples(dtype, implementation):
         out = attention(*qkv.permute(2, 0, 3, 1, 4), lengths=lengths, read_only=1)
         out.sum().backward()
     assert out.shape == (0, 2, 5, 8) and qkv.grad.shape == qkv.shape
-
-
-def test_flash_attention_gets_visible_rows_only():
-    """A stand-in for the package's function, which needs a GPU: attention of each sequence by itself."""
-
-    def varlen(q, k, v, q_ends, k_ends, most_q, most_k, causal):
-        assert torch.equal(q_ends, k_ends) and most_q == most_k and q_ends.dtype == torch.int32
-        out = torch.zeros_like(q)
-        for start, end in itertools.pairwise(q_ends):
-            one = (t[None, start:end].transpose(1, 2) for t in (q, k, v))
-            out[start:end] = module._reference(*one, None, 0, 0, causal)[0].transpose(0, 1)
-        return out
-
-    for case in ("lengths", "suffix", "causal with lengths"):
-        qkv, given = buffer(case, torch.float64), options(case)
-        out = module._packed(varlen, *qkv.permute(2, 0, 3, 1, 4), given["lengths"], given["suffix"], given["causal"])
-        padding = ~defined_rows(case, qkv.shape[1])[:, :, None, None]
-        torch.testing.assert_close(out.transpose(1, 2).masked_fill(padding, 0), by_hand(case, qkv))
 
 
 def test_matmul_runs_where_it_is_faster():

@@ -1,12 +1,14 @@
 """Attention over rows laid end to end: what `attention` says sample by sample, and the low-rank product of that."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
 from tolerance import assert_as_exact_as
 
 from u2a_fast.kernels import Group, attention, attention_rows, set_backend
+from u2a_fast.kernels.attention_varlen import by_varlen
 from u2a_fast.memory import saved_bytes
 
 module = importlib.import_module("u2a_fast.kernels.attention_rows")  # the package's name is the function
@@ -150,3 +152,21 @@ def test_groups_that_do_not_fit_are_refused(groups, lengths, message):
     q, *_ = operands("one group", torch.float32)
     with pytest.raises(ValueError, match=message):
         attention_rows(q, None, HEADS, groups, lengths=lengths)
+
+
+@pytest.mark.parametrize("case", ["several lengths", "few queries, apart"])
+def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case):
+    """A stand-in for the libraries' functions, which need a GPU: attention of each sample by itself."""
+
+    def varlen(q, k, v, q_ends, k_ends, most_q, most_k):
+        assert q_ends.dtype == k_ends.dtype == torch.int32 and q_ends.is_contiguous() and k_ends.is_contiguous()
+        assert most_q == q_ends.diff().max() and most_k == k_ends.diff().max()
+        out = torch.zeros_like(q)
+        for (start, end), (first, last) in zip(*map(itertools.pairwise, (q_ends, k_ends)), strict=True):
+            one = (q[start:end], k[first:last], v[first:last])
+            out[start:end] = attention(*(t.transpose(0, 1)[None] for t in one))[0].transpose(0, 1)
+        return out
+
+    q, kv, *_ = operands(case, torch.float64)
+    expected, _ = attention_rows(q, kv, HEADS, CASES[case][0])
+    torch.testing.assert_close(by_varlen(varlen, q, kv, HEADS, CASES[case][0]), expected)
