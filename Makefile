@@ -8,8 +8,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
+# Most tests are one thread of Python: a process for each core, with one thread, takes half the time of one with all.
 test: lint
-	$(BIN)/pytest -q --durations=15 tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=15 -n auto --dist loadfile tests
 	$(BIN)/pytest -q benches --benchmark-only -k smoke
 
 # One case of every quick test. Tensors this small are slower on two threads.
