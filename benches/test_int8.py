@@ -27,7 +27,7 @@ PLAIN = name_of(FAST)
 class BitsAndBytesLinear(nn.Module):
     """Linear8bitLt where the block expects a linear of ours."""
 
-    lora_before_dropout, takes_quantized, is_fusable = None, False, False
+    lora_before_dropout = None
 
     def __init__(self, linear):
         super().__init__()
@@ -38,6 +38,9 @@ class BitsAndBytesLinear(nn.Module):
         self.linear.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
         self.linear.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
         self.linear.to(DEVICE)
+
+    def operands(self):
+        return None  # the block runs in parts
 
     def after_norm(self, norm, tokens, **learned):
         return self(tokens if norm is None else norm(tokens)), tokens
