@@ -128,8 +128,17 @@ def test_unsigned_samples_lie_around_their_middle(dtype, middle):
     np.testing.assert_allclose(clip, TONE / np.abs(TONE).max(), atol=0.02)
 
 
-@pytest.mark.parametrize("clip", [[[1.0], [1.0, 2.0]], ["a", "b"], [None], [object()], [[[[1.0]]]], np.zeros((0, 2))],
-                         ids=str)  # fmt: skip
+CLIPS = {
+    "ragged": [[1.0], [1.0, 2.0]],
+    "texts": ["a", "b"],
+    "nothing": [None],
+    "objects": [object()],
+    "four axes": [[[[1.0]]]],
+    "no samples": np.zeros((0, 2)),
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
 def test_arrays_of_no_clip_are_a_decode_error(clip):
     for value in (clip, {"array": clip, "sampling_rate": RATE}):
         with pytest.raises(DecodeError):
