@@ -128,7 +128,7 @@ def test_unsigned_samples_lie_around_their_middle(dtype, middle):
     np.testing.assert_allclose(clip, TONE / np.abs(TONE).max(), atol=0.02)
 
 
-CLIPS = {
+NO_CLIPS = {
     "ragged": [[1.0], [1.0, 2.0]],
     "texts": ["a", "b"],
     "nothing": [None],
@@ -138,7 +138,7 @@ CLIPS = {
 }
 
 
-@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+@pytest.mark.parametrize("clip", NO_CLIPS.values(), ids=NO_CLIPS)
 def test_arrays_of_no_clip_are_a_decode_error(clip):
     for value in (clip, {"array": clip, "sampling_rate": RATE}):
         with pytest.raises(DecodeError):
