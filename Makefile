@@ -10,7 +10,7 @@ demo: $(READY)
 
 # Most tests are one thread of Python: a process for each core, with one thread, takes half the time of one with all.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=15 -n auto --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=15 -n logical --dist loadfile tests
 	$(BIN)/pytest -q benches --benchmark-only -k smoke
 
 # One case of every quick test. Tensors this small are slower on two threads.
