@@ -141,13 +141,7 @@ class Block(GradientCheckpointingLayer):
             return fused
         qkv, residual = self.enter(rows, layout, suffix, present)
         rows = self.complete(residual, *self.attend_project(qkv, None, layout, causal=self.causal))
-        if readers is None:
-            return rows
-        width = readers.shape[2]
-        own, residual = self.project(readers)
-        q = own[..., :width].expand(layout.batch, -1, -1)
-        attended = self.attend_project(q, qkv[..., width:], layout, layout.with_queries(readers.shape[1]))
-        return rows, self.complete(residual, *attended)
+        return rows if readers is None else (rows, self._readers(readers, qkv[..., readers.shape[2] :], layout))
 
     def _read(
         self,
@@ -166,12 +160,14 @@ class Block(GradientCheckpointingLayer):
             return (rows, *others) if others else rows
         q, kv, residual = self.split(rows, places)
         rows = self.complete(residual, *self.attend_project(q, kv, layout, groups))
-        if readers is None:
-            return rows
+        return rows if readers is None else (rows, self._readers(readers, kv, layout))
+
+    def _readers(self, readers: torch.Tensor, kv: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Read-only rows `[B or 1, K, D]` after this block, `[B, K, D]`; kv `[B, T, 2 D]`: K and V of all rows."""
         own, residual = self.project(readers)
         q = own[..., : readers.shape[2]].expand(layout.batch, -1, -1)
         attended = self.attend_project(q, kv, layout, layout.with_queries(readers.shape[1]))
-        return rows, self.complete(residual, *attended)
+        return self.complete(residual, *attended)
 
     def split(self, rows: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`project` with q of the rows at `places` alone: q `[1, R, D]`, k and v `[B, T, 2 D]`, and these rows."""
