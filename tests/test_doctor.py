@@ -73,3 +73,7 @@ def test_an_encoder_that_would_be_slower_than_in_float32_says_so(old_cpu):
         encoder = from_pretrained_model(tiny_encoders.build("bert").bfloat16())
     with pytest.warns(UserWarning, match="no VNNI"):
         quantize_encoder(encoder, "int8_w8a8")
+
+
+def test_the_int8_path_is_named():
+    assert ("VNNI" in doctor.int8_path()) != torch.cuda.is_available()

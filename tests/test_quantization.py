@@ -10,7 +10,6 @@ import torch
 from transformers import BertModel, BitsAndBytesConfig
 
 from u2a_fast import U2A, LoraConfig, memory
-from u2a_fast.doctor import int8_path
 from u2a_fast.encoders import from_pretrained_model
 from u2a_fast.encoders.frozen import mode_of, quantize_encoder
 from u2a_fast.kernels import unpack_nf4
@@ -116,10 +115,6 @@ def test_nf4_without_bitsandbytes_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install u2a-fast\[bnb\]"):
         build("nf4")
-
-
-def test_doctor_names_the_int8_path():
-    assert ("VNNI" in int8_path()) != torch.cuda.is_available()
 
 
 # --------------------------------------------------------------------------------------------------- what is computed
