@@ -179,7 +179,7 @@ def backward_aten(d_out, d_s, q, kv, lora_a, out, lse, heads, groups, lengths, s
 # -------------------------------------------------------------------------------------------------------- registration
 def recomputes(q: Tensor, groups: Sequence[Group]) -> bool:
     """Whether the groups run as matmul + softmax, whose backward computes the probabilities again."""
-    return q.dtype == torch.bfloat16 and max(group[2] for group in groups) <= MATMUL_KEYS
+    return q.dtype == torch.bfloat16 and all(group[2] <= MATMUL_KEYS for group in groups)
 
 
 def _groups(flat: Sequence[int]) -> list[Sequence[int]]:

@@ -170,3 +170,11 @@ def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case):
     q, kv, *_ = operands(case, torch.float64)
     expected, _ = attention_rows(q, kv, HEADS, CASES[case][0])
     torch.testing.assert_close(by_varlen(varlen, q, kv, HEADS, CASES[case][0]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_samples_has_no_groups(dtype):
+    qkv = torch.zeros(0, 3 * HEADS * WIDTH, dtype=dtype, requires_grad=True)
+    out, _ = attention_rows(qkv, None, HEADS, [])
+    out.sum().backward()
+    assert out.shape == (0, HEADS * WIDTH) and qkv.grad.shape == qkv.shape
