@@ -222,23 +222,24 @@ def attend(qkv, heads, groups, lengths, suffix, causal, differentiable):
         out, lse = attention_forward(*views, lengths, suffix, causal)
         return out.transpose(1, 2).reshape(qkv.shape[0], -1), lse, None
     with torch.set_grad_enabled(differentiable):
-        qkv = qkv.detach().requires_grad_(differentiable)
-        out = _each_group(qkv, None, heads, _groups(groups), lengths, suffix, causal)
-    return out.detach(), None, (qkv, out) if differentiable else None
+        # Three leaves: autograd would put the gradients of views of one together in two passes, and not by rows.
+        leaves = [t.detach().requires_grad_(differentiable) for t in _apart(qkv, None)]
+        out = _each_group(*leaves, heads, _groups(groups), lengths, suffix, causal)
+    return out.detach(), None, (leaves, out) if differentiable else None
 
 
 def attend_backward(d_out, d_s, qkv, lora_a, out, lse, graph, heads, groups, lengths, suffix, causal):
-    """d_qkv, and dA of the product S = out A^T whose gradient is d_s (None without one)."""
+    """d_qkv, and dA of the product S = out A^T whose gradient is d_s (None without one). d_out is written over."""
     if _on_cpu(qkv):
         operands = d_out, d_s, qkv, None, lora_a, out, lse, heads, groups, lengths, suffix, causal
         d_qkv, _, d_a = attention_rows_backward(*operands)
         return d_qkv, d_a
     if graph is not None:
-        qkv, out = graph
+        leaves, out = graph
     if d_s is not None:
-        d_out = torch.addmm(d_out, d_s, cast(lora_a, d_s.dtype))
+        d_out.addmm_(d_s, cast(lora_a, d_s.dtype))
     if graph is not None:  # whether it is needed again is not for this Function to say
-        (d_qkv,) = torch.autograd.grad(out, qkv, d_out, retain_graph=True)
+        d_qkv = torch.cat(torch.autograd.grad(out, leaves, d_out, retain_graph=True), 1)
     else:
         q, k, v = _heads(qkv, None, groups[0], heads)
         d_out, own_out = (t.view(*groups[:2], *q.shape[1::2]).transpose(1, 2) for t in (d_out, out))
@@ -251,18 +252,29 @@ def _on_cpu(q: Tensor) -> bool:
     return q.is_cpu and backend.get_backend() != "triton"
 
 
-def _each_group(q, kv, heads, groups, lengths, suffix, causal):
-    """out [Nq, D], group by group through `attention`."""
-    width = q.shape[1] // 3 if kv is None else q.shape[1]
-    if len(groups) > 1 and not causal and fits_varlen(q, width // heads):
-        return by_varlen(varlen_function(), q, kv, heads, groups)
+def _apart(q, kv):
+    """q [Nq, D], k and v [N, D]: views of q [N, 3 D], or of q [Nq, D] and kv [N, 2 D]."""
+    if kv is None:
+        return q.unflatten(1, (3, -1)).unbind(1)
+    return q, *kv.unflatten(1, (2, -1)).unbind(1)
+
+
+def _each_group(q, k, v, heads, groups, lengths, suffix, causal):
+    """out [Nq, D], group by group through `attention`; q [Nq, D], k and v [N, D]."""
+    if len(groups) > 1 and not causal and fits_varlen(q, q.shape[1] // heads):
+        return by_varlen(varlen_function(), q, k, v, heads, groups)
     each = [
-        attention(*_heads(of_q, of_kv, samples, heads), lengths, suffix=suffix, causal=causal)
-        for samples, of_q, of_kv in _parts(groups, (q,), (kv,))
+        attention(*_by_head(parts, samples, heads), lengths, suffix=suffix, causal=causal)
+        for samples, *parts in _parts(groups, (q,), (k, v))
     ]
     each = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in each]  # [samples * Sq, D]
-    out = _end_to_end(each, q.shape[0], width, q)
-    return out if each else out + 0 * (q.sum() + (0 if kv is None else kv.sum()))  # of nobody, but differentiable
+    out = _end_to_end(each, *q.shape, q)
+    return out if each else out + 0 * (q.sum() + k.sum() + v.sum())  # of nobody, but differentiable
+
+
+def _by_head(parts, samples, heads):
+    """[samples * S, D] -> [samples, H, S, Dh], views."""
+    return [t.view(samples, -1, heads, t.shape[1] // heads).transpose(1, 2) for t in parts]
 
 
 class _AttentionRows(torch.autograd.Function):
@@ -330,7 +342,7 @@ def attention_rows(
         if backend.needs_grad(q, kv, lora_a):
             return _AttentionRows.apply(*operands)
         return attention_rows_forward(*operands)[:2]
-    out = _each_group(q, kv, heads, groups, lengths, suffix, causal)
+    out = _each_group(*_apart(q, kv), heads, groups, lengths, suffix, causal)
     return out, None if lora_a is None else F.linear(out, lora_a.to(out.dtype))
 
 

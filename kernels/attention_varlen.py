@@ -36,12 +36,11 @@ def fits_varlen(q: Tensor, width: int) -> bool:
     )  # flash attention asks for the same
 
 
-def by_varlen(function: Callable, q: Tensor, kv: Tensor | None, heads: int, groups: Sequence[Sequence[int]]) -> Tensor:
-    """out [Nq, D], all groups in one call."""
-    if kv is None:
-        parts = q.view(q.shape[0], 3, heads, -1).unbind(1)
-    else:
-        parts = q.view(q.shape[0], heads, -1), *kv.view(kv.shape[0], 2, heads, -1).unbind(1)
+def by_varlen(
+    function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, groups: Sequence[Sequence[int]]
+) -> Tensor:
+    """out [Nq, D], all groups in one call; q [Nq, D], k and v [N, D]."""
+    parts = [t.view(t.shape[0], heads, -1) for t in (q, k, v)]
     return function(*parts, *_ends(tuple(map(tuple, groups)), q.device)).flatten(1)
 
 

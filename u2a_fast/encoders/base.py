@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from ..block import Block, normalise
 from ..layout import Layout, layout_of
 from ..padding import Padding, padding_of, take_rows
+
+LENGTHS = 32  # of texts in a captured step
 
 EmbedResult = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -118,6 +121,24 @@ class Encoder(nn.Module):
         """The mask that `embed` will give, bool `[B, S]`; None where there is none, or none is known before."""
         return None if self.family.padding is None else self.family.padding(self, **inputs)
 
+    def lengthened(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Text inputs filled up with padding to a multiple of `LENGTHS` tokens, so that few lengths occur; others as
+        they are, and texts that would outgrow the positions."""
+        mask = inputs.get("attention_mask")
+        if mask is None or "input_ids" not in inputs:
+            return dict(inputs)
+        length = mask.shape[1]
+        more = -length % LENGTHS
+        if length + more > self.config.max_position_embeddings - LENGTHS:  # RoBERTa's first positions are not its own
+            return dict(inputs)
+        filler = {"input_ids": self.config.pad_token_id or 0}
+        return {
+            name: pad(value, (0, more), value=filler.get(name, 0))
+            if torch.is_tensor(value) and value.shape == mask.shape
+            else value
+            for name, value in inputs.items()
+        }
+
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         tokens, padding_mask = self.embed(**inputs)
         return self.finish(self.run(tokens, padding_of(padding_mask)))
@@ -154,7 +175,8 @@ class Encoder(nn.Module):
 
         As `run`, `finish` and `class_token`, but that the last block computes only the rows that are read.
         """
-        if self.reads_all or (padding is not None and padding.host_mask is None):
+        hidden_padding = padding is not None and padding.host_mask is None  # at the end, in front of the learned rows
+        if self.reads_all or (hidden_padding and self.reads_last):
             hidden, length = self.finish(self.run(tokens, padding, suffix, present)), tokens.shape[1]
             return self.class_token(hidden[:, :length], padding and padding.mask), hidden[:, length:]
         tokens, layout, _ = self.lay_out(tokens, padding, suffix)

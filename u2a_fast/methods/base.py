@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .. import host
+from ..capture import Steps
 from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
 from ..quantization import read_quantization
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
@@ -81,6 +82,7 @@ class MultimodalModel(PreTrainedModel):
         super().__init__(config)
         self.encoders = nn.ModuleDict(built)
         self.loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._steps: Steps | None = None
         self._processors: dict[str, Any] = {}
         self.processors = processors or {}
 
@@ -109,6 +111,14 @@ class MultimodalModel(PreTrainedModel):
     def static_shapes(self) -> bool:
         """Whether every row runs, so that nothing depends on values of the batch."""
         return False
+
+    def fixed(self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor) -> dict[str, Any]:
+        """The batch as `encode_fixed` takes it: whatever decides which kernels run is the shape of a tensor."""
+        raise ValueError(f"the kernels that {type(self).__name__} runs depend on values of the batch: none is captured")
+
+    def encode_fixed(self, fixed: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """`encode` of `fixed`'s result, and presence, reading no value on the host."""
+        raise NotImplementedError
 
     def drop_modalities(self, present: Tensor) -> Tensor:
         """Presence as a training step sees it; the default drops nothing."""
@@ -153,16 +163,63 @@ class MultimodalModel(PreTrainedModel):
                 self.check_labels(on_host, len(present))
         if self.all_absent == "error" and host.readable(present):
             refuse_empty(present)
-        if self.training:
-            present = self.drop_modalities(present)
-        logits, auxiliary = self.fuse(self.encode(inputs, present, padding), present)
-        output = MultimodalOutput(logits=logits)
-        if labels is not None:
-            output.task_loss = (self.loss or self.task_loss)(logits, labels)
-            output.align_loss = auxiliary
-            output.loss = output.task_loss + self.auxiliary_weight * auxiliary
-            output = MultimodalOutput(**{name: output[name] for name in ("loss", "logits", "task_loss", "align_loss")})
+        if self._steps is not None and labels is not None and torch.is_grad_enabled():
+            losses = self._captured(inputs, present, labels)
+        else:
+            present = self._left(present)
+            losses = self.losses(self.encode(inputs, present, padding), present, labels)
+        names = ("loss", "logits", "task_loss", "align_loss") if labels is not None else ("logits",)
+        output = MultimodalOutput(**dict(zip(names, losses, strict=True)))
         return output.to_tuple() if return_dict is False else output
+
+    def losses(self, encoded: Any, present: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
+        """What `fuse` makes of a batch: (loss, logits, task_loss, align_loss), or (logits,) without labels."""
+        logits, auxiliary = self.fuse(encoded, present)
+        if labels is None:
+            return (logits,)
+        task = (self.loss or self.task_loss)(logits, labels)
+        return task + self.auxiliary_weight * auxiliary, logits, task, auxiliary
+
+    def _left(self, present: Tensor) -> Tensor:
+        return self.drop_modalities(present) if self.training else present
+
+    def capture(self, batch: Mapping[str, Any] | None = None) -> None:
+        """From now on, replay training steps as CUDA graphs: forward and backward in one launch. U2A alone has them.
+
+        A step with labels is captured when a batch of its shapes is first met (some seconds and the memory of its
+        activations, up to 16 shapes), and replayed afterwards. With `absent="pack"` the samples of each modality are
+        filled up to a multiple of an eighth of the batch, and texts to one of 32 tokens, so that shapes recur. The
+        gradients are those of the whole loss as it stands: divide or weigh it afterwards, as Trainer does.
+
+        Args:
+            batch: keywords of `forward`, whose shapes are captured at once.
+
+        Raises:
+            ValueError: the model is on no GPU, or its kernels depend on values of the batch.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"a CUDA graph needs the model on a GPU, not on {self.device}: call model.to('cuda') first"
+            )
+        self._steps = Steps(self.device)
+        if batch is not None:
+            self(**batch)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> MultimodalModel:
+        """As in `nn.Module`; graphs hold the addresses of parameters, which may move."""
+        if self._steps is not None:
+            self._steps.forget()
+        return super()._apply(fn, recurse)
+
+    def _captured(self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        assert self._steps is not None
+
+        def losses(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+            return self.losses(*self.encode_fixed(batch["fixed"]), batch["labels"])
+
+        trained = [p for p in self.parameters() if p.requires_grad]
+        batch = {"fixed": self.fixed(inputs, present), "labels": labels}
+        return self._steps(losses, batch, trained, self.training)
 
     def _to_host(
         self, inputs: Mapping[str, Mapping[str, Any]], *tensors: Tensor | None

@@ -75,13 +75,13 @@ class Rows:
     """The b samples of a batch that have one modality.
 
     Attributes:
-        positions: int64 `[b]`, their places in the batch, on the CPU.
+        positions: int64 `[b]`, their places in the batch, on the CPU; None in a step of fixed shapes.
         index: the same on the device of the inputs.
         inputs: their rows of every input tensor; other inputs as they are.
         padding_mask: bool `[b, S]` of their tokens on the CPU, where it is known before they are embedded.
     """
 
-    positions: Tensor
+    positions: Tensor | None
     index: Tensor
     inputs: dict[str, Any]
     padding_mask: Tensor | None = None

@@ -15,7 +15,9 @@ from ..lora import LoraConfig, read_lora
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option
+from .presence import Rows
 
+PARTS = 8  # of a batch: how finely the samples of a captured step are counted
 Read = tuple[Tensor, Tensor]  # what one encoder says: class tokens [B, D], proxies [M - 1, B, D]
 
 
@@ -127,6 +129,9 @@ class U2A(MultimodalModel):
         self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None = None
     ) -> U2AEncoded:
         encoded = self._static(inputs, present) if self.static_shapes else self._packed(inputs, present, padding)
+        return self._joined(encoded, present)
+
+    def _joined(self, encoded: Mapping[str, Read], present: Tensor) -> U2AEncoded:
         nothing = self.head.weight.new_zeros(len(present), self.head.in_features)
         class_tokens, proxies = [], []
         for i, name in enumerate(self.config.modalities):
@@ -134,6 +139,37 @@ class U2A(MultimodalModel):
             class_tokens.append(tokens)
             proxies.append(torch.cat([stand_ins[:i], tokens.detach()[None], stand_ins[i:]]))  # diagonal unused
         return U2AEncoded(torch.stack(class_tokens), torch.stack(proxies))
+
+    def fixed(self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor) -> dict[str, Any]:
+        """All samples, or with `absent="pack"` those that are present and some of them again, up to a common size."""
+        if self.static_shapes:
+            return {"inputs": dict(inputs), "present": present}
+        batch, rows, index = len(present), {}, {}
+        present = self._left(present)
+        for i, name in enumerate(self.config.modalities):
+            here = present[:, i].nonzero().flatten()
+            if name not in inputs or not len(here):
+                continue
+            spare = -len(here) % max(1, batch // PARTS)
+            values = self.encoders[name].lengthened(inputs[name])
+            device = next(value.device for value in values.values() if torch.is_tensor(value))
+            chosen = host.send(torch.cat([here, here[-1:].expand(spare)]), device)
+            rows[name] = {k: v.index_select(0, chosen) if torch.is_tensor(v) else v for k, v in values.items()}
+            index[name] = torch.cat([here, torch.full((spare,), batch)])  # to a row that nobody reads
+        return {"inputs": rows, "index": index, "present": present}
+
+    def encode_fixed(self, fixed: Mapping[str, Any]) -> tuple[U2AEncoded, Tensor]:
+        inputs, present = fixed["inputs"], fixed["present"]
+        if self.static_shapes:
+            present = self._left(present)
+            return self._joined(self._static(inputs, present), present), present
+        encoded, batch = {}, len(present)
+        for name, values in inputs.items():
+            tokens, mask = self.encoders[name].embed(**values)
+            class_token, proxies = self.read(name, tokens, padding_of(mask, static=True))
+            rows = Rows(None, fixed["index"][name], values)
+            encoded[name] = rows.spread(class_token, batch + 1)[:batch], rows.spread(proxies, batch + 1, 1)[:, :batch]
+        return self._joined(encoded, present), present
 
     def fuse(self, encoded: U2AEncoded, present: Tensor) -> tuple[Tensor, Tensor]:
         present = host.send(present, encoded.class_tokens.device)

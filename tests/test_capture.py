@@ -1,0 +1,214 @@
+"""A captured step is the eager one: the same numbers from one replay, whatever the batch holds.
+
+There is no GPU here, so `record` repeats operations on the same tensors (tests/support/recorded.py).
+"""
+
+import copy
+
+import device
+import parity
+import pytest
+import recorded
+import tiny_encoders
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from u2a_fast import PMF, U2A, LoraConfig, capture
+from u2a_fast.capture import Steps
+
+FAMILIES = {
+    "pre and post norm": {"image": "vit", "text": "bert"},
+    "layer scale and causal": {"image": "dinov2", "text": "clip_text"},
+    "three": {"image": "deit", "text": "roberta", "audio": "whisper"},
+}
+COUNT, CLASSES = 16, 4
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """How often a graph was replayed: one entry each time."""
+    launched = []
+
+    def record(run, pool):
+        replay, result, pool = recorded.record(run, pool)
+        return lambda: launched.append(replay()), result, pool
+
+    monkeypatch.setattr(capture, "record", record)
+    return launched
+
+
+class Names(TorchDispatchMode):
+    """The operations that run inside."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.names = []
+        return self.names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name().split("::")[1].split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def models(families, **options):
+    """The same model twice; the second captures."""
+    built = {name: tiny_encoders.build(family, seed=i) for i, (name, family) in enumerate(families.items())}
+    eager = U2A(built, CLASSES, lora=LoraConfig(r=2, lora_alpha=4), **options).double().train()
+    for name, parameter in eager.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    captured = copy.deepcopy(eager)
+    captured._steps = Steps(captured.device)
+    return eager, captured
+
+
+def batch(families, seed, present=None):
+    if present is None:
+        present = parity.random_presence(COUNT, len(families), seed)
+    labels = torch.randint(CLASSES, (COUNT,), generator=torch.Generator().manual_seed(seed))
+    return {**parity.batch(families, COUNT, seed), "modality_mask": present, "labels": labels}
+
+
+def step(model, given, seed=0):
+    """Losses, logits and every gradient."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = model(**given)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": out.loss.detach(), "logits": out.logits, "align": out.align_loss, **grads}
+
+
+def assert_equal(got, expected, limit=0.0):
+    assert got.keys() == expected.keys()
+    for name, exact in expected.items():
+        torch.testing.assert_close(got[name], exact, rtol=limit, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
+def test_replays_of_fixed_shapes_equal_eager_bit_for_bit(families, replays):
+    eager, captured = models(families, absent="where", modality_dropout=0.5)
+    step(captured, batch(families, 0))
+    for seed in range(1, 4):
+        before, given = len(replays), batch(families, seed)
+        assert_equal(step(captured, given, seed), step(eager, given, seed))
+        assert len(replays) == before + 1
+    assert len(captured._steps.steps) == 1
+
+
+@pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
+def test_packed_samples_of_a_few_sizes_give_what_eager_gives(families, replays):
+    eager, captured = models(families, modality_dropout=0.0)
+    sizes = set()
+    for seed in range(6):
+        given = batch(families, seed)
+        sizes.add(tuple(-(-count // 2) for count in given["modality_mask"].sum(0).tolist()))
+        assert_equal(step(captured, given), step(eager, given), limit=1e-9)
+    assert len(captured._steps.steps) == len(sizes)
+    assert len(replays) == 6
+
+
+def test_a_modality_that_nobody_has_gets_no_gradient(replays):
+    families = FAMILIES["pre and post norm"]
+    eager, captured = models(families, modality_dropout=0.0)
+    given = batch(families, 0, torch.tensor([[False, True]]).expand(COUNT, 2).clone())
+    got, expected = step(captured, given), step(eager, given)
+    of_images = [name for name in expected if name.startswith(("encoders.image", "mask_tokens.image"))]
+    assert all(not expected.pop(name).any() for name in of_images)  # packed rows of nobody: zeros
+    assert_equal(got, expected, limit=1e-9)
+
+
+def test_the_same_packed_step_is_bitwise_the_one_that_was_captured(replays):
+    families = FAMILIES["pre and post norm"]
+    _, captured = models(families, modality_dropout=0.0)
+    given = [batch(families, seed, torch.ones(COUNT, 2, dtype=torch.bool)) for seed in (0, 1)]
+    first = step(captured, given[0])
+    step(captured, given[1])
+    assert_equal(step(captured, given[0]), first)
+
+
+def test_gradients_accumulate(replays):
+    families = FAMILIES["pre and post norm"]
+    eager, captured = models(families, absent="where", modality_dropout=0.0)
+    for model in (eager, captured):
+        for seed in range(3):
+            (model(**batch(families, seed)).loss / 3).backward()
+    for (name, p), own in zip(eager.named_parameters(), captured.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(own.grad, p.grad, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def test_a_replay_touches_nothing_but_its_inputs_and_results(replays):
+    """Besides the replay: a copy for each input, a clone for each result, and one product of all gradients."""
+    families = FAMILIES["pre and post norm"]
+    _, captured = models(families, absent="where", modality_dropout=0.5)
+    step(captured, batch(families, 0))
+    (own,) = captured._steps.steps.values()
+    own.replay = lambda: replays.append("launch")
+    replays.clear()
+    captured.zero_grad()
+    with Names() as names:
+        own(own.tensors)[0].backward()
+    names = [name for name in names if name not in ("detach", "ones_like")]  # views, and what backward starts from
+    assert replays == ["launch"]
+    assert names == ["copy_"] * len(own.tensors) + ["clone"] * 4 + ["_foreach_mul"]
+
+
+@pytest.mark.parametrize("absent", ["where", "pack"])
+def test_a_step_of_fixed_shapes_waits_for_nothing(absent, monkeypatch):
+    families = FAMILIES["pre and post norm"]
+    eager, _ = models(families, absent=absent)
+    given = batch(families, 0)
+    fixed = eager.fixed({name: given[name] for name in families}, given["modality_mask"])
+    stand_in = device.StandIn(monkeypatch)
+    tensors = [*(t for values in fixed["inputs"].values() for t in values.values()), fixed["present"]]
+    stand_in.put(*eager.parameters(), *eager.buffers(), *tensors, *fixed.get("index", {}).values(), given["labels"])
+    with stand_in:
+        eager.losses(*eager.encode_fixed(fixed), given["labels"])[0].backward()
+    assert stand_in.waits == [] and stand_in.copies == 0
+
+
+def test_gradients_of_a_step_that_was_overwritten_are_refused(replays):
+    families = FAMILIES["pre and post norm"]
+    _, captured = models(families, absent="where")
+    loss = captured(**batch(families, 0)).loss
+    captured(**batch(families, 1))
+    with pytest.raises(RuntimeError, match="before the next forward"):
+        loss.backward()
+
+
+def test_what_moves_parameters_drops_the_graphs(replays):
+    families = FAMILIES["pre and post norm"]
+    _, captured = models(families, absent="where")
+    step(captured, batch(families, 0))
+    captured.double()
+    assert not captured._steps.steps
+
+
+def test_more_shapes_than_graphs_run_eagerly(replays, monkeypatch):
+    families = FAMILIES["pre and post norm"]
+    eager, captured = models(families, absent="where", modality_dropout=0.0)
+    monkeypatch.setattr(capture, "MOST_GRAPHS", 0)
+    with pytest.warns(UserWarning, match="0 shapes of batches"):
+        got = step(captured, batch(families, 0))
+    assert_equal(got, step(eager, batch(families, 0)))
+    assert not replays
+
+
+def test_evaluation_and_steps_without_labels_are_not_captured(replays):
+    families = FAMILIES["pre and post norm"]
+    _, captured = models(families, absent="where")
+    given = batch(families, 0)
+    captured(**{name: value for name, value in given.items() if name != "labels"})
+    with torch.no_grad():
+        captured(**given)
+    assert not captured._steps.steps
+
+
+def test_what_cannot_be_captured_says_so():
+    families = FAMILIES["pre and post norm"]
+    built = {name: tiny_encoders.build(family) for name, family in families.items()}
+    with pytest.raises(ValueError, match="not on cpu"):
+        U2A(built, CLASSES).capture()
+    with pytest.raises(ValueError, match="PMF"):
+        PMF(built, CLASSES, fusion_layers=1).fixed({}, torch.ones(2, 2, dtype=torch.bool))

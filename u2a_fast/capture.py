@@ -1,0 +1,146 @@
+"""A training step as one CUDA graph: forward and backward are one launch, whatever they consist of.
+
+A step of small batches is bound by the host, which launches a thousand kernels for ten milliseconds of work. A graph
+holds them with the addresses of their operands, so a batch is copied to where the first of its shapes lay, and
+parameters may only change in place. Graphs share one memory pool: no two run at a time, and what leaves one is copied.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .kernels import get_backend
+
+Losses = tuple[Tensor, ...]  # what a step computes; its first entry is differentiated
+
+MOST_GRAPHS = 16  # each holds the activations of its own shapes
+WARM_UP = 2  # runs before a capture: they build kernels and take what libraries allocate once
+
+
+def record(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any, Any]:
+    """`run`, captured: what replays it, its result, which every replay writes again, and the memory it lies in."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # a loader's thread may pin memory
+        result = run()
+    return graph.replay, result, graph.pool()
+
+
+class Step:
+    """The graph of one shape of batch.
+
+    Args:
+        function: tensors -> losses.
+        tensors: a batch, on the GPU.
+        trained: parameters that get the gradient of the first loss.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Sequence[Tensor]], Losses],
+        tensors: Sequence[Tensor],
+        trained: list[Tensor],
+        pool: Any,
+    ):
+        self.tensors, self.trained, self.replays = [t.detach().clone() for t in tensors], trained, 0
+
+        def run() -> tuple[Losses, tuple[Tensor | None, ...]]:
+            losses = function(self.tensors)
+            return losses, torch.autograd.grad(losses[0], trained, allow_unused=True)
+
+        # A copy that autocast keeps of a parameter would be the one of the capture for ever.
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            self.replay, (self.losses, self.grads), self.pool = record(run, pool)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Losses:
+        """The losses of another batch of the same shapes; only the first can be differentiated."""
+        return _Replayed.apply(self, tensors, *self.trained)
+
+
+class _Replayed(torch.autograd.Function):
+    """Forward replays the whole step; backward hands out the gradients that it has left behind."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, tensors: Sequence[Tensor], *trained: Tensor) -> Losses:
+        for own, given in zip(step.tensors, tensors, strict=True):
+            own.copy_(given, non_blocking=True)
+        step.replay()
+        step.replays += 1
+        ctx.step, ctx.replays = step, step.replays
+        ctx.set_materialize_grads(False)
+        losses = tuple(t.detach().clone() for t in step.losses)
+        ctx.mark_non_differentiable(*losses[1:])
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.replays != ctx.step.replays:
+            raise RuntimeError("a later step has overwritten these gradients: call backward before the next forward")
+        found = [i for i, g in enumerate(ctx.step.grads) if g is not None]
+        grads: list[Tensor | None] = [None] * len(ctx.step.grads)
+        scaled = torch._foreach_mul([ctx.step.grads[i] for i in found], d_loss)
+        for i, g in zip(found, scaled, strict=True):
+            grads[i] = g
+        return None, None, *grads
+
+
+class Steps:
+    """The captured steps of a model on `device`, one for each shape of batch that it has met."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool = device, None
+        self.steps: dict[Hashable, Step] = {}
+
+    def forget(self) -> None:
+        """Drop every graph: what they compute with is about to change its place."""
+        self.steps.clear()
+        self.pool = None
+
+    def __deepcopy__(self, memo: dict) -> Steps:
+        """A copy of the model has parameters elsewhere: it captures anew."""
+        return Steps(self.device)
+
+    def __call__(self, function: Callable[[Any], Losses], batch: Any, trained: list[Tensor], key: Hashable) -> Losses:
+        """`function(batch)`, replayed where a batch of the same shapes under the same `key` was captured.
+
+        Args:
+            batch: tensors in dictionaries; other values count as shapes do.
+        """
+        leaves, form = tree_flatten(batch)
+        at = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+        tensors = [leaves[i] for i in at]
+        shapes = tuple((tuple(t.shape), t.dtype) if torch.is_tensor(t) else repr(t) for t in leaves)
+        under = get_backend(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = key, form, shapes, tuple(map(id, trained)), *under
+        if key not in self.steps:
+            if len(self.steps) >= MOST_GRAPHS:
+                warnings.warn(
+                    f"{MOST_GRAPHS} shapes of batches are captured already: others run without a graph", stacklevel=2
+                )
+                return function(batch)
+
+            def of_tensors(own: Sequence[Tensor]) -> Losses:
+                filled = list(leaves)
+                for i, t in zip(at, own, strict=True):
+                    filled[i] = t
+                return function(tree_unflatten(filled, form))
+
+            on_device = [t.to(self.device) for t in tensors]
+            self.steps[key] = Step(of_tensors, on_device, trained, self.pool)
+            self.pool = self.steps[key].pool
+        return self.steps[key](tensors)
