@@ -7,6 +7,7 @@ if __name__ != "kernels":
     from .attention import attention
     from .attention_half import Attention
     from .attention_rows import Group, attention_rows
+    from .attention_varlen import Ends
     from .backend import get_backend, set_backend
     from .linear_lowrank import linear_lowrank
     from .lora_linear import lora_linear
@@ -20,6 +21,7 @@ if __name__ != "kernels":
 
 __all__ = [
     "Attention",
+    "Ends",
     "Group",
     "Half",
     "Linear",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention_rows import attend, attend_backward
+from .attention_varlen import Ends
 from .operands import Half, add_update, add_update_backward, bias_grad, kept_as
 
 KEPT = 11  # tensors that the forward keeps
@@ -28,7 +29,7 @@ class Attention(NamedTuple):
     """
 
     heads: int
-    groups: tuple[int, ...]
+    groups: tuple[int, ...] | Ends
     lengths: Tensor | None
     suffix: int
     causal: bool

@@ -33,7 +33,7 @@ from .attention import (
 )
 from .attention import backward_aten as matmul_backward
 from .attention import forward_aten as matmul_forward
-from .attention_varlen import by_varlen, fits_varlen, varlen_function
+from .attention_varlen import Ends, by_mask, by_varlen, ends_of, fits_varlen, varlen_function
 from .backend import cast
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -70,9 +70,13 @@ def _parts(groups: Sequence[Group], of_queries: Sequence[Tensor | None], of_keys
     for samples, query_rows, key_rows in groups:
         q_end, k_end = q_at + samples * query_rows, k_at + samples * key_rows
         if q_end > q_at and k_end > k_at:
-            of_q = [None if t is None else t[q_at:q_end] for t in of_queries]
-            yield samples, *of_q, *(None if t is None else t[k_at:k_end] for t in of_keys)
+            yield samples, *_from_to(of_queries, q_at, q_end), *_from_to(of_keys, k_at, k_end)
         q_at, k_at = q_end, k_end
+
+
+def _from_to(tensors, start, end):
+    """Rows of each; of all of them no view, whose gradient would be copied between zeros."""
+    return [t if t is None or len(t) == end - start else t[start:end] for t in tensors]
 
 
 def _bias(q, k, lengths, suffix, causal):
@@ -215,22 +219,28 @@ attention_rows_backward = backend.Op(
 # ------------------------------------------------------------------------------------------ of a Function of many steps
 def attend(qkv, heads, groups, lengths, suffix, causal, differentiable):
     """out [N, D]; log-sum-exp or None; and where autograd differentiates attention its graph, `(qkv, out)`."""
-    if _on_cpu(qkv):
+    if _on_cpu(qkv) and not isinstance(groups, Ends):
         out, _, lse = attention_rows_forward(qkv, None, None, heads, groups, lengths, suffix, causal)
         return out, lse, None
-    if len(groups) == 3 and groups[0] and uses_triton((views := _heads(qkv, None, groups[0], heads))[0], causal):
+    if (
+        not isinstance(groups, Ends)
+        and len(groups) == 3
+        and groups[0]
+        and uses_triton((views := _heads(qkv, None, groups[0], heads))[0], causal)
+    ):
         out, lse = attention_forward(*views, lengths, suffix, causal)
         return out.transpose(1, 2).reshape(qkv.shape[0], -1), lse, None
     with torch.set_grad_enabled(differentiable):
         # Three leaves: autograd would put the gradients of views of one together in two passes, and not by rows.
         leaves = [t.detach().requires_grad_(differentiable) for t in _apart(qkv, None)]
-        out = _each_group(*leaves, heads, _groups(groups), lengths, suffix, causal)
+        groups = groups if isinstance(groups, Ends) else _groups(groups)
+        out = _each_group(*leaves, heads, groups, lengths, suffix, causal)
     return out.detach(), None, (leaves, out) if differentiable else None
 
 
 def attend_backward(d_out, d_s, qkv, lora_a, out, lse, graph, heads, groups, lengths, suffix, causal):
     """d_qkv, and dA of the product S = out A^T whose gradient is d_s (None without one). d_out is written over."""
-    if _on_cpu(qkv):
+    if _on_cpu(qkv) and graph is None:
         operands = d_out, d_s, qkv, None, lora_a, out, lse, heads, groups, lengths, suffix, causal
         d_qkv, _, d_a = attention_rows_backward(*operands)
         return d_qkv, d_a
@@ -261,8 +271,11 @@ def _apart(q, kv):
 
 def _each_group(q, k, v, heads, groups, lengths, suffix, causal):
     """out [Nq, D], group by group through `attention`; q [Nq, D], k and v [N, D]."""
-    if len(groups) > 1 and not causal and fits_varlen(q, q.shape[1] // heads):
-        return by_varlen(varlen_function(), q, k, v, heads, groups)
+    varlen = not causal and fits_varlen(q, q.shape[1] // heads)
+    if isinstance(groups, Ends):
+        return by_varlen(varlen_function(), q, k, v, heads, groups) if varlen else by_mask(q, k, v, heads, groups)
+    if len(groups) > 1 and varlen:
+        return by_varlen(varlen_function(), q, k, v, heads, ends_of(tuple(map(tuple, groups)), q.device))
     each = [
         attention(*_by_head(parts, samples, heads), lengths, suffix=suffix, causal=causal)
         for samples, *parts in _parts(groups, (q,), (k, v))
@@ -305,7 +318,7 @@ def attention_rows(
     q: Tensor,
     kv: Tensor | None,
     heads: int,
-    groups: Sequence[Group],
+    groups: Sequence[Group] | Ends,
     lora_a: Tensor | None = None,
     lengths: Tensor | None = None,
     suffix: int = 0,
@@ -317,7 +330,8 @@ def attention_rows(
         q: [Nq, H * Dh]; or [N, 3 * H * Dh], q, k and v side by side, without `kv`.
         kv: [N, 2 * H * Dh], k and v side by side.
         heads: H.
-        groups: how the rows are divided among samples, see `Group`; in order, and all of them.
+        groups: how the rows are divided among samples, see `Group`; in order, and all of them. `Ends` instead, where
+            the lengths lie on the device: not with `lengths` nor `causal`.
         lora_a: [R, H * Dh], cast to the compute dtype; None: no product.
         lengths, suffix: of a single group, as in `attention`: keys that padding hides from a graph of fixed shape.
         causal: row i sees rows up to i of its sample only.
@@ -336,8 +350,8 @@ def attention_rows(
     chosen = backend.resolve(q, kv, lora_a, lengths)
     q, kv = backend.in_autocast_dtype(q), None if kv is None else backend.in_autocast_dtype(kv)
     _check(q, kv, heads, groups, lengths)
-    flat = [size for group in groups for size in group]
-    if q.is_cpu and chosen == "torch":
+    if q.is_cpu and chosen == "torch" and not isinstance(groups, Ends):
+        flat = [size for group in groups for size in group]
         operands = q, kv, lora_a, heads, flat, lengths, suffix, causal
         if backend.needs_grad(q, kv, lora_a):
             return _AttentionRows.apply(*operands)
@@ -352,6 +366,8 @@ def _check(q, kv, heads, groups, lengths):
     if q.dim() != 2 or width % heads or (q.shape[1] != 3 * width if kv is None else kv.shape[1:] != (2 * width,)):
         shapes = list(q.shape), None if kv is None else list(kv.shape)
         raise ValueError(f"q must be [N, 3 * D], or [Nq, D] beside kv [N, 2 * D], D of {heads} heads, not {shapes}")
+    if isinstance(groups, Ends):
+        return
     if sum(g.samples * g.queries for g in groups) != q.shape[0] or sum(g.samples * g.keys for g in groups) != rows:
         raise ValueError(f"groups {list(groups)} do not add up to {q.shape[0]} rows of q and {rows} of k and v")
     if lengths is not None and len(groups) != 1:

@@ -2,7 +2,8 @@
 
     out = softmax(q k^T / sqrt(Dh)) v, sample by sample          q [Nq, H, Dh], k and v [N, H, Dh]
 
-For attention_rows.py, whose `groups` say how the rows are divided: (samples, rows of each in q, rows of each in k).
+For attention_rows.py, whose `groups` say how the rows are divided: (samples, rows of each in q, rows of each in k), or
+whose `Ends` do, where a graph of fixed shapes must not know the lengths.
 """
 
 from __future__ import annotations
@@ -10,12 +11,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .targets import supports_triton
+
+
+class Ends(NamedTuple):
+    """Samples whose lengths only the device knows: where each ends among the rows. Every row belongs to one.
+
+    >>> Ends(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 3]), most_queries=2, most_keys=2).most_keys
+    2
+    """
+
+    queries: Tensor  # [samples + 1] int32, from 0 on
+    keys: Tensor  # [samples + 1] int32
+    most_queries: int  # no sample has more rows in q
+    most_keys: int
 
 
 @functools.cache
@@ -36,18 +52,26 @@ def fits_varlen(q: Tensor, width: int) -> bool:
     )  # flash attention asks for the same
 
 
-def by_varlen(
-    function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, groups: Sequence[Sequence[int]]
-) -> Tensor:
-    """out [Nq, D], all groups in one call; q [Nq, D], k and v [N, D]."""
-    parts = [t.view(t.shape[0], heads, -1) for t in (q, k, v)]
-    return function(*parts, *_ends(tuple(map(tuple, groups)), q.device)).flatten(1)
+def by_varlen(function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, ends: Ends) -> Tensor:
+    """out [Nq, D], all samples in one call; q [Nq, D], k and v [N, D]."""
+    return function(*(t.view(t.shape[0], heads, -1) for t in (q, k, v)), *ends).flatten(1)
+
+
+def by_mask(q: Tensor, k: Tensor, v: Tensor, heads: int, ends: Ends) -> Tensor:
+    """The same where there is no varlen function: every row is multiplied with every other, and most are hidden."""
+    of_query, of_key = (
+        torch.searchsorted(each, torch.arange(len(t), device=t.device, dtype=each.dtype), right=True)
+        for each, t in ((ends.queries, q), (ends.keys, k))
+    )
+    q, k, v = (t.view(1, t.shape[0], heads, -1).transpose(1, 2) for t in (q, k, v))  # [1, H, N, Dh]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=of_query[:, None] == of_key)
+    return out.transpose(1, 2).flatten(2)[0]
 
 
 @functools.lru_cache(maxsize=64)  # every layer asks for the same
-def _ends(groups: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Where each sample ends among the rows of q and of k, int32 behind a 0; and the most rows of one in each."""
+def ends_of(groups: tuple[tuple[int, int, int], ...], device: torch.device) -> Ends:
+    """Where the samples of these groups end."""
     lengths = torch.tensor([(queries, keys) for samples, queries, keys in groups for _ in range(samples)])
     ends = torch.cat([lengths.new_zeros(1, 2), lengths.cumsum(0)]).to(torch.int32).t().contiguous()
     q_ends, k_ends = ends.to(device, non_blocking=True).unbind()
-    return q_ends, k_ends, *lengths.amax(0).tolist()
+    return Ends(q_ends, k_ends, *lengths.amax(0).tolist())

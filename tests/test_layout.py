@@ -1,9 +1,11 @@
 """Rows laid end to end: whatever the padding, every row comes back to its place."""
 
+import itertools
+
 import pytest
 import torch
 
-from u2a_fast.layout import dense, layout_of
+from u2a_fast.layout import dense, layout_of, of_plan, plan_of
 from u2a_fast.padding import padding_of
 
 MASKS = {
@@ -71,3 +73,35 @@ def test_static_shapes_keep_their_padding():
     padding = padding_of(mask, static=True)
     layout = layout_of(torch.randn(2, 2, 3), padding, suffix=1)
     assert layout.groups == dense(2, 2, 1).groups and layout.lengths is padding.lengths
+
+
+@pytest.mark.parametrize("suffix", [0, 2])
+@pytest.mark.parametrize("name", ["at the end", "on the left", "holes"])
+def test_a_plan_says_where_the_real_rows_of_those_who_are_there_lie(name, suffix):
+    tokens, mask, _ = case(name)
+    here = torch.tensor([True, False, True, True])
+    layout = of_plan(*plan_of(mask, here, 4, suffix, parts=4))
+    ends, at = layout.groups.keys.tolist(), layout.places
+    packed = layout.pack(tokens)[0]
+    rows = (
+        torch.full((ends[-1], 3), float("nan"))
+        .index_copy(0, at.rows, packed)
+        .index_copy(0, at.learned, torch.arange(4.0).repeat_interleave(suffix)[:, None].expand(-1, 3))
+    )
+    for sample in range(4):
+        own = rows[ends[sample] : ends[sample + 1]]
+        real = tokens[sample][mask[sample]] if here[sample] else tokens[sample][:0]
+        assert torch.equal(own, torch.cat([real, torch.full((suffix, 3), float(sample))]))
+        if here[sample]:
+            assert torch.equal(rows[at.starts[sample]], real[0]) and torch.equal(rows[at.ends[sample]], real[-1])
+    assert not rows.isnan().any()  # spare rows too
+    assert max(b - a for a, b in itertools.pairwise(ends)) <= layout.groups.most_keys
+
+
+def test_plans_of_many_batches_have_few_sizes():
+    generator, sizes = torch.Generator().manual_seed(0), set()
+    for _ in range(100):
+        lengths = torch.randint(1, 33, (16,), generator=generator)
+        here = torch.rand(16, generator=generator) < 0.7
+        sizes.add(plan_of(torch.arange(32) < lengths[:, None], here, 32, 1, parts=16)[1])
+    assert len({size.tokens for size in sizes}) == len(sizes) <= 8

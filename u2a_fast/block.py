@@ -212,7 +212,9 @@ class Block(GradientCheckpointingLayer):
         before, after = (norms, NO_NORMS) if self.pre_norm else (NO_NORMS, norms)
         attention = kernels.Half(before[0], qkv, o, own["scale1"], after[0])
         mlp = kernels.Half(before[1], fc1, fc2, own["scale2"], after[1])
-        groups = tuple(size for group in layout.groups for size in group)
+        groups = layout.groups
+        if not isinstance(groups, kernels.Ends):
+            groups = tuple(size for group in groups for size in group)
         see = kernels.Attention(self.num_heads, groups, layout.lengths, layout.suffix, self.causal)
         return kernels.transformer_block(rows, attention, mlp, see, self.fused_activation)
 
@@ -232,7 +234,7 @@ class Block(GradientCheckpointingLayer):
         q: torch.Tensor,
         kv: torch.Tensor | None,
         layout: Layout,
-        groups: Sequence[kernels.Group] | None = None,
+        groups: Sequence[kernels.Group] | kernels.Ends | None = None,
         causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention within each sample, and the low-rank product of its result that `o` needs: what `complete` takes.

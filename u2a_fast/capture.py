@@ -12,14 +12,14 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .kernels import get_backend
 
 Losses = tuple[Tensor, ...]  # what a step computes; its first entry is differentiated
 
-MOST_GRAPHS = 16  # each holds the activations of its own shapes
+MOST_GRAPHS = 64  # they share the memory of activations, but each holds its inputs, gradients and list of kernels
 WARM_UP = 2  # runs before a capture: they build kernels and take what libraries allocate once
 
 
@@ -100,10 +100,15 @@ class _Replayed(torch.autograd.Function):
 
 
 class Steps:
-    """The captured steps of a model on `device`, one for each shape of batch that it has met."""
+    """The captured steps of a model, one for each shape of batch that it has met.
 
-    def __init__(self, device: torch.device):
-        self.device, self.pool = device, None
+    Args:
+        model: whose parameters that require a gradient now get theirs; to list them takes longer than to launch a step.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.pool: Any = None
         self.steps: dict[Hashable, Step] = {}
 
     def forget(self) -> None:
@@ -111,11 +116,10 @@ class Steps:
         self.steps.clear()
         self.pool = None
 
-    def __deepcopy__(self, memo: dict) -> Steps:
-        """A copy of the model has parameters elsewhere: it captures anew."""
-        return Steps(self.device)
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model has parameters elsewhere, and captures when it is told to."""
 
-    def __call__(self, function: Callable[[Any], Losses], batch: Any, trained: list[Tensor], key: Hashable) -> Losses:
+    def __call__(self, function: Callable[[Any], Losses], batch: Any, key: Hashable) -> Losses:
         """`function(batch)`, replayed where a batch of the same shapes under the same `key` was captured.
 
         Args:
@@ -126,7 +130,7 @@ class Steps:
         tensors = [leaves[i] for i in at]
         shapes = tuple((tuple(t.shape), t.dtype) if torch.is_tensor(t) else repr(t) for t in leaves)
         under = get_backend(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        key = key, form, shapes, tuple(map(id, trained)), *under
+        key = key, form, shapes, *under
         if key not in self.steps:
             if len(self.steps) >= MOST_GRAPHS:
                 warnings.warn(
@@ -140,7 +144,7 @@ class Steps:
                     filled[i] = t
                 return function(tree_unflatten(filled, form))
 
-            on_device = [t.to(self.device) for t in tensors]
-            self.steps[key] = Step(of_tensors, on_device, trained, self.pool)
+            on_device = [t.to(self.trained[0].device) for t in tensors]
+            self.steps[key] = Step(of_tensors, on_device, self.trained, self.pool)
             self.pool = self.steps[key].pool
         return self.steps[key](tensors)

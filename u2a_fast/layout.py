@@ -57,23 +57,27 @@ class Layout:
     """How the rows of B samples lie.
 
     Attributes:
-        groups: `((samples, rows, rows), ...)`, in the order of the rows.
+        groups: `((samples, rows, rows), ...)`, in the order of the rows; or where each sample ends (`of_plan`).
         suffix: learned rows at the end of each sample.
         lengths: int64 `[B]`, real tokens, where padding stays and is hidden instead (static shapes).
         places: where they stand; None: as in `[B, S + Q]`.
     """
 
-    groups: tuple[kernels.Group, ...]
+    groups: tuple[kernels.Group, ...] | kernels.Ends
     suffix: int = 0
     lengths: Tensor | None = None
     places: Places | None = None
 
     @property
     def batch(self) -> int:
-        return sum(group.samples for group in self.groups)
+        return sum(group.samples for group in self.groups) if self.places is None else len(self.places.samples)
 
-    def with_queries(self, rows: int) -> tuple[kernels.Group, ...]:
+    def with_queries(self, rows: int) -> tuple[kernels.Group, ...] | kernels.Ends:
         """The groups where `rows` rows of each sample ask."""
+        if isinstance(self.groups, kernels.Ends):
+            keys = self.groups.keys
+            ends = torch.arange(len(keys), device=keys.device).clamp(max=self.batch) * rows  # fillers do not ask
+            return kernels.Ends(ends.to(keys.dtype), keys, rows, self.groups.most_keys)
         return tuple(kernels.Group(group.samples, rows, group.keys) for group in self.groups)
 
     def pack(self, tokens: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ class Layout:
         tokens = tokens.view(batch, length, rows.shape[2])
         return torch.cat([tokens, self.of_each(rows[:, at.learned], self.suffix)], 1) if self.suffix else tokens
 
-    def read(self, last: bool, device: torch.device) -> tuple[Tensor, tuple[kernels.Group, ...]]:
+    def read(self, last: bool, device: torch.device) -> tuple[Tensor, tuple[kernels.Group, ...] | kernels.Ends]:
         """Where a sample's first (or last) token and its learned rows stand, `[B * (1 + Q)]`, and their groups."""
         if self.places is None:
             batch, rows, _ = self.groups[0]
@@ -126,12 +130,72 @@ def dense(batch: int, length: int, suffix: int = 0, lengths: Tensor | None = Non
     return Layout((kernels.Group(batch, length + suffix, length + suffix),), suffix, lengths)
 
 
+@dataclass(frozen=True)
+class PlanSizes:
+    """What of a plan is part of a graph's shape.
+
+    Attributes:
+        batch: samples. tokens: rows of tokens, spare ones too. suffix: learned rows of each sample.
+        longest: no sample has more rows. fillers: samples that the spare rows make.
+    """
+
+    batch: int
+    tokens: int
+    suffix: int
+    longest: int
+    fillers: int
+
+
+def plan_of(mask: Tensor, here: Tensor, length: int, suffix: int, parts: int) -> tuple[Tensor, PlanSizes]:
+    """`packed` for graphs, whose shapes are fixed: all places in one int64 tensor, the number of rows one of `parts`.
+
+    Spare rows are copies of the first token, in samples of their own that nobody reads.
+
+    Args:
+        mask: bool `[B, S]` on the CPU.
+        here: bool `[B]`, who has the modality; of the others only the learned rows are there.
+        length: tokens of a sample as they are embedded, S or more.
+    """
+    batch, longest = len(mask), length + suffix
+    mask = _with_first(mask) & here[:, None]
+    lengths = mask.sum(dim=1)
+    ends = (lengths + suffix).cumsum(0)
+    of_sample, column = mask.nonzero().unbind(1)
+    step = -(-batch * longest // parts)
+    spare, fillers = -int(ends[-1]) % step, -(-step // longest)
+    total = int(ends[-1]) + spare
+    behind = (ends[-1] + longest * torch.arange(1, fillers + 1)).clamp(max=total)
+    plan = (
+        torch.cat([of_sample * length + column, torch.zeros(spare, dtype=torch.int64)]),  # tokens
+        torch.cat([torch.arange(len(column)) + suffix * of_sample, torch.arange(total - spare, total)]),  # rows
+        ((ends - suffix)[:, None] + torch.arange(suffix)).flatten(),  # learned
+        (ends - suffix - lengths).clamp(max=total - 1),  # starts
+        torch.cat([torch.zeros(1, dtype=torch.int64), ends, behind]),
+    )
+    return torch.cat(plan), PlanSizes(batch, len(column) + spare, suffix, longest, fillers)
+
+
+def of_plan(plan: Tensor, sizes: PlanSizes) -> Layout:
+    """The layout that a plan describes, on the device of `plan`."""
+    batch, tokens, suffix, longest, fillers = sizes.batch, sizes.tokens, sizes.suffix, sizes.longest, sizes.fillers
+    parts = plan.split([tokens, tokens, batch * suffix, batch, batch + 1 + fillers])
+    ends, samples = parts[4].to(torch.int32), torch.arange(batch, device=plan.device)
+    last = parts[4][1 : batch + 1] - suffix - 1
+    places = Places(samples, tokens=parts[0], rows=parts[1], learned=parts[2], starts=parts[3], ends=last)
+    return Layout(kernels.Ends(ends, ends, longest, longest), suffix, places=places)
+
+
+def _with_first(mask: Tensor) -> Tensor:
+    """A sample without a real token keeps its first."""
+    return mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(mask.shape[1]) == 0))
+
+
 def packed(mask: Tensor, device: torch.device, suffix: int = 0) -> Layout:
     """The layout of the real rows alone, worked out on the CPU and sent to `device` without waiting.
 
     mask: bool `[B, S]` on the CPU. A sample without a real token keeps its first.
     """
-    mask = mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(mask.shape[1]) == 0))
+    mask = _with_first(mask)
     lengths, order = mask.sum(dim=1).sort(stable=True)
     of_sample, column = mask[order].nonzero().unbind(1)
     ends = (lengths + suffix).cumsum(0)  # behind the last row of each sample

@@ -8,7 +8,7 @@ import torch
 from tolerance import assert_as_exact_as
 
 from u2a_fast.kernels import Group, attention, attention_rows, set_backend
-from u2a_fast.kernels.attention_varlen import by_varlen
+from u2a_fast.kernels.attention_varlen import by_varlen, ends_of
 from u2a_fast.memory import saved_bytes
 
 module = importlib.import_module("u2a_fast.kernels.attention_rows")  # the package's name is the function
@@ -170,7 +170,7 @@ def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case):
     q, kv, *_ = operands(case, torch.float64)
     expected, _ = attention_rows(q, kv, HEADS, CASES[case][0])
     parts = q.unflatten(1, (3, -1)).unbind(1) if kv is None else (q, *kv.unflatten(1, (2, -1)).unbind(1))
-    torch.testing.assert_close(by_varlen(varlen, *parts, HEADS, CASES[case][0]), expected)
+    torch.testing.assert_close(by_varlen(varlen, *parts, HEADS, ends_of(tuple(CASES[case][0]), q.device)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -104,6 +104,11 @@ class Encoder(nn.Module):
         """Whether it is the last row, not the first."""
         return self.family.class_token == "last"
 
+    @property
+    def packs_by_plan(self) -> bool:
+        """Whether its rows may lie as a plan says: attention sees whole samples, and the class token is their first."""
+        return self.family.padding is not None and self.family.class_token == "first" and not self.family.causal
+
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
         self.stem.eval()  # frozen is not eval: dropout of the embedding stage must stay off
@@ -180,6 +185,16 @@ class Encoder(nn.Module):
             hidden, length = self.finish(self.run(tokens, padding, suffix, present)), tokens.shape[1]
             return self.class_token(hidden[:, :length], padding and padding.mask), hidden[:, length:]
         tokens, layout, _ = self.lay_out(tokens, padding, suffix)
+        return self.read_laid_out(tokens, layout, suffix, present)
+
+    def read_laid_out(
+        self,
+        tokens: torch.Tensor,
+        layout: Layout,
+        suffix: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`read` of tokens whose layout is known, of encoders whose class token is one row."""
         *below, last = self.blocks
         rows, learned = layout.pack(tokens), suffix
         if below:

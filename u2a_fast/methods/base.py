@@ -112,7 +112,9 @@ class MultimodalModel(PreTrainedModel):
         """Whether every row runs, so that nothing depends on values of the batch."""
         return False
 
-    def fixed(self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor) -> dict[str, Any]:
+    def fixed(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None
+    ) -> dict[str, Any]:
         """The batch as `encode_fixed` takes it: whatever decides which kernels run is the shape of a tensor."""
         raise ValueError(f"the kernels that {type(self).__name__} runs depend on values of the batch: none is captured")
 
@@ -164,7 +166,7 @@ class MultimodalModel(PreTrainedModel):
         if self.all_absent == "error" and host.readable(present):
             refuse_empty(present)
         if self._steps is not None and labels is not None and torch.is_grad_enabled():
-            losses = self._captured(inputs, present, labels)
+            losses = self._captured(inputs, present, padding, labels)
         else:
             present = self._left(present)
             losses = self.losses(self.encode(inputs, present, padding), present, labels)
@@ -186,10 +188,11 @@ class MultimodalModel(PreTrainedModel):
     def capture(self, batch: Mapping[str, Any] | None = None) -> None:
         """From now on, replay training steps as CUDA graphs: forward and backward in one launch. U2A alone has them.
 
-        A step with labels is captured when a batch of its shapes is first met (some seconds and the memory of its
-        activations, up to 16 shapes), and replayed afterwards. With `absent="pack"` the samples of each modality are
-        filled up to a multiple of an eighth of the batch, and texts to one of 32 tokens, so that shapes recur. The
-        gradients are those of the whole loss as it stands: divide or weigh it afterwards, as Trainer does.
+        A step with labels is captured when a batch of its shapes is first met (a second and the memory of its
+        activations, up to 64 shapes), and replayed afterwards. With `absent="pack"` the samples of each modality are
+        filled up to a multiple of an eighth of the batch, rows of texts to one of a sixteenth, so that shapes recur.
+        What requires a gradient now gets one: call it again after freezing or unfreezing. A loss in fp16 is not scaled
+        before it is differentiated: use bf16.
 
         Args:
             batch: keywords of `forward`, whose shapes are captured at once.
@@ -201,7 +204,7 @@ class MultimodalModel(PreTrainedModel):
             raise ValueError(
                 f"a CUDA graph needs the model on a GPU, not on {self.device}: call model.to('cuda') first"
             )
-        self._steps = Steps(self.device)
+        self._steps = Steps(self)
         if batch is not None:
             self(**batch)
 
@@ -211,15 +214,15 @@ class MultimodalModel(PreTrainedModel):
             self._steps.forget()
         return super()._apply(fn, recurse)
 
-    def _captured(self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def _captured(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None, labels: Tensor
+    ) -> tuple[Tensor, ...]:
         assert self._steps is not None
 
         def losses(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
             return self.losses(*self.encode_fixed(batch["fixed"]), batch["labels"])
 
-        trained = [p for p in self.parameters() if p.requires_grad]
-        batch = {"fixed": self.fixed(inputs, present), "labels": labels}
-        return self._steps(losses, batch, trained, self.training)
+        return self._steps(losses, {"fixed": self.fixed(inputs, present, padding), "labels": labels}, self.training)
 
     def _to_host(
         self, inputs: Mapping[str, Mapping[str, Any]], *tensors: Tensor | None

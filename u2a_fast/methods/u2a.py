@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import host, kernels
 from ..encoders.frozen import add_adapters
+from ..layout import of_plan, plan_of
 from ..lora import LoraConfig, read_lora
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
@@ -140,35 +141,51 @@ class U2A(MultimodalModel):
             proxies.append(torch.cat([stand_ins[:i], tokens.detach()[None], stand_ins[i:]]))  # diagonal unused
         return U2AEncoded(torch.stack(class_tokens), torch.stack(proxies))
 
-    def fixed(self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor) -> dict[str, Any]:
-        """All samples, or with `absent="pack"` those that are present and some of them again, up to a common size."""
+    def fixed(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None
+    ) -> dict[str, Any]:
+        """All samples; or with `absent="pack"` the rows of those that are present, filled up to a common size."""
         if self.static_shapes:
             return {"inputs": dict(inputs), "present": present}
-        batch, rows, index = len(present), {}, {}
-        present = self._left(present)
+        present, fixed = self._left(present), {}
         for i, name in enumerate(self.config.modalities):
-            here = present[:, i].nonzero().flatten()
-            if name not in inputs or not len(here):
-                continue
-            spare = -len(here) % max(1, batch // PARTS)
-            values = self.encoders[name].lengthened(inputs[name])
-            device = next(value.device for value in values.values() if torch.is_tensor(value))
-            chosen = host.send(torch.cat([here, here[-1:].expand(spare)]), device)
-            rows[name] = {k: v.index_select(0, chosen) if torch.is_tensor(v) else v for k, v in values.items()}
-            index[name] = torch.cat([here, torch.full((spare,), batch)])  # to a row that nobody reads
-        return {"inputs": rows, "index": index, "present": present}
+            if name in inputs and present[:, i].any():
+                fixed[name] = self._fixed(name, inputs[name], present[:, i], (padding or {}).get(name))
+        return {"packed": fixed, "present": present}
+
+    def _fixed(self, name: str, inputs: Mapping[str, Any], here: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        encoder, batch = self.encoders[name], len(here)
+        inputs = encoder.lengthened(inputs)
+        if mask is not None and encoder.packs_by_plan:
+            length = inputs["input_ids"].shape[1]
+            plan, sizes = plan_of(mask, here, length, self.mask_tokens[name].shape[0], 2 * PARTS)
+            return {"inputs": inputs, "plan": plan, "sizes": sizes}
+        positions = here.nonzero().flatten()
+        spare = -len(positions) % max(1, batch // PARTS)
+        device = next(value.device for value in inputs.values() if torch.is_tensor(value))
+        chosen = host.send(torch.cat([positions, positions[-1:].expand(spare)]), device)
+        rows = {k: v.index_select(0, chosen) if torch.is_tensor(v) else v for k, v in inputs.items()}
+        return {"inputs": rows, "index": torch.cat([positions, torch.full((spare,), batch)])}  # to a row nobody reads
 
     def encode_fixed(self, fixed: Mapping[str, Any]) -> tuple[U2AEncoded, Tensor]:
-        inputs, present = fixed["inputs"], fixed["present"]
+        present = fixed["present"]
         if self.static_shapes:
             present = self._left(present)
-            return self._joined(self._static(inputs, present), present), present
+            return self._joined(self._static(fixed["inputs"], present), present), present
         encoded, batch = {}, len(present)
-        for name, values in inputs.items():
-            tokens, mask = self.encoders[name].embed(**values)
-            class_token, proxies = self.read(name, tokens, padding_of(mask, static=True))
-            rows = Rows(None, fixed["index"][name], values)
-            encoded[name] = rows.spread(class_token, batch + 1)[:batch], rows.spread(proxies, batch + 1, 1)[:, :batch]
+        for name, packed in fixed["packed"].items():
+            encoder, suffix = self.encoders[name], self.mask_tokens[name]
+            if "plan" in packed:
+                here = present[:, self.config.modalities.index(name)]
+                tokens, _ = encoder.embed(**_clean(packed["inputs"], here))
+                read = encoder.read_laid_out(tokens, of_plan(packed["plan"], packed["sizes"]), suffix)
+                encoded[name] = self._projected(name, *read)
+            else:
+                tokens, mask = encoder.embed(**packed["inputs"])
+                class_token, proxies = self.read(name, tokens, padding_of(mask, static=True))
+                rows = Rows(None, packed["index"], packed["inputs"])
+                class_token, proxies = rows.spread(class_token, batch + 1), rows.spread(proxies, batch + 1, dim=1)
+                encoded[name] = class_token[:batch], proxies[:, :batch]
         return self._joined(encoded, present), present
 
     def fuse(self, encoded: U2AEncoded, present: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,11 +217,7 @@ class U2A(MultimodalModel):
         encoded = {}
         for name, here in zip(self.encoders, host.send(present, self.head.weight.device).unbind(1), strict=True):
             if name in inputs:
-                clean = {
-                    k: torch.where(here.view(-1, *[1] * (v.dim() - 1)), v, 0) if torch.is_tensor(v) else v
-                    for k, v in inputs[name].items()
-                }
-                tokens, mask = self.encoders[name].embed(**clean)
+                tokens, mask = self.encoders[name].embed(**_clean(inputs[name], here))
                 encoded[name] = self.read(name, tokens, padding_of(mask, static=True), here)
         return encoded
 
@@ -213,7 +226,9 @@ class U2A(MultimodalModel):
 
         here: bool `[B]`, who has the modality where not all of the samples do; the tokens of others are never read.
         """
-        class_token, learned = self.encoders[name].read(tokens, padding, self.mask_tokens[name], here)
+        return self._projected(name, *self.encoders[name].read(tokens, padding, self.mask_tokens[name], here))
+
+    def _projected(self, name: str, class_token: Tensor, learned: Tensor) -> Read:
         return self._project(name, class_token), self._project(name, learned.transpose(0, 1))
 
     def _project(self, name: str, rows: Tensor) -> Tensor:
@@ -224,3 +239,11 @@ class U2A(MultimodalModel):
     def _prior(self) -> Tensor:
         """Mean of all mask tokens in the common width, `[D]`."""
         return torch.cat([self._project(name, tokens) for name, tokens in self.mask_tokens.items()]).mean(dim=0)
+
+
+def _clean(inputs: Mapping[str, Any], here: Tensor) -> dict[str, Any]:
+    """Inputs with zeros in the rows of samples that are not `here`, bool `[B]`, whatever these held."""
+    return {
+        name: torch.where(here.view(-1, *[1] * (value.dim() - 1)), value, 0) if torch.is_tensor(value) else value
+        for name, value in inputs.items()
+    }
