@@ -17,7 +17,7 @@ from .backend import jit, tl
 from .reduce import REDUCE_TILE, launch_sum_parts, splits
 from .tiling import accumulator, dot_precision, rank_tile
 
-BACKWARD_TILE = {"BM": 16, "BK": 64, "num_warps": 4, "num_stages": 2}
+BACKWARD_TILE = {"BM": 16, "BK": 256, "num_warps": 8, "num_stages": 2}
 
 
 @jit
@@ -183,6 +183,8 @@ def backward_triton(
     d_a = _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias) if needs.lora_a else None
     if not any(needs[:6]):
         return Leaves(*[None] * 6, d_a)
+    if lora_a is None:  # d_h has its part of it already
+        d_s = None
     given = next(t for t in (d_rows, d_h, d_s) if t is not None)
     (batch, height), wide = given.shape[:2], backend.wide(dtype)
     k = given.shape[2] if lora_a is None else lora_a.shape[1]

@@ -1,6 +1,6 @@
 """The Triton kernel of `assemble` and `assemble_norm_project` (assemble.py has the formulas and the other backends).
 
-16 rows a program, in pieces of 128 columns: gather, LayerNorm, h and s = h A^T; a row's second reading comes from
+16 rows a program, in pieces of 256 columns: gather, LayerNorm, h and s = h A^T; a row's second reading comes from
 cache. Which row of which tensor is read is chosen among pointers, so absent tokens are not touched and nothing is
 copied beforehand. The backward is in assemble_backward.py, the same in ATen in assemble_aten.py.
 
@@ -18,7 +18,7 @@ from .backend import jit, tl
 from .quantize import TINY, round_half_even
 from .tiling import accumulator, dot_precision, element_type, rank_tile
 
-FORWARD_TILE = {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 2}
+FORWARD_TILE = {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 2}
 
 
 # ------------------------------------------------------------------------------------------------------------- forward

@@ -196,8 +196,11 @@ def linear_backward_triton(dy, x, weight, weight_scale, s, lora_a, lora_b, scali
     dx = g = da = db = None
     if lora_b is not None:
         g, db = launch_low_rank(rows, s, lora_b, scaling, groups)
-    if weight is not None and lora_a is None and weight_scale is None:  # nothing to fuse: the library's GEMM
+    if weight is not None and weight_scale is None and seed is None:
+        # The library's GEMM and a second pass over dX for G A: on an H200 40 us where one GEMM of ours takes 56.
         dx = rows @ as_float(weight, None, dy.dtype)
+        if lora_a is not None:
+            dx.addmm_(g, cast(lora_a, g.dtype))
     elif weight is not None:
         dx = launch_input(rows, weight, weight_scale, None if lora_a is None else g, lora_a, dropout, seed)
     if x is not None:

@@ -60,13 +60,13 @@ def backward_triton(
     needs = Trained(*needs)
     through_norm = any(needs[:3])
     wants_ds = lora_a is not None and (through_norm or needs.lora_a)
-    operands = dy, None, weight if through_norm else None, weight_scale, s, None, lora_b
+    operands = dy, None, weight if through_norm else None, weight_scale, s, lora_a, lora_b
     dh, ds, _, db = linear_backward_triton(*operands, scaling, groups, 0.0, None, wants_ds)
     if not any(needs[:4]):
         return Trained(None, None, None, None, db)
     rows = (None if t is None else t[None] for t in (d_x, dh, ds, x))
     asked = Leaves(needs.x, False, False, False, needs.norm_weight, needs.norm_bias, needs.lora_a)
-    norm = mean, rstd, norm_weight, norm_bias, lora_a, None
+    norm = mean, rstd, norm_weight, norm_bias, None, None  # ds A is part of dh already; ds makes dA alone
     grads = assemble_backward_triton(*rows, *norm, 1, 0, dy.shape[0], eps, dtype, asked)
     of_parameters = (grads.norm_weight, norm_weight), (grads.norm_bias, norm_bias), (grads.lora_a, lora_a)
     of_parameters = [g if g is None else cast(g, p.dtype) for g, p in of_parameters]
