@@ -1,0 +1,167 @@
+"""Measure and prove, on the GPU that is here, what the package claims; each step in processes of its own.
+
+    python -m u2a_fast.gpu_report --minutes 10 --out report/
+    python -m u2a_fast.gpu_report --dry --out report/          the whole script on a CPU, tiny, to see that it works
+    python -m u2a_fast.gpu_report --steps a,c,i
+
+No network, random weights, clocks as they are. Every step writes its JSON after each measurement and is stopped when
+its share of the time is over. The page is `README.md` in the folder. Exit status 1: a wrong result or an error in a
+step that proves something (c, d, e, f); 0 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .page import write_page
+from .report import write_json
+from .steps import STEPS
+
+Results = dict[str, dict[str, Any]]  # by step: title, status, seconds, entries
+AT_ONCE_DRY = 2
+PAGE_SECONDS = 8
+WORST_FIRST = ("failed", "over its time", "done")
+
+
+@dataclass(frozen=True)
+class Job:
+    step: str
+    part: int
+
+    def file(self, folder: Path) -> Path:
+        return folder / "parts" / f"{self.step}-{self.part}.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m u2a_fast.gpu_report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10, help="how long all steps may take together")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the page and its JSON")
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"which of {','.join(STEPS)}")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, in tiny sizes: whether the script works")
+    options = parser.parse_args(arguments)
+    chosen = options.steps.split(",")
+    if unknown := sorted(set(chosen) - set(STEPS)):
+        parser.error(f"--steps takes letters out of {','.join(STEPS)}, not {','.join(unknown)}")
+    results = run_steps([name for name in STEPS if name in chosen], options.minutes * 60, options.out, options.dry)
+    write_page(results, options.out)
+    print(f"{options.out / 'README.md'}: " + ", ".join(f"{name} {step['status']}" for name, step in results.items()))
+    return exit_status(results)
+
+
+def exit_status(results: Results) -> int:
+    """1 where something that was to be proved is wrong, or could not be run for an error."""
+    return int(any(faults(results)))
+
+
+def faults(results: Results) -> Iterator[str]:
+    for name, step in results.items():
+        if not STEPS[name].proves:
+            continue
+        if step["status"] == "failed":
+            yield f"step {name} failed"
+        for what, entry in step["entries"].items():
+            if entry["state"] in ("wrong", "error"):
+                yield f"{name}: {what}"
+
+
+def run_steps(chosen: list[str], seconds: float, folder: Path, dry: bool) -> Results:
+    """Run the steps, those that take no times beside each other. What one leaves of its time falls to the others."""
+    end, results = time.monotonic() + seconds - PAGE_SECONDS, {}
+    together = [[name for name in chosen if not STEPS[name].alone]]
+    groups = [chosen] if dry else [[name] for name in chosen if STEPS[name].alone]
+    if not dry and together[0]:
+        groups.insert(int("a" in chosen), together[0])
+    shares = [max(STEPS[name].share for name in group) for group in groups]
+    for i, group in enumerate(groups):
+        left = max(1.0, end - time.monotonic())
+        limit = left * shares[i] / sum(shares[i:])
+        results |= run_group(group, limit, folder, dry)
+    return {name: results[name] for name in sorted(results)}
+
+
+def run_group(group: list[str], limit: float, folder: Path, dry: bool) -> Results:
+    jobs = [Job(name, part) for name in group for part in range(1 if dry else STEPS[name].parts)]
+    for job in jobs:
+        job.file(folder).unlink(missing_ok=True)
+    deadline, start = time.monotonic() + limit, time.monotonic()
+    threads = max(1, (os.cpu_count() or 1) // len(jobs)) if len(jobs) > 1 else None
+    with ThreadPoolExecutor(AT_ONCE_DRY if dry else len(jobs)) as pool:
+        status = dict(zip(jobs, pool.map(lambda job: run_job(job, deadline, folder, dry, threads), jobs), strict=True))
+    results = {}
+    for name in group:
+        own = [job for job in jobs if job.step == name]
+        results[name] = {
+            "title": STEPS[name].title,
+            "status": min((status[job] for job in own), key=WORST_FIRST.index),
+            "seconds": round(time.monotonic() - start, 1),
+            "dry": dry,
+            "entries": {what: entry for job in own for what, entry in entries_of(job.file(folder)).items()},
+        }
+        write_json(folder / f"{name}.json", results[name])
+    return results
+
+
+def entries_of(path: Path) -> dict[str, Any]:
+    """What a process wrote; a measurement that was under way when it was stopped is no result."""
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    for entry in entries.values():
+        if entry["state"] == "running":
+            entry |= {"state": "no result", "why": "stopped: the time of the step was over"}
+    return entries
+
+
+def run_job(job: Job, deadline: float, folder: Path, dry: bool, threads: int | None) -> str:
+    """Run a process of a step, and another after it where it lost its CUDA context: done, failed or over its time."""
+    log = folder / "logs" / f"{job.step}-{job.part}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    while (left := deadline - time.monotonic()) > 0:
+        command = [sys.executable, "-m", f"{__package__}.child", job.step, str(job.part)]
+        command += [str(job.file(folder)), f"{left:.1f}", "dry" if dry else "gpu"]
+        before = entries_of(job.file(folder))
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment(threads), start_new_session=True
+            )
+            try:
+                status = process.wait(left)
+            except subprocess.TimeoutExpired:
+                return "over its time"
+            finally:
+                end_group(process)
+        if status == 0:
+            return "done"
+        if len(entries_of(job.file(folder))) == len(before):  # it got nowhere: it would not the next time either
+            return "failed"
+    return "over its time"
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a step's process and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    set_here = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    set_here["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it, deterministic algorithms refuse cuBLAS
+    if threads is not None:
+        set_here["OMP_NUM_THREADS"] = str(threads)
+    return os.environ | set_here
+
+
+if __name__ == "__main__":
+    sys.exit(main())
