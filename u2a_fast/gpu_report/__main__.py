@@ -12,6 +12,7 @@ step that proves something (c, d, e, f); 0 otherwise.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -77,7 +78,8 @@ def faults(results: Results) -> Iterator[str]:
 
 def run_steps(chosen: list[str], seconds: float, folder: Path, dry: bool) -> Results:
     """Run the steps, those that take no times beside each other. What one leaves of its time falls to the others."""
-    end, results = time.monotonic() + seconds - PAGE_SECONDS, {}
+    end = time.monotonic() + seconds - PAGE_SECONDS
+    results: Results = {}
     together = [[name for name in chosen if not STEPS[name].alone]]
     groups = [chosen] if dry else [[name] for name in chosen if STEPS[name].alone]
     if not dry and together[0]:
@@ -148,10 +150,8 @@ def run_job(job: Job, deadline: float, folder: Path, dry: bool, threads: int | N
 
 def end_group(process: subprocess.Popen) -> None:
     """End a step's process and all that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

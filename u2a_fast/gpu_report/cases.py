@@ -141,7 +141,8 @@ def linear_case(
     return Case(function, name, make, call, trained, formula, dtypes, ("x",) if strided else ())
 
 
-ALIGNED, ODD = {"k": 256, "n": 384, "groups": 3}, {"k": 37, "n": 51, "groups": 3}
+ALIGNED: dict[str, Any] = {"k": 256, "n": 384, "groups": 3}
+ODD: dict[str, Any] = {"k": 37, "n": 51, "groups": 3}
 LINEARS = [
     linear_case("lora_linear", "aligned", (2, 128), **ALIGNED),
     linear_case("lora_linear", "odd", (7, 5), rank=6, **ODD),

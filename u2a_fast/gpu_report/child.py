@@ -1,4 +1,4 @@
-"""One process of a step: `python -m u2a_fast.gpu_report.child STEP PART FILE SECONDS gpu|dry`, started by the report."""
+"""One process of a step, as the report starts it: `... -m u2a_fast.gpu_report.child STEP PART FILE SECONDS gpu|dry`."""
 
 from __future__ import annotations
 

@@ -8,14 +8,15 @@ twice more, whose bits must be the same where all kernels are ours. A GPU comput
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import get_backend, set_backend
-from .cases import CASES, Case, Draw, Operands, Outputs
+from .cases import CASES, Case, Draw, Operands
 from .report import Entry, Report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -30,8 +31,7 @@ def measure(report: Report) -> None:
     for dtype, function in own:
         for case in CASES:
             if case.function == function and dtype in case.dtypes:
-                run = lambda c=case, d=dtype: check(c, d, report.device, backends)  # noqa: E731
-                report.measure(f"{function}, {case.name}, {dtype}", run)
+                report.measure(f"{function}, {case.name}, {dtype}", check, case, dtype, report.device, backends)
 
 
 def check(case: Case, name: str, device: torch.device, backends: list[str]) -> Entry:
@@ -138,3 +138,14 @@ def tf32(on: bool) -> Iterator[None]:
     finally:
         if on:
             setattr(matmul, name, before)
+
+
+def main(function: str, name: str, dtype: str) -> None:
+    """Run one case through Triton, for compute-sanitizer to watch."""
+    case = next(case for case in CASES if (case.function, case.name) == (function, name))
+    results(case, case.make(Draw(DTYPES[dtype])), torch.device("cuda"), "triton")
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

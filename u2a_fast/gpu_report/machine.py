@@ -18,14 +18,14 @@ ROUNDS = 20
 
 
 def measure(report: Report) -> None:
-    report.measure("versions", lambda: {"versions": versions(), "python": platform.python_version()})
-    report.measure("device", lambda: device(report.dry))
-    report.measure("copy", lambda: copy_bandwidth(report.dry))
-    report.measure("product", lambda: product_rate(report.dry))
+    report.measure("versions", versions)
+    report.measure("device", device, report.dry)
+    report.measure("copy", copy_bandwidth, report.dry)
+    report.measure("product", product_rate, report.dry)
 
 
-def versions() -> dict[str, str]:
-    found = {}
+def versions() -> Entry:
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

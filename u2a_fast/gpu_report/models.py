@@ -124,13 +124,13 @@ class PeftU2A(nn.Module):
         return rows[:, 0].float(), rows[:, -1].float()
 
     def forward(self, image: Inputs, text: Inputs, modality_mask: Tensor, labels: Tensor) -> Tensor:
-        (image, to_text), (text, to_image) = self.read("image", image), self.read("text", text)
+        (c_image, to_text), (c_text, to_image) = self.read("image", image), self.read("text", text)
         has_image, has_text = modality_mask.unsqueeze(2).unbind(1)
-        fused = torch.where(has_image, image, to_image) + torch.where(has_text, text, to_text)
+        fused = torch.where(has_image, c_image, to_image) + torch.where(has_text, c_text, to_text)
         both = (has_image & has_text).float()
-        pairs = both.sum().clamp(min=1) * image.shape[1]
-        align = ((to_text - text.detach()).square() * both).sum() / pairs
-        align = align + ((to_image - image.detach()).square() * both).sum() / pairs
+        pairs = both.sum().clamp(min=1) * c_image.shape[1]
+        align = ((to_text - c_text.detach()).square() * both).sum() / pairs
+        align = align + ((to_image - c_image.detach()).square() * both).sum() / pairs
         return F.cross_entropy(self.head(fused), labels) + 0.2 * align
 
 

@@ -30,9 +30,9 @@ Run = tuple[Callable[[], Any], list[Tensor]]  # a call, and what it reads and wr
 
 def measure(report: Report) -> None:
     set_backend("auto")
-    copied = report.measure("copy", lambda: copy_bandwidth(report.dry))
+    copied = report.measure("copy", copy_bandwidth, report.dry)
     for name, make in passes(report).items():
-        report.measure(name, lambda m=make: time_pass(m, copied.get("gb_per_s"), report.dry))
+        report.measure(name, time_pass, make, copied.get("gb_per_s"), report.dry)
 
 
 def time_pass(make: Callable[[], Run], bandwidth: float | None, dry: bool) -> Entry:

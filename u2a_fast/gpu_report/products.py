@@ -29,7 +29,7 @@ from ..kernels.linear_backward import launch_input
 from ..kernels.linear_lowrank import linear_lowrank_triton
 from .machine import device_name
 from .report import Entry, Report, write_json
-from .timing import CONTROL, compare, rotating
+from .timing import compare, rotating
 
 ROUNDS = 50
 ROWS = (2048, 6304, 12608)
@@ -65,10 +65,10 @@ def measure(report: Report) -> None:
     for product in DRY if report.dry else PRODUCTS:
         for rows in (48,) if report.dry else ROWS:
             name = f"{product.model}, {rows} x {product.k} -> {product.n}"
-            entry = report.measure(name, lambda p=product, m=rows: time_product(p, m, report.dry))
+            entry = report.measure(name, time_product, product, rows, report.dry)
             if "fraction" in entry:
                 won[f"bf16 N={product.n} K={product.k} M={bucket(rows)}"] = winner(entry, product)
-    report.measure("device table", lambda: write_table(won, report))
+    report.measure("device table", write_table, won, report)
 
 
 def time_product(product: Product, rows: int, dry: bool) -> Entry:

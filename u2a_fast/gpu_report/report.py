@@ -52,8 +52,8 @@ class Report:
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def measure(self, name: str, run: Callable[[], Entry]) -> Entry:
-        """Note what `run` returns, or how it failed; a "wrong" in it that is not empty makes it wrong."""
+    def measure(self, name: str, run: Callable[..., Entry], *arguments: Any) -> Entry:
+        """Note what `run(*arguments)` returns, or how it failed; a "wrong" in it that is not empty makes it wrong."""
         if name in self.entries:
             return self.entries[name]
         self._note(name, {"state": "running"})
@@ -61,7 +61,7 @@ class Report:
         try:
             if self.seconds_left <= 0:
                 raise NoResult("no time left")
-            values = run()
+            values = run(*arguments)
             entry = {"state": "wrong" if values.get("wrong") else "done", **values}
         except NoResult as reason:
             entry = {"state": "no result", "why": str(reason)}

@@ -25,7 +25,7 @@ STEPS = {  # in the order in which they run: those that take no times beside eac
     "b": Step("binaries", "every binary: seconds, registers, spills", 6, alone=False),
     "c": Step("correctness", "every kernel against fp64 on the CPU", 12, parts=8, alone=False, proves=True),
     "d": Step("whole_models", "whole models: triton = torch = reference", 8, alone=False, proves=True),
-    "e": Step("sanitizer", "compute-sanitizer", 8, alone=False, proves=True),
+    "e": Step("sanitizer", "compute-sanitizer", 8, parts=4, alone=False, proves=True),
     "f": Step("waiting", "synchronisations and graph capture", 5, alone=False, proves=True),
     "i": Step("u2a_step", "a U2A step, ViT-B + BERT-base", 22),
     "g": Step("products", "products against the library's", 6),

@@ -18,8 +18,19 @@ import torch
 from torch import nn
 
 from ..kernels import set_backend
-from .models import Inputs, Models, PeftU2A, clear, even_lengths, loss_of, make_batch, ours, presence_table
-from .models import tiny, vit_and_bert
+from .models import (
+    Inputs,
+    Models,
+    PeftU2A,
+    clear,
+    even_lengths,
+    loss_of,
+    make_batch,
+    ours,
+    presence_table,
+    tiny,
+    vit_and_bert,
+)
 from .report import Entry, NoResult, Report
 from .timing import CONTROL, summary
 
@@ -31,13 +42,15 @@ MISSING = {"70% missing": 0.7, "none missing": 0.0}
 
 @dataclass
 class Arm:
-    """A model and the backend it runs under; `prepare` is given the batch once before it runs."""
+    """A model and the backend it runs under."""
 
     model: nn.Module
     backend: str = "auto"
-    prepare: Callable[[Inputs], None] = lambda batch: None
+    compiled: bool = False
 
     def step(self, batch: Inputs) -> None:
+        if self.compiled:  # what graphs of torch.compile gave out before may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         set_backend(self.backend)
         clear(self.model)
         loss_of(self.model(**batch)).backward()
@@ -52,19 +65,13 @@ def measure(report: Report) -> None:
     with contextlib.suppress(NoResult):
         arms["PEFT SDPA"] = Arm(PeftU2A(models).train())
     for name, batch in batches.items():
-        report.measure(name, lambda n=name, b=batch: time_arms(arms, b, report.dry) | {"batch": n})
-        if not report.dry:
-            for arm in arms:
-                report.measure(f"{name}: kernels of {arm}", lambda a=arm, b=batch: kernels_of(arms[a], b))
+        report.measure(name, time_arms, arms, batch, report.dry)
+        for arm in () if report.dry else arms:
+            report.measure(f"{name}: kernels of {arm}", kernels_of, arms[arm], batch)
     for name, batch in batches.items():
-        report.measure(f"{name}: graph", lambda b=batch: captured(models, arms[BASE], b, report.dry))
+        report.measure(f"{name}: graph", captured, models, arms[BASE], batch, report.dry)
     for name, make in compiled_arms(models).items():
-        arm = report_arm(report, name, make, batches["70% missing"])
-        for missing, batch in batches.items() if arm is not None else ():
-            run = lambda a=arm, n=name, b=batch: time_arms({BASE: arms[BASE], n: a}, b, report.dry)  # noqa: E731
-            report.measure(f"{missing}: {name}", run)
-            if not report.dry:
-                report.measure(f"{missing}: kernels of {name}", lambda a=arm, b=batch: kernels_of(a, b))
+        measure_compiled(report, name, make, arms[BASE], batches)
 
 
 def batch_of(report: Report, missing: float, dtype: torch.dtype) -> Inputs:
@@ -141,34 +148,34 @@ def captured(models: Models, base: Arm, batch: Inputs, dry: bool) -> Entry:
     return time_arms(arms, batch, dry) | {"kernels": kernels_of(arms["graph"], batch)}
 
 
-def compiled_arms(models: Models) -> dict[str, Callable[[], nn.Module]]:
-    def theirs(mode: str) -> nn.Module:
-        return torch.compile(PeftU2A(models).train(), mode=mode)  # type: ignore[return-value]
-
+def compiled_arms(models: Models) -> dict[str, Callable[[], Any]]:
     return {
-        "PEFT compiled": lambda: theirs("default"),
-        "where compiled": lambda: torch.compile(ours(models, absent="where")),  # type: ignore[dict-item,return-value]
-        "PEFT reduce-overhead": lambda: theirs("reduce-overhead"),
+        "PEFT compiled": lambda: torch.compile(PeftU2A(models).train()),
+        "where compiled": lambda: torch.compile(ours(models, absent="where")),
+        "PEFT reduce-overhead": lambda: torch.compile(PeftU2A(models).train(), mode="reduce-overhead"),
     }
 
 
-def report_arm(report: Report, name: str, make: Callable[[], nn.Module], batch: Inputs) -> Arm | None:
-    """Compile an arm by running it; None where that fails."""
+def measure_compiled(report: Report, name: str, make: Callable[[], Any], base: Arm, batches: dict[str, Inputs]) -> None:
+    """Compile an arm by running it, then time it beside the base."""
     made: list[Arm] = []
 
     def compile_it() -> Entry:
         if report.dry:
             raise NoResult("nothing is compiled in a dry run")
         torch._dynamo.reset()
-        arm, start = Arm(make()), time.perf_counter()
+        arm, start = Arm(make(), compiled=True), time.perf_counter()
         for _ in range(3):
-            arm.step(batch)
+            arm.step(batches["70% missing"])
         torch.cuda.synchronize()
         made.append(arm)
         return {"compile_seconds": round(time.perf_counter() - start, 1)}
 
     report.measure(f"compiling {name}", compile_it)
-    return made[0] if made else None
+    for arm in made:
+        for missing, batch in batches.items():
+            report.measure(f"{missing}: {name}", time_arms, {BASE: base, name: arm}, batch, report.dry)
+            report.measure(f"{missing}: kernels of {name}", kernels_of, arm, batch)
 
 
 def all_arms(entries: dict[str, Entry], missing: str) -> Iterator[tuple[str, float, float]]:

@@ -1,0 +1,83 @@
+"""How often a training step waits for the GPU, and whether it runs as one CUDA graph.
+
+With absent="where" never; with absent="pack" once at most, for a batch that lies on the GPU. A graph that
+`model.capture` made must give the loss and every gradient of the eager step bit for bit, for other values too.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from torch import nn
+
+from ..kernels import set_backend
+from .models import Inputs, on_device
+from .report import Entry, NoResult, Report
+from .whole_models import Found, batch_of, plainly, u2a
+
+MOST = {"where": 0, "pack": 1}
+
+
+def measure(report: Report) -> None:
+    set_backend("auto")
+    for absent in MOST:
+        report.measure(f"synchronisations, {absent}", count_waits, report, absent)
+    for absent in MOST:
+        report.measure(f"graph, {absent}", check_capture, report, absent)
+
+
+def on_it(report: Report, absent: str) -> tuple[nn.Module, Inputs]:
+    if report.dry:
+        raise NoResult("a CPU waits for nothing and has no graphs")
+    dtype = torch.bfloat16
+    return u2a(dtype, absent=absent).to(report.device), on_device(batch_of(dtype), report.device)
+
+
+def count_waits(report: Report, absent: str) -> Entry:
+    model, batch = on_it(report, absent)
+
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(**batch).loss.backward()
+
+    for _ in range(2):  # compiles, and fills what is kept from step to step
+        step()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message)[:160] + f" ({w.filename}:{w.lineno})" for w in caught if "synchroniz" in str(w.message)]
+    most = MOST[absent]
+    wrong = [f"waits {len(waits)} times, {most} at most were promised"] if len(waits) > most else []
+    return {"wrong": wrong, "waits": waits}
+
+
+def check_capture(report: Report, absent: str) -> Entry:
+    eager, batch = on_it(report, absent)
+    if not hasattr(eager, "capture"):
+        raise NoResult("the model has no capture")
+    if differing(plainly(eager, batch), plainly(eager, batch)):
+        raise NoResult("the eager step differs from itself: a library adds up in any order")
+    other = {**batch, "image": {"pixel_values": batch["image"]["pixel_values"].flip(1)}}
+    model = copy.deepcopy(eager)
+    model.capture(batch)
+    wrong = [
+        f"{what}: {name} is not the eager step's"
+        for what, given in (("replay", batch), ("other values", other), ("replay again", batch))
+        for name in differing(plainly(model, given), plainly(eager, given))[:3]
+    ]
+    return {"wrong": wrong}
+
+
+def differing(a: Found, b: Found) -> list[str]:
+    """What two steps do not have in common, bit for bit."""
+    return [
+        name for name in sorted(a.keys() | b.keys()) if name not in a or name not in b or not a[name].equal(b[name])
+    ]
