@@ -153,6 +153,7 @@ LINEARS = [
     linear_case("lora_linear", "int8", (150,), int8=True, **ALIGNED),
     linear_case("lora_linear", "int8 x int8", (150,), int8=True, quantize=True, **ALIGNED),
     linear_case("linear_lowrank", "aligned", (2, 128), **ALIGNED),
+    linear_case("linear_lowrank", "odd", (37,), rank=6, **ODD),
     linear_case("linear_lowrank", "rank 70", (150,), k=200, n=540, rank=70, groups=2),
     linear_case("linear_lowrank", "int8", (37,), rank=6, int8=True, **ODD),
     linear_case("linear_lowrank", "int8 x int8", (37,), rank=6, int8=True, quantize=True, **ODD),

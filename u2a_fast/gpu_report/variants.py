@@ -49,7 +49,8 @@ def time_attention(report: Report, backward: bool) -> Entry:
         return differentiated(lambda: attention_rows(qkv, None, HEADS, groups)[0], qkv, backward)
 
     def masked(_: Tensor, padded: Tensor) -> Callable[[], Any]:
-        return differentiated(lambda: F.scaled_dot_product_attention(*padded, attn_mask=mask), padded, backward)
+        q, k, v = padded
+        return differentiated(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), padded, backward)
 
     arms = {"masked SDPA": [masked(*one) for one in made], "varlen": [ours_(*one) for one in made]}
     timed = compare(arms, "masked SDPA", 3 if report.dry else ROUNDS, report.dry)

@@ -78,6 +78,4 @@ def check_capture(report: Report, absent: str) -> Entry:
 
 def differing(a: Found, b: Found) -> list[str]:
     """What two steps do not have in common, bit for bit."""
-    return [
-        name for name in sorted(a.keys() | b.keys()) if name not in a or name not in b or not a[name].equal(b[name])
-    ]
+    return [n for n in sorted(a.keys() | b.keys()) if n not in a or n not in b or not a[n].equal(b[n])]
