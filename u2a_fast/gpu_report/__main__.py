@@ -96,17 +96,17 @@ def run_group(group: list[str], limit: float, folder: Path, dry: bool) -> Result
     jobs = [Job(name, part) for name in group for part in range(1 if dry else STEPS[name].parts)]
     for job in jobs:
         job.file(folder).unlink(missing_ok=True)
-    deadline, start = time.monotonic() + limit, time.monotonic()
+    deadline = time.monotonic() + limit
     threads = max(1, (os.cpu_count() or 1) // len(jobs)) if len(jobs) > 1 else None
     with ThreadPoolExecutor(AT_ONCE_DRY if dry else len(jobs)) as pool:
-        status = dict(zip(jobs, pool.map(lambda job: run_job(job, deadline, folder, dry, threads), jobs), strict=True))
+        ended = dict(zip(jobs, pool.map(lambda job: run_job(job, deadline, folder, dry, threads), jobs), strict=True))
     results = {}
     for name in group:
         own = [job for job in jobs if job.step == name]
         results[name] = {
             "title": STEPS[name].title,
-            "status": min((status[job] for job in own), key=WORST_FIRST.index),
-            "seconds": round(time.monotonic() - start, 1),
+            "status": min((ended[job][0] for job in own), key=WORST_FIRST.index),
+            "seconds": max(ended[job][1] for job in own),
             "dry": dry,
             "entries": {what: entry for job in own for what, entry in entries_of(job.file(folder)).items()},
         }
@@ -123,8 +123,14 @@ def entries_of(path: Path) -> dict[str, Any]:
     return entries
 
 
-def run_job(job: Job, deadline: float, folder: Path, dry: bool, threads: int | None) -> str:
-    """Run a process of a step, and another after it where it lost its CUDA context: done, failed or over its time."""
+def run_job(job: Job, deadline: float, folder: Path, dry: bool, threads: int | None) -> tuple[str, float]:
+    """How a process of a step ended (see WORST_FIRST), and its seconds."""
+    start = time.monotonic()
+    return run_until(job, deadline, folder, dry, threads), round(time.monotonic() - start, 1)
+
+
+def run_until(job: Job, deadline: float, folder: Path, dry: bool, threads: int | None) -> str:
+    """Run a process of a step; another after it where it died at a measurement, for those that remain."""
     log = folder / "logs" / f"{job.step}-{job.part}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     while (left := deadline - time.monotonic()) > 0:

@@ -19,9 +19,8 @@ def write_page(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"steps.png": draw_steps(results, folder), "fractions.png": draw_fractions(results, folder)}
     lines = [f"# GPU report: {title_of(results)}", ""]
-    lines += table(
-        ("step", "verdict", "s"), [(f"({n}) {s['title']}", verdict(n, s), s["seconds"]) for n, s in results.items()]
-    )
+    verdicts = [(f"({name}) {step['title']}", verdict(step), step["seconds"]) for name, step in results.items()]
+    lines += table(("step", "verdict", "s"), verdicts)
     lines += [f"![{name}]({name})" for name, drawn in pictures.items() if drawn] + [""]
     for name, step in results.items():
         body = BODIES[name](step["entries"]) if name in BODIES else []
@@ -45,7 +44,7 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
-def verdict(name: str, step: dict[str, Any]) -> str:
+def verdict(step: dict[str, Any]) -> str:
     """How a step ended, in a line."""
     states = Counter(entry["state"] for entry in step["entries"].values())
     ended = "" if step["status"] == "done" else f"{step['status']}; "
@@ -104,11 +103,8 @@ def correctness(entries: Entries) -> list[str]:
 
 
 def whole_models(entries: Entries) -> list[str]:
-    rows = [
-        (name, "; ".join(f"{b} {e:.1e}" for b, e in entry["errors"].items()))
-        for name, entry in entries.items()
-        if "errors" in entry
-    ]
+    errors = {name: entry["errors"] for name, entry in entries.items() if "errors" in entry}
+    rows = [(name, "; ".join(f"{b} {e:.1e}" for b, e in of.items())) for name, of in errors.items()]
     return table(("model", "relative error"), rows)
 
 
@@ -122,20 +118,11 @@ def products(entries: Entries) -> list[str]:
     arms = list(dict.fromkeys(arm for entry in timed.values() for arm in entry["fraction"]))
     arms = [arm for arm in arms if arm not in ("library", "library" + CONTROL, "dX library")]
     rows = [
-        (
-            name,
-            entry["library_tflops"],
-            *(marked(entry["fraction"].get(arm), entry["noise"]) for arm in arms),
-            noise(entry),
-        )
-        for name, entry in timed.items()
+        (name, e["library_tflops"], *(marked(e["fraction"].get(arm), e["noise"]) for arm in arms), noise(e))
+        for name, e in timed.items()
     ]
-    return [
-        "Fractions of the library's rate:",
-        "",
-        *table(("product", "library, TFLOP/s", *arms, "A/A"), rows),
-        *how(timed),
-    ]
+    shown = table(("product", "library, TFLOP/s", *arms, "A/A"), rows)
+    return ["Fractions of the library's rate:", "", *shown, *how(timed)]
 
 
 def marked(fraction: float | None, noise: float) -> str:
@@ -162,12 +149,7 @@ def u2a_step(entries: Entries) -> list[str]:
     lines = []
     for missing in dict.fromkeys(name.split(":")[0] for name in entries if "missing" in name):
         rows = [
-            (
-                arm,
-                ratio_to_base(e, arm),
-                *(e[part]["ms"][arm] for part in ("wall", "host")),
-                *kernels(entries, missing, arm, e),
-            )
+            (arm, ratio_to_base(e, arm), e["wall"]["ms"][arm], e["host"]["ms"][arm], *kernels(entries, missing, arm, e))
             for arm, e in arms_of(entries, missing).items()
         ]
         head = (missing, f"time over {BASE}", "wall ms", "host ms", "device ms", "kernels", "peak MiB")

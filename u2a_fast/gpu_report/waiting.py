@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..kernels import set_backend
-from .models import Inputs, on_device
 from .report import Entry, NoResult, Report
-from .whole_models import Found, batch_of, plainly, u2a
+
+if TYPE_CHECKING:
+    from .whole_models import Found, Inputs
 
 MOST = {"where": 0, "pack": 1}
 
@@ -31,6 +33,8 @@ def measure(report: Report) -> None:
 def on_it(report: Report, absent: str) -> tuple[nn.Module, Inputs]:
     if report.dry:
         raise NoResult("a CPU waits for nothing and has no graphs")
+    from .whole_models import batch_of, on_device, u2a  # transformers takes seconds, and a dry run needs none
+
     dtype = torch.bfloat16
     return u2a(dtype, absent=absent).to(report.device), on_device(batch_of(dtype), report.device)
 
@@ -63,6 +67,8 @@ def check_capture(report: Report, absent: str) -> Entry:
     eager, batch = on_it(report, absent)
     if not hasattr(eager, "capture"):
         raise NoResult("the model has no capture")
+    from .whole_models import plainly
+
     if differing(plainly(eager, batch), plainly(eager, batch)):
         raise NoResult("the eager step differs from itself: a library adds up in any order")
     other = {**batch, "image": {"pixel_values": batch["image"]["pixel_values"].flip(1)}}
