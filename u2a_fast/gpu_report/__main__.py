@@ -27,7 +27,7 @@ from typing import Any
 
 from .page import write_page
 from .report import write_json
-from .steps import STEPS
+from .steps import STEPS, cores
 
 Results = dict[str, dict[str, Any]]  # by step: title, status, seconds, entries
 AT_ONCE_DRY = 2
@@ -97,7 +97,7 @@ def run_group(group: list[str], limit: float, folder: Path, dry: bool) -> Result
     for job in jobs:
         job.file(folder).unlink(missing_ok=True)
     deadline = time.monotonic() + limit
-    threads = max(1, (os.cpu_count() or 1) // len(jobs)) if len(jobs) > 1 else None
+    threads = max(1, cores() // len(jobs))
     with ThreadPoolExecutor(AT_ONCE_DRY if dry else len(jobs)) as pool:
         ended = dict(zip(jobs, pool.map(lambda job: run_job(job, deadline, folder, dry, threads), jobs), strict=True))
     results = {}
@@ -123,23 +123,22 @@ def entries_of(path: Path) -> dict[str, Any]:
     return entries
 
 
-def run_job(job: Job, deadline: float, folder: Path, dry: bool, threads: int | None) -> tuple[str, float]:
+def run_job(job: Job, deadline: float, folder: Path, dry: bool, threads: int) -> tuple[str, float]:
     """How a process of a step ended (see WORST_FIRST), and its seconds."""
     start = time.monotonic()
     return run_until(job, deadline, folder, dry, threads), round(time.monotonic() - start, 1)
 
 
-def run_until(job: Job, deadline: float, folder: Path, dry: bool, threads: int | None) -> str:
+def run_until(job: Job, deadline: float, folder: Path, dry: bool, threads: int) -> str:
     """Run a process of a step; another after it where it died at a measurement, for those that remain."""
     log = folder / "logs" / f"{job.step}-{job.part}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     while (left := deadline - time.monotonic()) > 0:
-        command = [sys.executable, "-m", f"{__package__}.child", job.step, str(job.part)]
-        command += [str(job.file(folder)), f"{left:.1f}", "dry" if dry else "gpu"]
         before = entries_of(job.file(folder))
         with log.open("a") as output:
+            command, here = command_of(job, folder, left, dry), environment(job.step, threads)
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment(threads), start_new_session=True
+                command, stdout=output, stderr=subprocess.STDOUT, env=here, start_new_session=True
             )
             try:
                 status = process.wait(left)
@@ -154,6 +153,14 @@ def run_until(job: Job, deadline: float, folder: Path, dry: bool, threads: int |
     return "over its time"
 
 
+def command_of(job: Job, folder: Path, seconds: float, dry: bool) -> list[str]:
+    where = "dry" if dry else "gpu"
+    return [
+        *(sys.executable, "-m", f"{__package__}.child", job.step, str(job.part)),
+        *(str(job.file(folder)), f"{seconds:.1f}", where),
+    ]
+
+
 def end_group(process: subprocess.Popen) -> None:
     """End a step's process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
@@ -161,11 +168,11 @@ def end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def environment(threads: int | None) -> dict[str, str]:
+def environment(step: str, threads: int) -> dict[str, str]:
     set_here = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    set_here["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it, deterministic algorithms refuse cuBLAS
-    if threads is not None:
-        set_here["OMP_NUM_THREADS"] = str(threads)
+    set_here["OMP_NUM_THREADS"] = str(threads)
+    if not STEPS[step].alone:  # without it, deterministic algorithms refuse cuBLAS; where times are taken it might cost
+        set_here["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     return os.environ | set_here
 
 

@@ -5,7 +5,6 @@ What is built is what the compile report builds (kernels/compile_cases.py), all 
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, fields
 
@@ -15,6 +14,7 @@ from ..kernels.compile_report import DEVICES
 from ..kernels.compile_report import report as compiled_rows
 from ..kernels.targets import architecture
 from .report import Entry, NoResult, Report
+from .steps import cores
 
 DRY_FUNCTION, DRY_TARGET = "quantize_rows", "sm_90"
 SHOWN = ("kernel", "variant", "shape", "rank", "regs", "spills", "shared_bytes", "occupancy")
@@ -42,7 +42,7 @@ def build(report: Report) -> Entry:
     if report.dry:
         cases = [case for case in cases if case.function == DRY_FUNCTION]
     start = time.monotonic()
-    rows = compiled_rows(cases, (target,), processes=1 if report.dry else os.cpu_count() or 1)
+    rows = compiled_rows(cases, (target,), processes=1 if report.dry else cores())
     seconds = time.monotonic() - start
     binaries = {tuple(row[name] for name in SHOWN if name != "shape"): row for row in rows}
     too_large = [label(row) for row in binaries.values() if row["occupancy"] == 0]
