@@ -39,38 +39,43 @@ def measure(report: Report) -> None:
 
 
 def time_attention(report: Report, backward: bool) -> Entry:
-    lengths = even_lengths(4 if report.dry else TEXTS, SHORTEST, LONGEST).sort().values
-    rows, texts = int(lengths.sum()), len(lengths)
+    texts, longest, heads = (4, 12, 2) if report.dry else (TEXTS, LONGEST, HEADS)
+    lengths = even_lengths(texts, SHORTEST, longest).sort().values
+    rows, shape = int(lengths.sum()), (3, texts, heads, longest, WIDTH)
     groups = [Group(int((lengths == n).sum()), int(n), int(n)) for n in lengths.unique()]
-    made = [operands(rows, texts, report.device) for _ in range(2 if report.dry else 10)]
-    mask = (torch.arange(LONGEST) < lengths[:, None])[:, None, None].to(report.device)
+    made = [operands(rows, shape, report.device) for _ in range(2 if report.dry else 10)]
+    mask = (torch.arange(longest) < lengths[:, None])[:, None, None].to(report.device)
 
-    def ours_(qkv: Tensor, _: Tensor) -> Callable[[], Any]:
-        return differentiated(lambda: attention_rows(qkv, None, HEADS, groups)[0], qkv, backward)
+    def laid_end_to_end(qkv: Tensor) -> Tensor:
+        return attention_rows(qkv, None, heads, groups)[0]
 
-    def masked(_: Tensor, padded: Tensor) -> Callable[[], Any]:
-        q, k, v = padded
-        return differentiated(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), padded, backward)
+    def masked(padded: Tensor) -> Tensor:
+        q, k, v = padded.unbind()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    arms = {"masked SDPA": [masked(*one) for one in made], "varlen": [ours_(*one) for one in made]}
+    arms = {
+        "masked SDPA": [differentiated(masked, padded, backward) for _, padded in made],
+        "varlen": [differentiated(laid_end_to_end, qkv, backward) for qkv, _ in made],
+    }
     timed = compare(arms, "masked SDPA", 3 if report.dry else ROUNDS, report.dry)
     return {"ratio": round(timed["us"]["masked SDPA"] / timed["us"]["varlen"], 3), "real_rows": rows, **timed}
 
 
-def operands(rows: int, texts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def operands(rows: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """q, k and v side by side of all rows; and padded, [3, texts, heads, longest, width]."""
-    qkv = torch.randn(rows, 3 * HEADS * WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
-    shape = 3, texts, HEADS, LONGEST, WIDTH
+    qkv = torch.randn(rows, 3 * shape[2] * shape[4], device=device, dtype=torch.bfloat16, requires_grad=True)
     return qkv, torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
 
 
-def differentiated(forward: Callable[[], Tensor], leaf: Tensor, backward: bool) -> Callable[[], Any]:
+def differentiated(forward: Callable[[Tensor], Tensor], leaf: Tensor, backward: bool) -> Callable[[], Any]:
+    """A call of `forward`; with `backward` its gradient too. All of it on the stream it is called on."""
+
     def run() -> Any:
         if backward:
-            out = forward()
+            out = forward(leaf)
             return torch.autograd.grad(out, leaf, out.detach())
         with torch.no_grad():
-            return forward()
+            return forward(leaf)
 
     return run
 
