@@ -89,6 +89,7 @@ def run_steps(chosen: list[str], seconds: float, folder: Path, dry: bool) -> Res
         left = max(1.0, end - time.monotonic())
         limit = left * shares[i] / sum(shares[i:])
         results |= run_group(group, limit, folder, dry)
+        write_page(results, folder, pictures=False)  # whoever stops the script has what there was time for
     return {name: results[name] for name in sorted(results)}
 
 

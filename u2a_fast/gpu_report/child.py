@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +16,20 @@ from .report import Report
 from .steps import STEPS
 
 
+def end_with_parent() -> None:
+    """A report that is killed cannot stop its processes, so each watches for its end."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
+    end_with_parent()
     name, part, path, seconds, where = sys.argv[1:]
     step, dry = STEPS[name], where == "dry"
     torch.manual_seed(0)

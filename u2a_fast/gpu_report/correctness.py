@@ -42,6 +42,7 @@ def check(case: Case, name: str, device: torch.device, backends: list[str]) -> E
         exact = results(case, made, torch.device("cpu"), "reference", torch.float64)
         plain = results(case, made, device, "reference", dtype)
         for backend in backends:
+            ours = backend == "triton" or device.type == "cpu"  # a GPU's library may add up in any order
             with filled_with_nan():
                 over_nan = results(case, made, device, backend)
             first, second = (results(case, made, device, backend) for _ in range(2))
@@ -52,7 +53,7 @@ def check(case: Case, name: str, device: torch.device, backends: list[str]) -> E
                     worst = max(worst, used)
                     if not used <= 1:
                         wrong.append(f"{backend}: {what}{run}: {used:.3g} times the error that is allowed")
-                if case.bitwise and not same_bits(first[what], second[what]):
+                if case.bitwise and ours and not same_bits(first[what], second[what]):
                     wrong.append(f"{backend}: {what}: two runs differ")
     return {"wrong": wrong, "worst": round(worst, 3)}
 

@@ -12,16 +12,19 @@ from .timing import CONTROL, said
 
 Results = dict[str, dict[str, Any]]
 Entries = dict[str, dict[str, Any]]
+PICTURES = {"steps.png": draw_steps, "fractions.png": draw_fractions}
 BASE = "ours"  # the arm of (i) that all others are compared with
 
 
-def write_page(results: Results, folder: Path) -> None:
+def write_page(results: Results, folder: Path, pictures: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {"steps.png": draw_steps(results, folder), "fractions.png": draw_fractions(results, folder)}
+    drawn = []
+    if pictures:
+        drawn = [name for name, draw in PICTURES.items() if draw(results, folder / name)]
     lines = [f"# GPU report: {title_of(results)}", ""]
     verdicts = [(f"({name}) {step['title']}", verdict(step), step["seconds"]) for name, step in results.items()]
     lines += table(("step", "verdict", "s"), verdicts)
-    lines += [f"![{name}]({name})" for name, drawn in pictures.items() if drawn] + [""]
+    lines += [f"![{name}]({name})" for name in drawn] + [""]
     for name, step in results.items():
         body = BODIES[name](step["entries"]) if name in BODIES else []
         troubles = [f"- **{what}**: {trouble(entry)}" for what, entry in step["entries"].items() if trouble(entry)]
@@ -184,9 +187,9 @@ def variants(entries: Entries) -> list[str]:
     rows = []
     for name, entry in entries.items():
         if "noise" in entry:
-            rows.append((name, f"masked SDPA takes {said(entry['ratio'], entry['noise'])} times as long"))
+            rows.append((name, f"time of masked SDPA over ours: {said(entry['ratio'], entry['noise'])}"))
         elif entry.get("ratio"):
-            rows.append((name, f"{entry['ratio']:.2f} times the device time of bf16, {entry['mib']} MiB of model"))
+            rows.append((name, f"device time over that of bf16: {entry['ratio']:.2f}; {entry['mib']} MiB of model"))
     return table(("what", "result"), rows)
 
 

@@ -10,8 +10,8 @@ from .timing import CONTROL
 Results = dict[str, dict[str, Any]]
 
 
-def draw_steps(results: Results, folder: Path) -> bool:
-    """`steps.png`: wall milliseconds of every arm of (i); False where there are none."""
+def draw_steps(results: Results, path: Path) -> bool:
+    """Wall milliseconds of every arm of (i); False where there are none."""
     entries = results.get("i", {}).get("entries", {})
     groups: dict[str, dict[str, float]] = {}
     for name, entry in entries.items():
@@ -19,11 +19,11 @@ def draw_steps(results: Results, folder: Path) -> bool:
             of = groups.setdefault(name.split(":")[0], {})
             for arm, taken in entry["wall"]["ms"].items():
                 of.setdefault(arm, taken)
-    return _bars(groups, "wall ms of a step", folder / "steps.png")
+    return _bars(groups, "wall ms of a step", path)
 
 
-def draw_fractions(results: Results, folder: Path) -> bool:
-    """`fractions.png`: products as fractions of the library's rate, passes of a copy's."""
+def draw_fractions(results: Results, path: Path) -> bool:
+    """Products as fractions of the library's rate, passes of a copy's."""
     groups: dict[str, dict[str, float]] = {}
     for name, entry in results.get("g", {}).get("entries", {}).items():
         for arm, fraction in entry.get("fraction", {}).items():
@@ -32,7 +32,7 @@ def draw_fractions(results: Results, folder: Path) -> bool:
     for name, entry in results.get("h", {}).get("entries", {}).items():
         if entry.get("of_copy"):
             groups.setdefault("passes, of a copy's bandwidth", {})[name] = entry["of_copy"]
-    return _bars(groups, "", folder / "fractions.png", reference=1.0)
+    return _bars(groups, "", path, reference=1.0)
 
 
 def _bars(groups: dict[str, dict[str, float]], label: str, path: Path, reference: float | None = None) -> bool:
