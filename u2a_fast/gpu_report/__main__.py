@@ -158,7 +158,7 @@ def command_of(job: Job, folder: Path, seconds: float, dry: bool) -> list[str]:
     where = "dry" if dry else "gpu"
     return [
         *(sys.executable, "-m", f"{__package__}.child", job.step, str(job.part)),
-        *(str(job.file(folder)), f"{seconds:.1f}", where),
+        *(str(job.file(folder)), f"{seconds:.1f}", where, str(os.getpid())),
     ]
 
 

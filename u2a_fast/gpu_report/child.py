@@ -1,4 +1,4 @@
-"""One process of a step, as the report starts it: `... -m u2a_fast.gpu_report.child STEP PART FILE SECONDS gpu|dry`."""
+"""One process of a step: `python -m u2a_fast.gpu_report.child STEP PART FILE SECONDS gpu|dry PID`, PID the report's."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from .report import Report
 from .steps import STEPS
 
 
-def end_with_parent() -> None:
+def end_with(parent: int) -> None:
     """A report that is killed cannot stop its processes, so each watches for its end."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -29,8 +28,8 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
-    end_with_parent()
-    name, part, path, seconds, where = sys.argv[1:]
+    name, part, path, seconds, where, parent = sys.argv[1:]
+    end_with(int(parent))
     step, dry = STEPS[name], where == "dry"
     torch.manual_seed(0)
     report = Report(Path(path), dry, time.monotonic() + float(seconds), int(part), 1 if dry else step.parts)
