@@ -5,7 +5,9 @@ What is built is what the compile report builds (kernels/compile_cases.py), all 
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 
 from ..kernels.backend import triton
@@ -35,7 +37,7 @@ def measure(report: Report) -> None:
 def build(report: Report) -> Entry:
     if triton is None:
         raise NoResult("Triton is not installed")
-    target = DRY_TARGET if report.dry else architecture(0)
+    target = DRY_TARGET if report.dry else target_here()
     if target not in DEVICES:
         raise NoResult(f"the compile report has no data sheet of {target}")
     cases = [Everywhere(**{f.name: getattr(case, f.name) for f in fields(case)}) for case in CASES]
@@ -56,6 +58,12 @@ def build(report: Report) -> Entry:
         "spilling": spilling,
         "rows": shown,
     }
+
+
+def target_here() -> str:
+    """Asked for in a process of its own: one that has touched CUDA should not be forked, as the compile report does."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(architecture, 0).result()
 
 
 def label(row: dict) -> str:

@@ -178,8 +178,7 @@ def ratio_to_base(entry: dict[str, Any], arm: str) -> str:
 
 
 def kernels(entries: Entries, missing: str, arm: str, timed: dict[str, Any]) -> tuple[Any, Any, Any]:
-    found = timed.get("kernels") if arm == "graph" else entries.get(f"{missing}: kernels of {arm}")
-    found = found or {}
+    found = entries.get(f"{missing}: kernels of {arm}", {})
     return found.get("device_ms", ""), found.get("kernels", ""), timed["peak_mib"].get(arm) or ""
 
 

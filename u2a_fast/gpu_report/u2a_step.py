@@ -1,16 +1,15 @@
 """A training step of U2A, forward and backward: ViT-B/16 and BERT-base, batch 32, texts of 8 to 128 tokens, bf16.
 
 Wall milliseconds (median of interleaved rounds, the base twice), host milliseconds until everything is enqueued, device
-milliseconds (sum of the kernels' times), number of kernels and peak memory. Compiled arms come last: they may take all
-of the time that is left.
+milliseconds (sum of the kernels' times), number of kernels and peak memory. Graphs and compiled arms come last: they
+may take all of the time that is left.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from ..kernels import set_backend
+from ..methods import U2A
 from .models import (
     Inputs,
     Models,
@@ -46,10 +46,10 @@ class Arm:
 
     model: nn.Module
     backend: str = "auto"
-    compiled: bool = False
+    marks_steps: bool = False  # what graphs of torch.compile gave out before may be overwritten
 
     def step(self, batch: Inputs) -> None:
-        if self.compiled:  # what graphs of torch.compile gave out before may be overwritten
+        if self.marks_steps:
             torch.compiler.cudagraph_mark_step_begin()
         set_backend(self.backend)
         clear(self.model)
@@ -62,16 +62,18 @@ def measure(report: Report) -> None:
     batches = {name: batch_of(report, rate, dtype) for name, rate in MISSING.items()}
     packed, where = ours(models), ours(models, absent="where")
     arms = {BASE: Arm(packed), "torch backend": Arm(packed, "torch"), "where": Arm(where)}
-    with contextlib.suppress(NoResult):
-        arms["PEFT SDPA"] = Arm(PeftU2A(models).train())
+    report.measure("PEFT", add_peft, arms, models)
     for name, batch in batches.items():
         report.measure(name, time_arms, arms, batch, report.dry)
         for arm in () if report.dry else arms:
             report.measure(f"{name}: kernels of {arm}", kernels_of, arms[arm], batch)
-    for name, batch in batches.items():
-        report.measure(f"{name}: graph", captured, models, arms[BASE], batch, report.dry)
-    for name, make in compiled_arms(models).items():
-        measure_compiled(report, name, make, arms[BASE], batches)
+    for name, make in prepared_arms(models).items():
+        measure_prepared(report, name, make, arms[BASE], batches)
+
+
+def add_peft(arms: dict[str, Arm], models: Models) -> Entry:
+    arms["PEFT SDPA"] = Arm(PeftU2A(models).train())
+    return {}
 
 
 def batch_of(report: Report, missing: float, dtype: torch.dtype) -> Inputs:
@@ -137,51 +139,39 @@ def kernels_of(arm: Arm, batch: Inputs) -> Entry:
 
 
 # --------------------------------------------------------------------------------------------------- graph and compile
-def captured(models: Models, base: Arm, batch: Inputs, dry: bool) -> Entry:
-    """The step as one CUDA graph, as `model.capture` makes it."""
-    model = ours(models)
-    if dry or not hasattr(model, "capture"):
-        raise NoResult("graphs need a GPU" if dry else "the model has no capture")
-    set_backend("auto")
-    model.capture(batch)
-    arms = {BASE: base, "graph": Arm(model)}
-    return time_arms(arms, batch, dry) | {"kernels": kernels_of(arms["graph"], batch)}
-
-
-def compiled_arms(models: Models) -> dict[str, Callable[[], Any]]:
+def prepared_arms(models: Models) -> dict[str, Callable[[], Any]]:
+    """Models whose first steps take long."""
     return {
+        "graph": lambda: with_graphs(ours(models)),
+        "where graph": lambda: with_graphs(ours(models, absent="where")),
         "PEFT compiled": lambda: torch.compile(PeftU2A(models).train()),
         "where compiled": lambda: torch.compile(ours(models, absent="where")),
         "PEFT reduce-overhead": lambda: torch.compile(PeftU2A(models).train(), mode="reduce-overhead"),
     }
 
 
-def measure_compiled(report: Report, name: str, make: Callable[[], Any], base: Arm, batches: dict[str, Inputs]) -> None:
-    """Compile an arm by running it, then time it beside the base."""
+def with_graphs(model: U2A) -> U2A:
+    model.capture()
+    return model
+
+
+def measure_prepared(report: Report, name: str, make: Callable[[], Any], base: Arm, batches: dict[str, Inputs]) -> None:
+    """Prepare an arm by running it, then time it beside the base."""
     made: list[Arm] = []
 
-    def compile_it() -> Entry:
+    def prepare() -> Entry:
         if report.dry:
-            raise NoResult("nothing is compiled in a dry run")
+            raise NoResult("nothing is captured or compiled in a dry run")
         torch._dynamo.reset()
-        arm, start = Arm(make(), compiled=True), time.perf_counter()
-        for _ in range(3):
-            arm.step(batches["70% missing"])
+        arm, start = Arm(make(), marks_steps=True), time.perf_counter()
+        for batch in (*batches.values(), *batches.values()):
+            arm.step(batch)
         torch.cuda.synchronize()
         made.append(arm)
-        return {"compile_seconds": round(time.perf_counter() - start, 1)}
+        return {"preparing_seconds": round(time.perf_counter() - start, 1)}
 
-    report.measure(f"compiling {name}", compile_it)
+    report.measure(f"preparing {name}", prepare)
     for arm in made:
         for missing, batch in batches.items():
             report.measure(f"{missing}: {name}", time_arms, {BASE: base, name: arm}, batch, report.dry)
             report.measure(f"{missing}: kernels of {name}", kernels_of, arm, batch)
-
-
-def all_arms(entries: dict[str, Entry], missing: str) -> Iterator[tuple[str, float, float]]:
-    """(arm, wall ms, noise) of every arm timed on the batch with `missing`."""
-    for name, entry in entries.items():
-        if name.split(": ")[0] == missing and "wall" in entry:
-            for arm, taken in entry["wall"]["ms"].items():
-                if name == missing or arm not in (BASE, BASE + CONTROL):
-                    yield arm, taken, entry["wall"]["noise"]

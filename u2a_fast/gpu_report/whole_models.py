@@ -2,7 +2,7 @@
 
 The error (of all gradients together, relative) is at most three times that of the reference backend in the same
 precision on the same device. Two encoders of two layers, width 128; bf16, autocast, fp16 with a GradScaler, TF32, a
-batch without pictures, torch.compile, and a second device where there is one.
+batch without pictures, a captured step, torch.compile, and a second device where there is one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def measure(report: Report) -> None:
     report.measure("U2A, tf32", compare, report, u2a(fp32), batch_of(fp32), with_tf32)
     report.measure("U2A, no pictures", compare, report, u2a(bf16), without_pictures(batch_of(bf16)))
     report.measure("U2A, second device", on_second_device, report)
-    report.measure("U2A, compiled", compiled, report)
+    report.measure("U2A, graph", prepared, report, "graph", "pack")
+    report.measure("U2A, compiled", prepared, report, "compiled", "where")
 
 
 # ------------------------------------------------------------------------------------------------- models and batches
@@ -173,13 +174,16 @@ def on_second_device(report: Report) -> Entry:
     return verdict(exactly(model, batch), plain, {b: under(b, plainly, on_it, there) for b in ("triton", "torch")})
 
 
-def compiled(report: Report) -> Entry:
-    """The compiled model of static shapes beside the eager one."""
+def prepared(report: Report, name: str, absent: str) -> Entry:
+    """The compiled model, or its captured step, beside the eager one."""
     if report.dry:
-        raise NoResult("nothing is compiled in a dry run")
-    model, batch = u2a(torch.bfloat16, absent="where"), batch_of(torch.bfloat16)
+        raise NoResult("nothing is captured or compiled in a dry run")
+    model, batch = u2a(torch.bfloat16, absent=absent), batch_of(torch.bfloat16)
     on_it, there = copy.deepcopy(model).to(report.device), on_device(batch, report.device)
     plain = under("reference", plainly, on_it, there)
-    torch._dynamo.reset()
-    on_it.compile()
-    return verdict(exactly(model, batch), plain, {"compiled": under("triton", plainly, on_it, there)})
+    if name == "graph":
+        on_it.capture()
+    else:
+        torch._dynamo.reset()
+        on_it.compile()
+    return verdict(exactly(model, batch), plain, {name: under("triton", plainly, on_it, there)})
