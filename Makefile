@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test fast lint bench fuzz clean
+.PHONY: demo test fast lint bench gpu-report fuzz clean
 
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
@@ -27,6 +27,10 @@ bench: $(READY)
 	mkdir -p out
 	$(BIN)/pytest benches --benchmark-only -k "not smoke" -s --benchmark-json=out/bench.json; \
 	failed=$$?; $(BIN)/python benches/summary.py out/bench.json && exit $$failed
+
+# Needs a GPU; `python -m u2a_fast.gpu_report --dry` tries the script without one. Fails where a result is wrong.
+gpu-report: $(READY)
+	$(BIN)/python -m u2a_fast.gpu_report --minutes 10 --out report/
 
 # torch first: later packages then take the build that is there instead of pulling in another one.
 $(READY): pyproject.toml setup.py constraints.txt requirements-demo.txt

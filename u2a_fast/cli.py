@@ -59,7 +59,7 @@ class MemoryOptions:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    pass
+    run: bool = option(False, "also prove every kernel against fp64, in less than a minute")
 
 
 def run_train(options: TrainOptions) -> None:
@@ -106,9 +106,11 @@ def run_compare(options: CompareOptions) -> None:
 
 
 def run_doctor(options: DoctorOptions) -> None:
-    from .doctor import print_findings
+    from .doctor import print_findings, prove_kernels
 
     print_findings()
+    if options.run and not prove_kernels():
+        sys.exit("u2a-fast doctor: a kernel is wrong on this machine")
 
 
 COMMANDS: dict[str, tuple[type, Any, str]] = {

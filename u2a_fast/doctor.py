@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -74,3 +78,16 @@ def print_findings() -> None:
     for name, finding in findings().items():
         table.add_row(name, finding)
     Console().print(table)
+
+
+def prove_kernels() -> bool:
+    """Run the GPU report's step (c), print its page, and say whether every result was right."""
+    command = [sys.executable, "-m", "u2a_fast.gpu_report", "--steps", "c", "--minutes", "0.95"]
+    if not torch.cuda.is_available():
+        print("no GPU: the same checks in tiny sizes on the CPU, through ATen")
+        command.append("--dry")
+    with tempfile.TemporaryDirectory() as folder:
+        proved = subprocess.run([*command, "--out", folder], stdout=subprocess.DEVNULL).returncode == 0
+        page = Path(folder) / "README.md"
+        print(page.read_text() if page.exists() else "the report did not run")
+    return proved

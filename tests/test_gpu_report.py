@@ -1,0 +1,112 @@
+"""The GPU report without a GPU: that its script runs, keeps what was measured, and fails where a result is wrong."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from u2a_fast import doctor, kernels
+from u2a_fast.gpu_report import __main__ as script
+from u2a_fast.gpu_report import correctness, timing
+from u2a_fast.gpu_report.report import Report
+from u2a_fast.gpu_report.steps import STEPS
+
+FOREVER = 1e9
+
+
+@pytest.mark.slow
+def test_a_dry_run_gives_every_step_and_the_page(tmp_path):
+    command = [sys.executable, "-m", "u2a_fast.gpu_report", "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    logs = "\n".join(path.read_text()[-1000:] for path in (tmp_path / "logs").glob("*"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    for name in STEPS:
+        step = json.loads((tmp_path / f"{name}.json").read_text())
+        states = {entry["state"] for entry in step["entries"].values()}
+        assert step["status"] == "done" and states and states <= {"done", "no result"}, (name, step)
+    page = (tmp_path / "README.md").read_text()
+    assert all(f"({name}) {step.title}" in page for name, step in STEPS.items())
+    assert (tmp_path / "steps.png").exists() and (tmp_path / "fractions.png").exists()
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Step (c), of LayerNorm alone, without a process of its own."""
+
+    def run_job(job, deadline, folder, dry, threads):
+        correctness.measure(Report(job.file(folder), dry, deadline))
+        return "done", 0.0
+
+    monkeypatch.setattr(script, "run_job", run_job)
+    monkeypatch.setattr(correctness, "CASES", [c for c in correctness.CASES if c.function == "layer_norm"])
+
+
+@pytest.mark.parametrize("factor, status", [(1.0, 0), (1.05, 1)])
+def test_a_wrong_result_fails_the_report(factor, status, in_this_process, monkeypatch, tmp_path):
+    right = kernels.layer_norm
+    plant = lambda *given: right(*given) * (1.0 if kernels.get_backend() == "reference" else factor)  # noqa: E731
+    monkeypatch.setattr(kernels, "layer_norm", plant)
+    assert script.main(["--dry", "--steps", "c", "--out", str(tmp_path)]) == status
+    assert ("WRONG" in (tmp_path / "README.md").read_text()) == bool(status)
+
+
+def report(path, seconds=FOREVER):
+    return Report(path, True, time.monotonic() + seconds)
+
+
+def test_a_failing_measurement_loses_no_other(tmp_path):
+    path = tmp_path / "x.json"
+    first = report(path)
+    first.measure("before", lambda: {"value": 1})
+    first.measure("fails", lambda: 1 / 0)
+    first.measure("after", lambda: {"value": 2})
+    entries = json.loads(path.read_text())
+    assert [entries[name]["state"] for name in ("before", "fails", "after")] == ["done", "error", "done"]
+    assert "ZeroDivisionError" in entries["fails"]["error"]
+
+
+def test_a_process_that_dies_is_continued_behind_what_it_died_of(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"before": {"state": "done", "value": 1}, "kills": {"state": "running"}}))
+    again = report(path)
+    assert again.measure("before", lambda: {"value": 2})["value"] == 1
+    assert again.measure("kills", lambda: {"value": 3}) == {"state": "error", "error": "the process died here"}
+    assert again.measure("after", lambda: {"value": 4})["state"] == "done"
+
+
+def test_what_there_was_no_time_for_is_no_result(tmp_path):
+    assert report(tmp_path / "x.json", 0).measure("late", lambda: {})["state"] == "no result"
+    stopped = tmp_path / "y.json"
+    stopped.write_text(json.dumps({"under way": {"state": "running"}}))
+    assert script.entries_of(stopped)["under way"]["state"] == "no result"
+
+
+def test_a_process_is_ended_when_its_time_is_over(monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "command_of", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    start = time.monotonic()
+    status, _ = script.run_job(script.Job("a", 0), start + 1, tmp_path, True, 1)
+    assert status == "over its time" and time.monotonic() - start < 20
+
+
+def test_a_difference_within_the_noise_is_no_result():
+    arms = {"base": [1.0, 1.1, 1.2], "base (A/A)": [1.2, 1.3, 1.2], "other": [1.15, 1.15, 1.15]}
+    found = timing.summary(arms, "base")
+    assert found["noise"] > 0.05
+    assert timing.said(found["us"]["other"] / found["us"]["base"], found["noise"]).startswith("no result")
+    assert timing.said(2.0, found["noise"]) == "2.00"
+
+
+def test_doctor_runs_step_c_and_passes_its_verdict_on(monkeypatch, capsys):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    assert not doctor.prove_kernels()
+    assert "--dry" in asked[0] and asked[0][asked[0].index("--steps") + 1] == "c"
+    assert "no GPU" in capsys.readouterr().out
