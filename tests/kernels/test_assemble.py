@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from assemble_cases import LEARNED, SHAPES, clone, operands, outputs_and_gradients, weight_of
-from running import moved, on, running
+from running import CPU, moved, on, running
 from tolerance import assert_as_exact_as
 
 from u2a_fast.kernels import assemble, assemble_norm_project, quantize_rows, set_backend
@@ -15,10 +15,10 @@ module = importlib.import_module("u2a_fast.kernels.assemble")  # the package's a
 SANITIZERS = ("bounds", "races", "order")
 
 
-def plain(given, dtype):
+def plain(given, dtype, device=CPU):
     """The reference computed in `dtype` throughout."""
-    set_backend("reference")
-    return outputs_and_gradients(clone(given, dtype))
+    with running("reference", device):
+        return outputs_and_gradients(clone(given, dtype), on(device, assemble_norm_project))
 
 
 def computed(given, implementation, device, function=assemble_norm_project):
@@ -50,7 +50,8 @@ def test_float64_equals_plain_pytorch(name, implementation, device):
 @pytest.mark.parametrize("name", ["everything", "packed", "no learned rows", "no norm", "wide rank"])
 def test_low_precision_is_as_exact_as_plain_low_precision(name, dtype, implementation, device):
     given = operands(name, dtype, absent=7.0)
-    low, exact, got = plain(given, dtype), plain(given, torch.float64), computed(given, implementation, device)
+    low, exact = plain(given, dtype, device), plain(given, torch.float64)
+    got = computed(given, implementation, device)
     for what in exact:
         factor = 3 if what.startswith("d ") else 2
         assert got[what].dtype == (dtype if what in ("h", "s", "rows", "d tokens") else torch.float32), what

@@ -73,9 +73,8 @@ def computed(implementation, case, qkv, device):
     return got
 
 
-def plain(case, qkv):
-    """What every implementation must equal, on the CPU."""
-    return computed("reference", case, qkv, CPU)
+def plain(case, qkv, device=CPU):
+    return computed("reference", case, qkv, device)
 
 
 def by_hand(case, qkv):
@@ -113,7 +112,7 @@ def test_float64_gradients_equal_those_of_plain_pytorch(case, implementation, de
 @pytest.mark.parametrize("case", CASES)
 def test_low_precision_is_as_exact_as_plain_low_precision(case, dtype, implementation, device):
     qkv = buffer(case, dtype)
-    low, exact = plain(case, qkv), plain(case, qkv.double())
+    low, exact = plain(case, qkv, device), plain(case, qkv.double())
     for got, rough, true, factor in zip(computed(implementation, case, qkv, device), low, exact, (2, 3), strict=True):
         assert got.dtype == dtype
         assert_as_exact_as(got, rough, true, factor)
