@@ -105,7 +105,11 @@ def written_out(given: dict, dtype: torch.dtype, kept: torch.Tensor | None = Non
     rest = {} if "s" in given else {"kept": kept}
     formula = on(device, _linear_lowrank if "s" in given else _lora_linear)
     x = given.get("x", given.get("h"))
-    return with_gradients(lambda **leaves: formula(**leaves, **rest), low, gradient_of(x.new_empty(*x.shape[:-1], given["weight"].shape[0])))
+    return with_gradients(
+        lambda **leaves: formula(**leaves, **rest),
+        low,
+        gradient_of(x.new_empty(*x.shape[:-1], given["weight"].shape[0])),
+    )
 
 
 def _floats(t) -> bool:

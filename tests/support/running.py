@@ -1,8 +1,8 @@
 """Where an op runs: by which implementation, on which device; the test around it stays on the CPU.
 
-    with running("triton", device) as launched:          # on a CPU Triton kernels run in the interpreter
-        y = on(device, kernels.lora_linear)(**given)     # given, y and every gradient are the CPU's
-    assert "linear_lowrank_forward" in launched
+with running("triton", device) as launched:          # on a CPU Triton kernels run in the interpreter
+    y = on(device, kernels.lora_linear)(**given)     # given, y and every gradient are the CPU's
+assert "linear_lowrank_forward" in launched
 """
 
 import contextlib
