@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 import torch
+from running import CPU, moved, on, running
 from tolerance import assert_as_exact_as
-from triton_interpreter import interpreted
 
 from u2a_fast.kernels import attention, set_backend
 
@@ -51,24 +51,30 @@ def defined_rows(case, rows):
     return kept
 
 
-def results(case, qkv):
+def of_buffer(qkv, **given):
+    """q, k and v are views of the buffer."""
+    return attention(*qkv.permute(2, 0, 3, 1, 4), **given)
+
+
+def results(case, qkv, device):
     """The rows that are defined, and the gradient of a random combination of them."""
     leaf = qkv.detach().clone().requires_grad_()
-    out = attention(*leaf.permute(2, 0, 3, 1, 4), **options(case))
+    out = on(device, of_buffer)(leaf, **options(case))
     assert torch.isfinite(out).all()
     out = out.transpose(1, 2).masked_fill(~defined_rows(case, leaf.shape[1])[:, :, None, None], 0)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
     return out.detach(), torch.autograd.grad((out.double() * weight).sum(), leaf)[0]
 
 
-def computed(implementation, case, qkv):
-    if implementation != "triton":
-        set_backend(implementation)
-        return results(case, qkv)
-    with interpreted(SANITIZERS) as launched:
-        got = results(case, qkv)
-    assert launched or options(case)["causal"]
+def computed(implementation, case, qkv, device):
+    with running(implementation, device, SANITIZERS) as launched:
+        got = results(case, qkv, device)
+    assert launched or implementation != "triton" or options(case)["causal"]
     return got
+
+
+def plain(case, qkv, device=CPU):
+    return computed("reference", case, qkv, device)
 
 
 def by_hand(case, qkv):
@@ -88,26 +94,26 @@ def by_hand(case, qkv):
 
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("case", [c for c in CASES if c != "beyond a block"])
-def test_every_row_sees_what_it_should(case, implementation):
+def test_every_row_sees_what_it_should(case, implementation, device):
     qkv = buffer(case, torch.float64)
-    torch.testing.assert_close(computed(implementation, case, qkv)[0], by_hand(case, qkv))
+    torch.testing.assert_close(computed(implementation, case, qkv, device)[0], by_hand(case, qkv))
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("case", CASES)
-def test_float64_gradients_equal_those_of_plain_pytorch(case, implementation):
+def test_float64_gradients_equal_those_of_plain_pytorch(case, implementation, device):
     qkv = buffer(case, torch.float64)
-    for got, exact in zip(computed(implementation, case, qkv), computed("reference", case, qkv), strict=True):
+    for got, exact in zip(computed(implementation, case, qkv, device), plain(case, qkv), strict=True):
         torch.testing.assert_close(got, exact)
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
-def test_low_precision_is_as_exact_as_plain_low_precision(case, dtype, implementation):
+def test_low_precision_is_as_exact_as_plain_low_precision(case, dtype, implementation, device):
     qkv = buffer(case, dtype)
-    low, exact = computed("reference", case, qkv), computed("reference", case, qkv.double())
-    for got, rough, true, factor in zip(computed(implementation, case, qkv), low, exact, (2, 3), strict=True):
+    low, exact = plain(case, qkv, device), plain(case, qkv.double())
+    for got, rough, true, factor in zip(computed(implementation, case, qkv, device), low, exact, (2, 3), strict=True):
         assert got.dtype == dtype
         assert_as_exact_as(got, rough, true, factor)
 
@@ -115,44 +121,35 @@ def test_low_precision_is_as_exact_as_plain_low_precision(case, dtype, implement
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["read-only", "lengths, suffix, read-only", "causal, read-only", "beyond a block"])
-def test_ordinary_rows_are_bitwise_what_they_are_without_read_only_rows(case, dtype, implementation):
+def test_ordinary_rows_are_bitwise_what_they_are_without_read_only_rows(case, dtype, implementation, device):
     qkv, given = buffer(case, dtype), options(case)
     rows = qkv.shape[1] - given["read_only"]
-    alone = qkv[:, :rows].permute(2, 0, 3, 1, 4)
-    if implementation == "triton":
-        with interpreted():
-            out = attention(*qkv.permute(2, 0, 3, 1, 4), **given)
-            without = attention(*alone, **given | {"read_only": 0})
-    else:
-        set_backend(implementation)
-        out = attention(*qkv.permute(2, 0, 3, 1, 4), **given)
-        without = attention(*alone, **given | {"read_only": 0})
+    with running(implementation, device):
+        out = on(device, of_buffer)(qkv, **given)
+        without = on(device, of_buffer)(qkv[:, :rows], **given | {"read_only": 0})
     assert torch.equal(out[:, :, :rows], without)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("rows, keys, width", [(1, 9, 16), (4, 70, 24), (33, 20, 64)])
-def test_queries_may_be_fewer_or_more_than_keys(rows, keys, width, implementation, dtype):
+def test_queries_may_be_fewer_or_more_than_keys(rows, keys, width, implementation, dtype, device):
     g = torch.Generator().manual_seed(0)
     q = torch.randn(3, 2, rows, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     kv = torch.randn(2, 3, keys, 2, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(3, 2, rows, width, generator=g, dtype=torch.float64)
     lengths = torch.tensor([keys - 2, 0, 1])
 
-    def run():
-        out = attention(q, *kv.transpose(2, 3), lengths=lengths, suffix=2)
+    def run(device):
+        out = on(device, lambda q, kv, lengths: attention(q, *kv.transpose(2, 3), lengths, suffix=2))(q, kv, lengths)
         return out.detach(), *torch.autograd.grad((out.double() * weight).sum(), (q, kv))
 
-    set_backend("reference")
-    exact = [t.double() for t in run()]
-    if implementation == "triton":
-        with interpreted(SANITIZERS) as launched:
-            got = run()
-        assert launched == ["attention_small_query_forward", "attention_small_query_backward"]
-    else:
-        set_backend(implementation)
-        got = run()
+    with running("reference", CPU):
+        exact = [t.double() for t in run(CPU)]
+    with running(implementation, device, SANITIZERS) as launched:
+        got = run(device)
+    kernels = ["attention_small_query_forward", "attention_small_query_backward"]
+    assert launched == (kernels if implementation == "triton" else [])
     limit = 1e-9 if dtype == torch.float64 else 3e-2
     for t, true in zip(got, exact, strict=True):
         torch.testing.assert_close(t.double(), true, rtol=limit, atol=limit)
@@ -160,36 +157,22 @@ def test_queries_may_be_fewer_or_more_than_keys(rows, keys, width, implementatio
 
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_keys_get_no_gradient_and_no_keys_give_zero(dtype, implementation):
-    qkv = buffer("lengths", dtype)
-    leaf = qkv.requires_grad_()
-
-    def run():
-        out = attention(*leaf.permute(2, 0, 3, 1, 4), lengths=torch.tensor([9, 0, 4]))
-        return out.detach(), torch.autograd.grad(out.sum(), leaf)[0]
-
-    if implementation == "triton":
-        with interpreted(SANITIZERS):
-            out, grad = run()
-    else:
-        set_backend(implementation)
-        out, grad = run()
+def test_hidden_keys_get_no_gradient_and_no_keys_give_zero(dtype, implementation, device):
+    leaf = buffer("lengths", dtype).requires_grad_()
+    with running(implementation, device, SANITIZERS):
+        out = on(device, of_buffer)(leaf, lengths=torch.tensor([9, 0, 4]))
+        (grad,) = torch.autograd.grad(out.sum(), leaf)
     assert not out[1].any() and not grad[1].any()
     assert not grad[2, 4:, 1:].any() and grad[2, :4, 1:].all()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_samples(dtype, implementation):
+def test_no_samples(dtype, implementation, device):
     qkv = torch.zeros(0, 5, 3, 2, 8, dtype=dtype, requires_grad=True)
     lengths = torch.zeros(0, dtype=torch.int64)
-    if implementation == "triton":
-        with interpreted():
-            out = attention(*qkv.permute(2, 0, 3, 1, 4), lengths=lengths, read_only=1)
-            out.sum().backward()
-    else:
-        set_backend(implementation)
-        out = attention(*qkv.permute(2, 0, 3, 1, 4), lengths=lengths, read_only=1)
+    with running(implementation, device):
+        out = on(device, of_buffer)(qkv, lengths=lengths, read_only=1)
         out.sum().backward()
     assert out.shape == (0, 2, 5, 8) and qkv.grad.shape == qkv.shape
 
@@ -215,15 +198,11 @@ def test_backward_keeps_no_probabilities():
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_gradients_do_not_depend_on_program_order_or_run(implementation):
+def test_gradients_do_not_depend_on_program_order_or_run(implementation, device):
     qkv, runs = buffer("beyond a block", torch.bfloat16), []
     for seed in (0, 1, 2, 2):
-        if implementation == "triton":
-            with interpreted(("order",), seed=seed):
-                runs.append(results("beyond a block", qkv))
-        else:
-            set_backend("torch")
-            runs.append(results("beyond a block", qkv))
+        with running(implementation, device, ("order",), seed):
+            runs.append(results("beyond a block", qkv, device))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
@@ -242,18 +221,19 @@ def test_the_plain_interpreter_sees_the_strides_that_were_passed(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("causal, suffix, lengths", [(False, 2, True), (True, 0, True), (False, 0, False)])
-def test_opcheck(causal, suffix, lengths):
+def test_opcheck(causal, suffix, lengths, device):
     set_backend("torch")
     q, k, v = torch.randn(3, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
     lengths = torch.tensor([5, 0, 3]) if lengths else None
     forward, backward = module.attention_forward.registered, module.attention_backward.registered
-    torch.library.opcheck(forward, (q, k, v, lengths, suffix, causal))
-    torch.library.opcheck(backward, (torch.randn_like(q), q, k, v, lengths, None, None, suffix, causal))
+    opcheck = on(device, torch.library.opcheck)
+    opcheck(forward, (q, k, v, lengths, suffix, causal))
+    opcheck(backward, (torch.randn_like(q), q, k, v, lengths, None, None, suffix, causal))
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradcheck_of_every_subset(which, causal):
+def test_gradcheck_of_every_subset(which, causal, device):
     """Of matmul + softmax itself, which fp64 does not reach through the public function."""
     q, k, v = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64).permute(2, 0, 3, 1, 4)
     leaves = [(q, k, v)[i].detach().clone().requires_grad_() for i in which]
@@ -261,7 +241,7 @@ def test_gradcheck_of_every_subset(which, causal):
     def outputs(*values):
         tensors = dict(zip(which, values, strict=True))
         given = (tensors.get(i, t) for i, t in enumerate((q, k, v)))
-        return module._Attention.apply(*given, torch.tensor([3, 0]), 1, causal)
+        return on(device, module._Attention.apply)(*given, torch.tensor([3, 0]), 1, causal)
 
     set_backend("torch")
     assert torch.autograd.gradcheck(outputs, leaves)
@@ -269,44 +249,45 @@ def test_gradcheck_of_every_subset(which, causal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compile_and_export(dtype):
+def test_compile_and_export(dtype, device):
     set_backend("torch")
-    qkv = buffer("lengths, suffix, read-only", dtype).requires_grad_()
-    given = options("lengths, suffix, read-only")
-    expected = attention(*qkv.permute(2, 0, 3, 1, 4), **given)
+    qkv = moved(buffer("lengths, suffix, read-only", dtype), device).requires_grad_()
+    given = moved(options("lengths, suffix, read-only"), device)
+    expected = of_buffer(qkv, **given)
 
     class Module(torch.nn.Module):
         def forward(self, qkv):
-            return attention(*qkv.permute(2, 0, 3, 1, 4), **given)
+            return of_buffer(qkv, **given)
 
     out = torch.compile(Module(), fullgraph=True, backend="aot_eager")(qkv)
     torch.testing.assert_close(out, expected)
-    for compiled, plain in zip(
+    for compiled, eager in zip(
         torch.autograd.grad(out.sum(), qkv), torch.autograd.grad(expected.sum(), qkv), strict=True
     ):
-        torch.testing.assert_close(compiled, plain)
+        torch.testing.assert_close(compiled, eager)
     nodes = [str(n.target) for n in torch.export.export(Module(), (qkv,)).graph.nodes]
-    assert nodes.count("u2a_fast.attention.default") == (2 if dtype == torch.bfloat16 else 0)
+    ops = 2 if module.uses_matmul(qkv, qkv) else 0  # of ours; SDPA is ATen's
+    assert nodes.count("u2a_fast.attention.default") == ops
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch"])
-def test_autocast_decides_the_dtype(implementation):
+def test_autocast_decides_the_dtype(implementation, device):
     set_backend(implementation)
     qkv = buffer("suffix", torch.float32).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attention(*qkv.permute(2, 0, 3, 1, 4), **options("suffix"))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = attention(q.bfloat16(), k, v.bfloat16(), **options("suffix"))  # from a linear, and from a norm
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = on(device, of_buffer)(qkv, **options("suffix"))
+        mixed = on(device, attention)(q.bfloat16(), k, v.bfloat16(), **options("suffix"))  # of a linear, and of a norm
     assert out.dtype == torch.bfloat16 and torch.autograd.grad(out.sum(), qkv)[0].dtype == torch.float32
     assert torch.equal(mixed, out)
 
 
-def test_autocast_around_backward_alone_changes_nothing():
+def test_autocast_around_backward_alone_changes_nothing(device):
     qkv = buffer("suffix", torch.float32).requires_grad_()
     grads = []
     for enabled in (False, True):
-        out = attention(*qkv.permute(2, 0, 3, 1, 4), **options("suffix"))
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        out = on(device, of_buffer)(qkv, **options("suffix"))
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             grads.append(torch.autograd.grad(out.sum(), qkv)[0])
     assert torch.equal(*grads)
 

@@ -5,14 +5,15 @@ import itertools
 
 import pytest
 import torch
+from running import CPU, on, running
 from tolerance import assert_as_exact_as
 
-from u2a_fast.kernels import Group, attention, attention_rows, set_backend
+from u2a_fast.kernels import Group, attention, attention_rows
 from u2a_fast.kernels.attention_varlen import by_varlen, ends_of
 from u2a_fast.memory import saved_bytes
 
 module = importlib.import_module("u2a_fast.kernels.attention_rows")  # the package's name is the function
-HEADS, WIDTH, RANK = 2, 20, 3
+HEADS, WIDTH, RANK = 2, 48, 3  # varlen functions of GPUs take multiples of 8
 
 # groups, and options; with "apart" q has rows of its own
 CASES = {
@@ -87,26 +88,27 @@ def fp64(tensors):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_results_and_gradients_are_those_of_attention_sample_by_sample(backend, dtype, case):
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+def test_results_and_gradients_are_those_of_attention_sample_by_sample(implementation, dtype, case, device):
     tensors = operands(case, dtype)
-    set_backend(backend)
-    plain = results(sample_by_sample, *tensors, case)
-    set_backend("reference")
-    exact = results(sample_by_sample, *fp64(tensors), case)
-    set_backend(backend)
-    for i, (got, low, high) in enumerate(zip(results(attention_rows, *tensors, case), plain, exact, strict=True)):
+    with running("reference", CPU):
+        exact = results(sample_by_sample, *fp64(tensors), case)
+    with running(implementation, device):
+        plain = results(on(device, sample_by_sample), *tensors, case)
+        rows = results(on(device, attention_rows), *tensors, case)
+    for i, (got, low, high) in enumerate(zip(rows, plain, exact, strict=True)):
         assert_as_exact_as(got, low, high, 2 if i < 2 else 3, str(i))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradcheck(case):
+def test_gradcheck(case, device):
     q, kv, a, *_ = operands(case, torch.float64)
     mask = shown(case, q.shape[0], torch.float64)
 
     def f(*leaves):
         given = dict(zip([n for n, t in (("q", q), ("kv", kv)) if t is not None], leaves[:-1], strict=True))
-        out, s = attention_rows(given["q"], given.get("kv"), HEADS, CASES[case][0], leaves[-1], **options(case))
+        operands = given["q"], given.get("kv"), HEADS, CASES[case][0], leaves[-1]
+        out, s = on(device, attention_rows)(*operands, **options(case))
         return out * mask, s * mask
 
     assert torch.autograd.gradcheck(f, [t for t in (q, kv, a) if t is not None], fast_mode=True)
@@ -115,6 +117,7 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["one group", "lengths, suffix", "several lengths", "few queries, apart"])
 def test_opcheck(case, dtype):
+    """Of ops for a CPU: on a GPU attention_rows calls others."""
     q, kv, a, d_out, d_s = (None if t is None else t.detach() for t in operands(case, dtype))
     given = {"lengths": None, "suffix": 0, "causal": False} | options(case)
     flat = [size for group in CASES[case][0] for size in group]
@@ -134,10 +137,10 @@ def test_in_bf16_only_the_inputs_are_kept():
     assert saved_bytes(f) == (q.numel() + a.numel()) * 2
 
 
-def test_autocast_computes_in_its_dtype():
+def test_autocast_computes_in_its_dtype(device):
     q, kv, a, *_ = operands("one group", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, s = attention_rows(q, kv, HEADS, CASES["one group"][0], a)
+    with torch.autocast(device.type, torch.bfloat16):
+        out, s = on(device, attention_rows)(q, kv, HEADS, CASES["one group"][0], a)
     assert out.dtype == s.dtype == torch.bfloat16
 
 
@@ -155,7 +158,7 @@ def test_groups_that_do_not_fit_are_refused(groups, lengths, message):
 
 
 @pytest.mark.parametrize("case", ["several lengths", "few queries, apart"])
-def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case):
+def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case, device):
     """A stand-in for the libraries' functions, which need a GPU: attention of each sample by itself."""
 
     def varlen(q, k, v, q_ends, k_ends, most_q, most_k):
@@ -169,13 +172,17 @@ def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case):
 
     q, kv, *_ = operands(case, torch.float64)
     expected, _ = attention_rows(q, kv, HEADS, CASES[case][0])
-    parts = q.unflatten(1, (3, -1)).unbind(1) if kv is None else (q, *kv.unflatten(1, (2, -1)).unbind(1))
-    torch.testing.assert_close(by_varlen(varlen, *parts, HEADS, ends_of(tuple(CASES[case][0]), q.device)), expected)
+
+    def computed(q, kv):
+        parts = q.unflatten(1, (3, -1)).unbind(1) if kv is None else (q, *kv.unflatten(1, (2, -1)).unbind(1))
+        return by_varlen(varlen, *parts, HEADS, ends_of(tuple(CASES[case][0]), q.device))
+
+    torch.testing.assert_close(on(device, computed)(q, kv), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_without_samples_has_no_groups(dtype):
+def test_a_batch_without_samples_has_no_groups(dtype, device):
     qkv = torch.zeros(0, 3 * HEADS * WIDTH, dtype=dtype, requires_grad=True)
-    out, _ = attention_rows(qkv, None, HEADS, [])
+    out, _ = on(device, attention_rows)(qkv, None, HEADS, [])
     out.sum().backward()
     assert out.shape == (0, HEADS * WIDTH) and qkv.grad.shape == qkv.shape

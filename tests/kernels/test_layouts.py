@@ -1,10 +1,8 @@
 """Every op, on every backend, gives what it gives on contiguous operands: for any strides of any of them."""
 
-import contextlib
-
 import pytest
 import torch
-from triton_interpreter import interpreted
+from running import on, running
 
 from u2a_fast import kernels
 
@@ -51,12 +49,7 @@ def linear_lowrank(h, weight, bias, s, lora_b):
     return kernels.linear_lowrank(h, weight, bias, s, lora_b, 0.5, groups=GROUPS)
 
 
-def assemble(tokens, prefix, suffix, mask_token):
-    return kernels.assemble(tokens, prefix, suffix, torch.tensor([True, False, True, True])[::2], mask_token)
-
-
-def assemble_norm_project(tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a):
-    present = torch.tensor([True, True, False, True])[::2]
+def assemble_norm_project(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a):
     return kernels.assemble_norm_project(
         tokens=tokens,
         prefix=prefix,
@@ -74,26 +67,23 @@ def norm_project(tokens, norm_weight, norm_bias, lora_a):
     return kernels.assemble_norm_project(**names)
 
 
-def substitute(class_tokens, proxies):
-    return kernels.substitute(class_tokens, proxies, torch.tensor([[True, False, True], [True, True, False]]).t())
-
-
 def attention(q, k, v, lengths):
     return kernels.attention(q, k, v, lengths, suffix=1, read_only=2)
 
 
 LINEAR = [random(3, 4, K), random(N, K), random(N), random(GROUPS * RANK, K), random(N, RANK)]
 QUANTIZED = [LINEAR[0], int8(N, K), *LINEAR[2:], torch.rand(N)]
-ROWS = [random(2, 3, K), random(2, K), random(1, K), random(K)]
+ROWS = [random(2, 3, K), random(2, K), random(1, K), torch.tensor([True, False]), random(K)]
+PRESENT = torch.tensor([[True, True], [False, True], [True, False]])
 CASES = {
     "lora_linear": (lora_linear, LINEAR),
     "lora_linear int8": (lora_linear_int8, QUANTIZED),
     "lora_linear int8 x int8": (lambda *operands: lora_linear_int8(*operands, quantize_input=True), QUANTIZED),
     "linear_lowrank": (linear_lowrank, [*LINEAR[:3], random(3, 4, GROUPS * RANK), LINEAR[4]]),
-    "assemble": (assemble, ROWS),
+    "assemble": (kernels.assemble, ROWS),
     "assemble_norm_project": (assemble_norm_project, [*ROWS, random(K), random(K), random(RANK, K)]),
     "norm_project": (norm_project, [ROWS[0], random(K), random(K), random(RANK, K)]),
-    "substitute": (substitute, [random(2, 3, K), random(2, 2, 3, K)]),
+    "substitute": (kernels.substitute, [random(2, 3, K), random(2, 2, 3, K), PRESENT]),
     "attention": (attention, [*(random(3, 2, 9, 8) for _ in range(3)), torch.tensor([6, 3, 5])]),
     "quantize_rows": (kernels.quantize_rows, [random(N, K)]),
     "dequantize_rows": (lambda q, s: kernels.dequantize_rows(q, s, torch.float32), [int8(N, K), torch.rand(N)]),
@@ -114,14 +104,12 @@ def results(function, operands):
 
 @pytest.mark.parametrize("layout", [every_second, transposed, repeated])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
-def test_strides_change_nothing(backend, name, layout):
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+def test_strides_change_nothing(implementation, name, layout, device):
     function, operands = CASES[name]
     views = [layout(t) for t in operands]
-    with interpreted() if backend == "triton" else contextlib.nullcontext():
-        if backend != "triton":
-            kernels.set_backend(backend)
-        expected, found = results(function, [t.contiguous() for t in views]), results(function, views)
+    with running(implementation, device):
+        expected, found = (results(on(device, function), each) for each in ([t.contiguous() for t in views], views))
     for one, other in zip(expected, found, strict=True):
         assert (one is None) == (other is None)
         if one is not None:

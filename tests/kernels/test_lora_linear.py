@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from linear_cases import CASES, SEED, Case, assert_right, lowrank_operands, operands, with_gradients
-from triton_interpreter import interpreted
+from running import CPU, moved, on, running
 
-from u2a_fast.kernels import QuantizedRows, linear_lowrank, lora_linear, quantize_rows, set_backend
+from u2a_fast.kernels import QuantizedRows, linear_lowrank, lora_linear, quantize_rows
 from u2a_fast.kernels.dropout import kept
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -22,83 +22,83 @@ def mask_of(case):
     return kept(torch.Size(case.lead).numel(), case.k, case.dropout, torch.tensor(SEED)).view(*case.lead, case.k)
 
 
-def computed(function, given, implementation, sanitizers=("bounds", "order"), seed=0):
-    if implementation == "triton":
-        with interpreted(sanitizers, seed) as launched:
-            result = with_gradients(function, given)
-        fused = given["lora_b"] is not None or given["weight_scale"] is not None
-        assert ("linear_lowrank_forward" in launched) == (fused and result["y"].numel() > 0)
-        return result
-    set_backend(implementation)
-    return with_gradients(function, given)
+def computed(function, given, implementation, device, sanitizers=("bounds", "order"), seed=0):
+    with running(implementation, device, sanitizers, seed) as launched:
+        result = with_gradients(on(device, function), given)
+    fused = given["lora_b"] is not None or given["weight_scale"] is not None
+    expected = implementation == "triton" and fused and result["y"].numel() > 0
+    assert ("linear_lowrank_forward" in launched) == expected
+    return result
 
 
 # --------------------------------------------------------------------------------------------------------------- values
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
-def test_lora_linear_is_as_exact_as_plain_low_precision(name, implementation, dtype):
+def test_lora_linear_is_as_exact_as_plain_low_precision(name, implementation, dtype, device):
     case = CASES[name]
     given = operands(case, dtype)
-    assert_right(computed(lora_linear, given, implementation), given, dtype, mask_of(case))
+    assert_right(computed(lora_linear, given, implementation, device), given, dtype, mask_of(case), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.r and not case.dropout])
-def test_linear_lowrank_is_as_exact_as_plain_low_precision(name, implementation, dtype):
+def test_linear_lowrank_is_as_exact_as_plain_low_precision(name, implementation, dtype, device):
     given = lowrank_operands(CASES[name], dtype)
-    assert_right(computed(linear_lowrank, given, implementation), given, dtype)
+    assert_right(computed(linear_lowrank, given, implementation, device), given, dtype, device=device)
 
 
 @pytest.mark.parametrize("adapted", [True, False])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_int8_rows_from_an_earlier_pass_give_the_same(implementation, adapted):
+def test_int8_rows_from_an_earlier_pass_give_the_same(implementation, adapted, device):
     given = lowrank_operands(CASES["w8a8"], torch.bfloat16)
     if not adapted:
         given |= {"s": None, "lora_b": None}
-    expected = computed(linear_lowrank, given, implementation)
-    q, scale = quantize_rows(given["h"].flatten(0, -2))
+    expected = computed(linear_lowrank, given, implementation, device)
+    with running(implementation, device):
+        q, scale = on(device, quantize_rows)(given["h"].flatten(0, -2))
 
     def from_rows(h, quantize_input, **rest):
         like = h if implementation == "reference" else h - h.detach()  # the gradient of h, not its values
-        return linear_lowrank(QuantizedRows(like, q.view(h.shape), scale), **rest)
+        return on(device, linear_lowrank)(QuantizedRows(like, q.view(h.shape), scale), **rest)
 
-    got = computed(from_rows, given, implementation)
+    got = computed(from_rows, given, implementation, device)
     for name, exact in expected.items():
         assert torch.equal(got[name], exact), name
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_float16_is_as_exact_as_plain_float16(implementation):
+def test_float16_is_as_exact_as_plain_float16(implementation, device):
     given = operands(CASES["q, k, v"], torch.float16)
-    assert_right(computed(lora_linear, given, implementation), given, torch.float16)
+    assert_right(computed(lora_linear, given, implementation, device), given, torch.float16, device=device)
 
 
 @pytest.mark.parametrize("name", ["q, k, v", "dropout", "int8", "w8a8"])
 def test_no_two_programs_of_a_launch_meet_at_an_address(name):
     case = CASES[name]
     given = operands(case, torch.float32)
-    assert_right(computed(lora_linear, given, "triton", ("bounds", "races")), given, torch.float32, mask_of(case))
+    got = computed(lora_linear, given, "triton", CPU, ("bounds", "races"))
+    assert_right(got, given, torch.float32, mask_of(case))
 
 
 @pytest.mark.slow
-def test_triton_results_are_bitwise_equal_for_every_order_of_programs():
+def test_triton_results_are_bitwise_equal_for_every_order_of_programs(device):
     given = operands(Case(lead=(150,), k=72, n=300, r=8, groups=3), torch.float32)
-    runs = [computed(lora_linear, given, "triton", ("order",), seed) for seed in (1, 2, 3)]
+    runs = [computed(lora_linear, given, "triton", device, ("order",), seed) for seed in (1, 2, 3)]
     for name in runs[0]:
         assert torch.equal(runs[0][name], runs[1][name]) and torch.equal(runs[0][name], runs[2][name]), name
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_the_adapters_share_survives_bfloat16_while_it_is_tiny(implementation):
+def test_the_adapters_share_survives_bfloat16_while_it_is_tiny(implementation, device):
     """The slope of (y - y without adapter) on the exact adapter output is 1; folding B A into the weight loses it."""
     given = operands(Case(lead=(320,), k=256, n=256, r=16, bias=False), torch.bfloat16)
     a = given["lora_a"].detach()
     b = given["lora_b"].detach() * 3e-4
     x, w = given["x"].detach().double(), given["weight"].double()
     base, delta = x @ w.t(), given["scaling"] * x @ a.double().t() @ b.double().t()
-    y = computed(lora_linear, given | {"lora_b": b.requires_grad_()}, implementation)["y"].double()
+    y = computed(lora_linear, given | {"lora_b": b.requires_grad_()}, implementation, device)["y"].double()
     folded = (w + given["scaling"] * b.double() @ a.double()).bfloat16().double()
 
     def slope(out):
@@ -109,10 +109,10 @@ def test_the_adapters_share_survives_bfloat16_while_it_is_tiny(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_quantised_rows_differ_from_the_exact_product_by_at_most_half_a_step_per_element(implementation):
+def test_quantised_rows_differ_from_the_exact_product_by_at_most_half_a_step_per_element(implementation, device):
     given = operands(Case(lead=(19,), k=72, n=96, r=None, weight="w8a8", bias=False), torch.float32)
     x, w = given["x"].detach().double(), given["weight"].double() * given["weight_scale"].double()[:, None]
-    error = (computed(lora_linear, given, implementation)["y"].double() - x @ w.t()).abs()
+    error = (computed(lora_linear, given, implementation, device)["y"].double() - x @ w.t()).abs()
     half_step = x.abs().amax(1, keepdim=True) / 127 / 2
     assert (error <= half_step * w.abs().sum(1) * (1 + 1e-5)).all()
     assert error.max() > 0
@@ -127,40 +127,37 @@ def subsets(given, names):
             yield given | leaves, [n for n, c in zip(names, chosen, strict=True) if c]
 
 
-def check_gradients(function, given, leaves, implementation):
-    """gradcheck for every subset of the leaves; the interpreter is slow, so Triton's Jacobians are only projected."""
+def check_gradients(function, given, leaves, implementation, device):
+    """gradcheck for every subset of the leaves; where a call is slow, Jacobians are only projected."""
+    fast = implementation == "triton" or device != CPU
     for chosen, names in subsets(given, leaves):
 
         def by_position(*tensors, chosen=chosen, names=names):
-            return function(**chosen | dict(zip(names, tensors, strict=True)))
+            return on(device, function)(**chosen | dict(zip(names, tensors, strict=True)))
 
         tensors = [chosen[n] for n in names]
-        if implementation == "triton":
-            with interpreted(()):
-                assert torch.autograd.gradcheck(by_position, tensors, fast_mode=True), names
-        else:
-            set_backend(implementation)
-            assert torch.autograd.gradcheck(by_position, tensors), names
+        with running(implementation, device, ()):
+            assert torch.autograd.gradcheck(by_position, tensors, fast_mode=fast), names
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropped", [0.0, 0.4])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, dropped):
+def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, dropped, device):
     given = operands(Case(lead=(2, 2), k=3, n=4, r=2, groups=2, dropout=dropped), torch.float64)
-    check_gradients(lora_linear, given, ("x", "weight", "bias", "lora_a", "lora_b"), implementation)
+    check_gradients(lora_linear, given, ("x", "weight", "bias", "lora_a", "lora_b"), implementation, device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_linear_lowranks_gradients_hold_in_float64_for_every_subset_of_leaves(implementation):
+def test_linear_lowranks_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, device):
     given = lowrank_operands(Case(lead=(3,), k=3, n=4, r=2, groups=2), torch.float64)
-    check_gradients(linear_lowrank, given, ("h", "weight", "bias", "s", "lora_b"), implementation)
+    check_gradients(linear_lowrank, given, ("h", "weight", "bias", "s", "lora_b"), implementation, device)
 
 
-def test_gradients_carry_the_dtype_of_their_leaves():
+def test_gradients_carry_the_dtype_of_their_leaves(device):
     given = operands(CASES["q, k, v"], torch.bfloat16)
-    got = with_gradients(lora_linear, given)
+    got = with_gradients(on(device, lora_linear), given)
     assert got["y"].dtype == got["d x"].dtype == torch.bfloat16
     assert got["d lora_a"].dtype == got["d lora_b"].dtype == got["d bias"].dtype == torch.float32
 
@@ -180,39 +177,39 @@ def saved(function, given):
     return set(kept_tensors)
 
 
-def test_lora_linear_keeps_x_and_s_and_no_dropout_mask():
+def test_lora_linear_keeps_x_and_s_and_no_dropout_mask(device):
     case = Case(lead=(9,), r=6, dropout=0.5)
-    given = operands(case, torch.float32)
+    given = moved(operands(case, torch.float32), device)
     assert saved(lora_linear, given | {"dropout": 0.0}) == {"x", "weight", "lora_a", "lora_b", (9, 6)}
     assert saved(lora_linear, given) == {"x", "weight", "lora_a", "lora_b", (9, 6), ()}  # (): the seed
 
 
-def test_a_frozen_linear_keeps_its_weight_alone():
-    given = operands(Case(r=None), torch.float32) | {"bias": None}
+def test_a_frozen_linear_keeps_its_weight_alone(device):
+    given = moved(operands(Case(r=None), torch.float32) | {"bias": None}, device)
     assert saved(lora_linear, given) == {"weight"}
-    int8 = operands(Case(r=None, weight="int8"), torch.float32)
+    int8 = moved(operands(Case(r=None, weight="int8"), torch.float32), device)
     assert saved(lora_linear, int8) == {"weight", "weight_scale"}
 
 
-def test_nothing_below_means_the_weight_is_not_kept_and_x_only_for_a():
-    given = operands(Case(lead=(9,)), torch.float32)
+def test_nothing_below_means_the_weight_is_not_kept_and_x_only_for_a(device):
+    given = moved(operands(Case(lead=(9,)), torch.float32), device)
     given["x"] = given["x"].detach()
     assert saved(lora_linear, given) == {"x", "lora_a", "lora_b", (9, 6)}
     assert saved(lora_linear, given | {"lora_a": given["lora_a"].detach()}) == {"lora_b", (9, 6)}
 
 
-def test_linear_lowrank_does_not_keep_h():
-    given = lowrank_operands(Case(), torch.float32)
+def test_linear_lowrank_does_not_keep_h(device):
+    given = moved(lowrank_operands(Case(), torch.float32), device)
     assert saved(linear_lowrank, given) == {"weight", "lora_b", "s"}
     trained = given | {"weight": given["weight"].clone().requires_grad_()}
     assert "h" in saved(linear_lowrank, trained)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_operand_changes(implementation):
-    given = operands(CASES["int8, dropout"], torch.bfloat16)
+def test_no_operand_changes(implementation, device):
+    given = moved(operands(CASES["int8, dropout"], torch.bfloat16), device)
     before = {n: t.detach().clone() for n, t in given.items() if torch.is_tensor(t)}
-    computed(lora_linear, given, implementation)
+    computed(lora_linear, given, implementation, device)
     for name, t in before.items():
         assert torch.equal(given[name], t), name
 
@@ -231,62 +228,62 @@ def detached(value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["q, k, v", "no rows", "no adapter", "strided", "dropout", "int8", "w8a8"])
-def test_opcheck_passes_for_lora_linear(name):
-    torch.library.opcheck(OPS.lora_linear, op_arguments(CASES[name]))
+def test_opcheck_passes_for_lora_linear(name, device):
+    on(device, torch.library.opcheck)(OPS.lora_linear, op_arguments(CASES[name]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["q, k, v", "no rows", "strided", "int8", "w8a8"])
-def test_opcheck_passes_for_linear_lowrank(name):
+def test_opcheck_passes_for_linear_lowrank(name, device):
     given = lowrank_operands(CASES[name], torch.float32)
     names = ("h", "weight", "bias", "s", "lora_b", "scaling", "weight_scale", "groups", "quantize_input")
-    given = {n: detached(t) for n, t in given.items()}
+    given, opcheck = {n: detached(t) for n, t in given.items()}, on(device, torch.library.opcheck)
     q, scale = quantize_rows(given["h"].flatten(0, -2)) if given["quantize_input"] else (None, None)
-    torch.library.opcheck(OPS.linear_lowrank, (*(given[n] for n in names), None, None))
+    opcheck(OPS.linear_lowrank, (*(given[n] for n in names), None, None))
     if q is not None:
-        torch.library.opcheck(OPS.linear_lowrank, (*(given[n] for n in names), q.view(given["h"].shape), scale))
+        opcheck(OPS.linear_lowrank, (*(given[n] for n in names), q.view(given["h"].shape), scale))
 
 
 @pytest.mark.parametrize("without", [(), ("x",), ("weight",), ("s",), ("x", "weight", "lora_a")])
-def test_opcheck_passes_for_the_backward(without):
+def test_opcheck_passes_for_the_backward(without, device):
     x, weight, _, a, b, scaling, *_ = op_arguments(CASES["q, k, v"])
     operands = {"x": x, "weight": weight, "s": torch.randn(2, 19, 18), "lora_a": a, "lora_b": b}
     operands = {n: None if n in without else t.detach() for n, t in operands.items()}
     leading = (torch.randn(2, 19, 96), operands["x"], operands["weight"], None)
     low_rank = (operands["s"], operands["lora_a"], operands["lora_b"])
-    torch.library.opcheck(OPS.linear_backward, (*leading, *low_rank, scaling, 3, 0.3, torch.tensor(SEED), True))
+    given = *leading, *low_rank, scaling, 3, 0.3, torch.tensor(SEED), True
+    on(device, torch.library.opcheck)(OPS.linear_backward, given)
 
 
 @pytest.mark.parametrize("name", ["q, k, v", "dropout", "w8a8"])
-def test_compiles_as_one_graph_forward_and_backward(name):
+def test_compiles_as_one_graph_forward_and_backward(name, device):
     given = operands(CASES[name], torch.float32)
-    eager = with_gradients(lora_linear, given)
-    compiled = with_gradients(torch.compile(lora_linear, fullgraph=True, backend="aot_eager"), given)
+    eager = with_gradients(on(device, lora_linear), given)
+    compiled = with_gradients(on(device, torch.compile(lora_linear, fullgraph=True, backend="aot_eager")), given)
     for key in eager:
         torch.testing.assert_close(compiled[key], eager[key], rtol=0, atol=0)
 
 
-def test_exports_with_op_nodes_and_a_dynamic_batch():
+def test_exports_with_op_nodes_and_a_dynamic_batch(device):
     given = operands(Case(lead=(4, 5), k=72, n=96, groups=3), torch.float32)
-    other = {n: t for n, t in given.items() if n != "x"}
+    x, longer = moved((given["x"].detach(), torch.randn(7, 5, 72)), device)
+    other = {n: detached(moved(t, device)) for n, t in given.items() if n != "x"}
 
     class Module(torch.nn.Module):
         def forward(self, x):
             return lora_linear(x, **other)
 
-    x = given["x"].detach()
     program = torch.export.export(Module(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
     assert any(node.target is OPS.lora_linear.default for node in program.graph.nodes)
-    longer = torch.randn(7, 5, 72)
     torch.testing.assert_close(program.module()(longer), lora_linear(longer, **other))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("function", [lora_linear, linear_lowrank])
-def test_autocast_decides_the_compute_dtype_and_casts_no_parameter(function, dtype):
+def test_autocast_decides_the_compute_dtype_and_casts_no_parameter(function, dtype, device):
     draw = operands if function is lora_linear else lowrank_operands
-    given = draw(CASES["q, k, v"], torch.float32)
-    with torch.autocast("cpu", dtype):
+    given = moved(draw(CASES["q, k, v"], torch.float32), device)
+    with torch.autocast(device.type, dtype):
         y = function(**given)
         names = saved(function, given)
     assert y.dtype == dtype
@@ -296,12 +293,12 @@ def test_autocast_decides_the_compute_dtype_and_casts_no_parameter(function, dty
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_autocast_around_backward_alone_changes_nothing(dropout):
-    given = operands(Case(dropout=dropout), torch.float32)
+def test_autocast_around_backward_alone_changes_nothing(dropout, device):
+    given = moved(operands(Case(dropout=dropout), torch.float32), device)
     leaves = [t for t in given.values() if torch.is_tensor(t) and t.requires_grad]
     expected = torch.autograd.grad(lora_linear(**given).sum(), leaves)
     y = lora_linear(**given)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         got = torch.autograd.grad(y.sum(), leaves)
     assert len(leaves) >= 3 and all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
@@ -343,10 +340,10 @@ def test_linear_lowrank_refuses_an_s_of_other_rows():
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
-def test_triton_makes_g_and_db_in_one_pass_and_launches_nothing_that_is_not_needed():
+def test_triton_makes_g_and_db_in_one_pass_and_launches_nothing_that_is_not_needed(device):
     def launches(function, given, backward=True):
-        with interpreted(()) as launched:
-            y = function(**given)
+        with running("triton", device, ()) as launched:
+            y = on(device, function)(**given)
             forward = len(launched)
             if backward:
                 y.sum().backward()
@@ -367,8 +364,8 @@ def test_triton_makes_g_and_db_in_one_pass_and_launches_nothing_that_is_not_need
     assert launches(lora_linear, w8a8, False)[0][1:] == ["quantize_rows_kernel", "linear_lowrank_forward"]
 
 
-def test_a_quantised_weight_from_quantize_rows_fits_lora_linear():
+def test_a_quantised_weight_from_quantize_rows_fits_lora_linear(device):
     w, x = torch.randn(24, 40), torch.randn(5, 40)
-    q, scale = quantize_rows(w)
-    y = lora_linear(x, q, None, None, None, 1.0, scale)
+    q, scale = on(device, quantize_rows)(w)
+    y = on(device, lora_linear)(x, q, None, None, None, 1.0, scale)
     assert ((y - x @ w.t()).abs() <= x.abs().sum(1, keepdim=True) * scale / 2 * (1 + 1e-4)).all()

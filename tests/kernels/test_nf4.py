@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from running import moved, on, running
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from u2a_fast.kernels import linear_lowrank, lora_linear, nf4_linear, pack_nf4, set_backend, unpack_nf4
+from u2a_fast.kernels import linear_lowrank, lora_linear, nf4_linear, pack_nf4, unpack_nf4
 from u2a_fast.memory_counts import saved_bytes
 
+pytest.importorskip("bitsandbytes")
 SHAPE, GROUPS, RANK, SCALING = (48, 80), 3, 2, 0.7
 
 
@@ -27,19 +29,21 @@ def plain(x, packed, absmax, bias, lora_b, s=None, lora_a=None, dropout=0.0):
     return lora_linear(x, weight, bias, lora_a, lora_b, SCALING, groups=GROUPS, dropout=dropout)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
 @pytest.mark.parametrize("projected, dropout", [(False, 0.0), (False, 0.4), (True, 0.0)])
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_values_and_gradients_are_those_of_the_unpacked_weight(dtype, limit, projected, dropout, backend):
-    set_backend(backend)
+def test_values_and_gradients_are_those_of_the_unpacked_weight(
+    dtype, limit, projected, dropout, implementation, device
+):
     x, packed, absmax, options = operands(dtype, projected)
     dropped = {} if projected else {"dropout": dropout}
     results = []
     for function in (nf4_linear, plain):
         torch.manual_seed(1)
         extra = {"shape": SHAPE, "scaling": SCALING, "groups": GROUPS} if function is nf4_linear else {}
-        y = function(x, packed, absmax, **extra, **options, **dropped)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *options.values()])])
+        with running(implementation, device):
+            y = on(device, function)(x, packed, absmax, **extra, **options, **dropped)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *options.values()])])
     for got, expected in zip(*results, strict=True):
         assert got.dtype == expected.dtype
         assert (got - expected).norm() <= limit * expected.norm()
@@ -47,19 +51,19 @@ def test_values_and_gradients_are_those_of_the_unpacked_weight(dtype, limit, pro
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(96, 32), (4, 64), (7, 96), (7, 95), (5, 33), (30, 2), (1, 1)])
-def test_unpacked_weights_are_levels_of_their_blocks(shape, dtype):
+def test_unpacked_weights_are_levels_of_their_blocks(shape, dtype, device):
     """In every block, each weight is the nearest of NormalFloat's 16 levels, whatever the width of a row."""
     weight = torch.randn(shape)
-    packed, absmax = pack_nf4(weight)
-    unpacked = unpack_nf4(packed, absmax, shape, dtype).float().flatten()
+    packed, absmax = on(device, pack_nf4)(weight)
+    unpacked = on(device, unpack_nf4)(packed, absmax, shape, dtype).float().flatten()
     scale = absmax.repeat_interleave(64)[: weight.numel()]
     widest = 0.1520  # half of the widest gap between levels
     assert ((unpacked - weight.flatten()).abs() <= scale * (widest + 2.0**-8)).all()
     assert len((unpacked / scale).mul(50).round().unique()) <= 16
 
 
-def test_only_what_gradients_need_is_kept():
-    x, packed, absmax, options = operands(torch.float32, False)
+def test_only_what_gradients_need_is_kept(device):
+    x, packed, absmax, options = moved(operands(torch.float32, False), device)
     frozen = saved_bytes(lambda: nf4_linear(x, packed, absmax, SHAPE), [x, packed, absmax])
     assert frozen == 0
     adapted = saved_bytes(
@@ -78,23 +82,23 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_unpacking_copies_no_table_to_the_device():
-    _, packed, absmax, _ = operands(torch.float32, False)
+def test_unpacking_copies_no_table_to_the_device(device):
+    _, packed, absmax, _ = moved(operands(torch.float32, False), device)
     with Called() as called:
         unpack_nf4(packed, absmax, SHAPE, torch.bfloat16)
     assert set(called.names) == {"bitsandbytes::dequantize_4bit", "aten::view"}
 
 
-def test_the_backward_is_in_the_dtype_of_its_forward():
+def test_the_backward_is_in_the_dtype_of_its_forward(device):
     x, packed, absmax, _ = operands(torch.float32, False)
     gradients = []
     for enabled in (False, True):
-        y = nf4_linear(x, packed, absmax, SHAPE)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        y = on(device, nf4_linear)(x, packed, absmax, SHAPE)
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             gradients += torch.autograd.grad(y.sum(), x)
     assert torch.equal(*gradients)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert nf4_linear(x, packed, absmax, SHAPE).dtype == torch.bfloat16
+    with torch.autocast(device.type, torch.bfloat16):
+        assert on(device, nf4_linear)(x, packed, absmax, SHAPE).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

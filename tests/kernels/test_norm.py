@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from running import moved, on, running
 from tolerance import assert_as_exact_as
 from torch.nn import functional as F
 
-from u2a_fast.kernels import layer_norm, set_backend
+from u2a_fast.kernels import layer_norm
 from u2a_fast.memory import saved_bytes
 
 
@@ -22,40 +23,41 @@ def results(f, tensors, dy):
     return [y.detach(), *torch.autograd.grad(y, given, dy.to(y.dtype))]
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_are_exact(backend, bias):
-    set_backend(backend)
+def test_gradients_are_exact(implementation, bias, device):
     tensors, _ = operands(torch.float64, bias)
     given = [t for t in tensors if t is not None]
-    assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, None) if not bias else layer_norm(*a), given)
+    with running(implementation, device):
+        assert torch.autograd.gradcheck(lambda x, weight, bias=None: on(device, layer_norm)(x, weight, bias), given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_further_from_fp64_than_plain_layer_norm(dtype):
+def test_no_further_from_fp64_than_plain_layer_norm(dtype, device):
     tensors, dy = operands(dtype, rows=300)
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    plain = results(lambda x, w, b: F.layer_norm(x, (12,), w, b), tensors, dy)
+    plain = results(on(device, lambda x, w, b: F.layer_norm(x, (12,), w, b)), tensors, dy)
     expected = results(lambda x, w, b: F.layer_norm(x, (12,), w, b), exact, dy.double())
-    for i, (ours, low, high) in enumerate(zip(results(layer_norm, tensors, dy), plain, expected, strict=True)):
+    got = results(on(device, layer_norm), tensors, dy)
+    for i, (ours, low, high) in enumerate(zip(got, plain, expected, strict=True)):
         assert_as_exact_as(ours, low, high, 2 if i == 0 else 3, ("y", "x", "weight", "bias")[i])
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_an_fp32_bias_beside_bf16_rows_trains_in_fp32(backend):
-    set_backend(backend)
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_an_fp32_bias_beside_bf16_rows_trains_in_fp32(implementation, device):
     (x, weight, bias), dy = operands(torch.bfloat16)
     bias = bias.detach().float().requires_grad_()
-    y, *_, d_bias = results(layer_norm, (x, weight, bias), dy)
+    with running(implementation, device):
+        y, *_, d_bias = results(on(device, layer_norm), (x, weight, bias), dy)
     assert y.dtype == torch.bfloat16 and d_bias.dtype == torch.float32
     assert torch.allclose(d_bias, dy.float().sum(0), atol=1e-2)
 
 
-def test_autocast_keeps_half_and_computes_in_fp32():
-    tensors, dy = operands(torch.float32, rows=64)
+def test_autocast_keeps_half_and_computes_in_fp32(device):
+    tensors, dy = moved(operands(torch.float32, rows=64), device)
     plain = results(layer_norm, tensors, dy)
     kept = saved_bytes(lambda: layer_norm(*tensors), tensors[1:])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         narrow = results(layer_norm, tensors, dy)
         kept_narrow = saved_bytes(lambda: layer_norm(*tensors), tensors[1:])
     assert torch.equal(narrow[0], plain[0]) and narrow[0].dtype == torch.float32
@@ -63,8 +65,9 @@ def test_autocast_keeps_half_and_computes_in_fp32():
     assert kept - kept_narrow == 64 * 12 * 2
 
 
-def test_zero_rows_and_no_gradient():
+def test_zero_rows_and_no_gradient(device):
     tensors, _ = operands(torch.float32, rows=0)
-    assert [t.shape for t in results(layer_norm, tensors, torch.zeros(0, 12))] == [(0, 12), (0, 12), (12,), (12,)]
+    y, *gradients = results(on(device, layer_norm), tensors, torch.zeros(0, 12))
+    assert y.shape == (0, 12) and [t.shape for t in gradients] == [(0, 12), (12,), (12,)]
     with torch.no_grad():
-        assert not layer_norm(*tensors).requires_grad
+        assert not on(device, layer_norm)(*tensors).requires_grad

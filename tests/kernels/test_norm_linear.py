@@ -2,16 +2,10 @@
 
 import pytest
 import torch
+from running import CPU, moved, on, running
 from tolerance import assert_as_exact_as
-from triton_interpreter import interpreted
 
-from u2a_fast.kernels import (
-    assemble_norm_project,
-    linear_lowrank,
-    norm_linear,
-    quantize_rows,
-    set_backend,
-)
+from u2a_fast.kernels import assemble_norm_project, linear_lowrank, norm_linear, quantize_rows
 from u2a_fast.kernels.norm_linear import norm_linear_backward, norm_linear_forward
 
 # width, outputs, groups, rank (None: no adapter), norm, bias, int8 weight
@@ -74,36 +68,34 @@ def in_dtype(given, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
-def test_it_is_as_exact_as_plain_low_precision(implementation, case, dtype):
+def test_it_is_as_exact_as_plain_low_precision(implementation, case, dtype, device):
     given = operands(case, dtype)
-    set_backend("reference")
-    plain = results(one_after_the_other, in_dtype(given, dtype))
-    exact = results(one_after_the_other, in_dtype(given, torch.float64))
-    if implementation == "triton":
-        with interpreted(("bounds", "order")) as launched:
-            got = results(norm_linear, given)
-        assert "assemble_norm_project_forward" in launched
-    else:
-        set_backend(implementation)
-        got = results(norm_linear, given)
+    with running("reference", device):
+        plain = results(on(device, one_after_the_other), in_dtype(given, dtype))
+    with running("reference", CPU):
+        exact = results(one_after_the_other, in_dtype(given, torch.float64))
+    with running(implementation, device, ("bounds", "order")) as launched:
+        got = results(on(device, norm_linear), given)
+    assert ("assemble_norm_project_forward" in launched) == (implementation == "triton")
     for name in exact:
         assert_as_exact_as(got[name], plain[name], exact[name], 2 if name == "y" else 3, name)
 
 
 @pytest.mark.parametrize("case", ["q, k, v", "no norm", "no adapter", "no bias"])
-def test_gradcheck(case):
+def test_gradcheck(case, device):
     given = operands(case, torch.float64)
     names = [n for n, t in given.items() if torch.is_tensor(t) and t.requires_grad]
 
     def f(*leaves):
-        return norm_linear(**given | dict(zip(names, leaves, strict=True)))
+        return on(device, norm_linear)(**given | dict(zip(names, leaves, strict=True)))
 
     assert torch.autograd.gradcheck(f, [given[n] for n in names], fast_mode=True)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_opcheck(case):
-    given = {n: t.detach() if torch.is_tensor(t) else t for n, t in operands(case, torch.float32).items()}
+def test_opcheck(case, device):
+    given = moved(operands(case, torch.float32), device)
+    given = {n: t.detach() if torch.is_tensor(t) else t for n, t in given.items()}
     x, norm = given["x"].flatten(0, 1), (given["norm_weight"], given["norm_bias"])
     low = given["lora_a"], given["lora_b"], given["weight_scale"]
     options = given["eps"], 0.7, given["groups"]
@@ -115,13 +107,13 @@ def test_opcheck(case):
     torch.library.opcheck(norm_linear_backward.registered, (*operands_, torch.float32, needs))
 
 
-def test_a_weight_that_trains_gets_its_gradient():
+def test_a_weight_that_trains_gets_its_gradient(device):
     given = operands("q, k, v", torch.float64)
     given["weight"].requires_grad_()
-    got, exact = results(norm_linear, given), results(one_after_the_other, given)
+    got, exact = results(on(device, norm_linear), given), results(one_after_the_other, given)
     torch.testing.assert_close(got["d weight"], exact["d weight"])
 
 
-def test_the_residual_shares_the_memory_of_x():
-    given = operands("q, k, v", torch.float32)
+def test_the_residual_shares_the_memory_of_x(device):
+    given = moved(operands("q, k, v", torch.float32), device)
     assert norm_linear(**given)[1].data_ptr() == given["x"].data_ptr()

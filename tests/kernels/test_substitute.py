@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 import torch
+from running import CPU, moved, on, running
 from tolerance import assert_as_exact_as
-from triton_interpreter import interpreted
 
 from u2a_fast.kernels import set_backend, substitute
 
@@ -29,22 +29,24 @@ def operands(m, b, d, dtype=torch.float64, absent=float("nan"), seed=0):
     return class_tokens.to(dtype), proxies.to(dtype), present
 
 
-def results(class_tokens, proxies, present, stop_gradient):
+def results(class_tokens, proxies, present, stop_gradient, device):
     """fused, align and the gradients of a random combination of them."""
     leaves = class_tokens.detach().clone().requires_grad_(), proxies.detach().clone().requires_grad_()
-    fused, align = substitute(*leaves, present, stop_gradient)
+    fused, align = on(device, substitute)(*leaves, present, stop_gradient)
     weight = torch.randn(fused.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
     return fused.detach(), align.detach(), *torch.autograd.grad((fused.double() * weight).sum() + 2 * align, leaves)
 
 
-def computed(implementation, *given):
-    if implementation != "triton":
-        set_backend(implementation)
-        return results(*given)
-    with interpreted(SANITIZERS) as launched:
-        got = results(*given)
-    assert set(launched) == ({"substitute_forward", "substitute_backward"} if given[0].numel() else set())
+def computed(implementation, device, *given):
+    with running(implementation, device, SANITIZERS) as launched:
+        got = results(*given, device)
+    kernels = {"substitute_forward", "substitute_backward"}
+    assert set(launched) == (kernels if implementation == "triton" and given[0].numel() else set())
     return got
+
+
+def plain(*given):
+    return computed("reference", CPU, *given)
 
 
 def by_hand(class_tokens, proxies, present):
@@ -68,9 +70,9 @@ def by_hand(class_tokens, proxies, present):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_follows_the_formula(shape, implementation):
+def test_follows_the_formula(shape, implementation, device):
     given = operands(*shape, absent=0.0)
-    fused, align, *_ = computed(implementation, *given, True)
+    fused, align, *_ = computed(implementation, device, *given, True)
     expected = by_hand(*given)
     torch.testing.assert_close(fused, expected[0])
     torch.testing.assert_close(align, expected[1])
@@ -79,19 +81,18 @@ def test_follows_the_formula(shape, implementation):
 @pytest.mark.parametrize("stop_gradient", [True, False])
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_equal_those_of_plain_pytorch(shape, implementation, stop_gradient):
+def test_gradients_equal_those_of_plain_pytorch(shape, implementation, stop_gradient, device):
     given = operands(*shape)
-    for got, expected in zip(
-        computed(implementation, *given, stop_gradient), computed("reference", *given, stop_gradient), strict=True
-    ):
-        torch.testing.assert_close(got, expected)
+    got, expected = computed(implementation, device, *given, stop_gradient), plain(*given, stop_gradient)
+    for t, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(t, exact)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_absent_rows_reach_nothing(implementation, dtype):
+def test_absent_rows_reach_nothing(implementation, dtype, device):
     shape = (3, 20, 33)
-    nan, zero = (computed(implementation, *operands(*shape, dtype, a), False) for a in (float("nan"), 0.0))
+    nan, zero = (computed(implementation, device, *operands(*shape, dtype, a), False) for a in (float("nan"), 0.0))
     assert all(torch.equal(a, b) for a, b in zip(nan, zero, strict=True))
     present = operands(*shape)[2].t()
     _, _, d_class, d_proxies = nan
@@ -102,53 +103,49 @@ def test_absent_rows_reach_nothing(implementation, dtype):
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_exact_as_plain_low_precision(implementation, dtype):
+def test_low_precision_is_as_exact_as_plain_low_precision(implementation, dtype, device):
     """Plain: every step of the formula rounded to `dtype`, differentiated by autograd."""
     class_tokens, proxies, present = operands(2, 40, 100, dtype, absent=0.0)
 
-    def plain(kind):
+    def plain(kind, device):
         c, p = class_tokens.to(kind).requires_grad_(), proxies.to(kind).requires_grad_()
-        fused, align = by_hand(c, p, present)
+        fused, align = on(device, by_hand)(c, p, present)
         weight = torch.randn(fused.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
         loss = (fused.double() * weight).sum() + 2 * align
         return fused.detach(), align.detach(), *torch.autograd.grad(loss, (c, p))
 
-    low, exact = plain(dtype), plain(torch.float64)
-    got = computed(implementation, class_tokens, proxies, present, False)
+    low, exact = plain(dtype, device), plain(torch.float64, CPU)
+    got = computed(implementation, device, class_tokens, proxies, present, False)
     assert [t.dtype for t in got] == [dtype, torch.float32, dtype, dtype]
     for i, (t, rough, true) in enumerate(zip(got, low, exact, strict=True)):
         assert_as_exact_as(t, rough, true, 2 if i < 2 else 3, f"result {i}")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nobody_has_two_modalities(implementation):
+def test_nobody_has_two_modalities(implementation, device):
     """The loss is exactly 0 and still belongs to the graph."""
     class_tokens, proxies, _ = operands(2, 3, 4, absent=0.0)
     present = torch.tensor([[True, False], [False, True], [False, False]])
-    fused, align, d_class, _ = computed(implementation, class_tokens, proxies, present, True)
+    fused, align, d_class, _ = computed(implementation, device, class_tokens, proxies, present, True)
     assert align == 0 and not fused[2].any() and torch.isfinite(d_class).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_stop_gradient_spares_the_targets(implementation):
+def test_stop_gradient_spares_the_targets(implementation, device):
     given = operands(2, 6, 5, absent=0.0)
     leaves = given[0].requires_grad_(), given[1].requires_grad_()
 
     def class_gradient(stop_gradient):
-        _, align = substitute(*leaves, given[2], stop_gradient)
+        _, align = on(device, substitute)(*leaves, given[2], stop_gradient)
         return torch.autograd.grad(align, leaves[0], allow_unused=True, materialize_grads=True)[0]
 
-    if implementation == "triton":
-        with interpreted(SANITIZERS):
-            stopped, free = class_gradient(True), class_gradient(False)
-    else:
-        set_backend(implementation)
+    with running(implementation, device, SANITIZERS):
         stopped, free = class_gradient(True), class_gradient(False)
     assert not stopped.any() and free.any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_non_contiguous_input_gives_the_same(implementation):
+def test_non_contiguous_input_gives_the_same(implementation, device):
     given = operands(3, 6, 10)
     strided = (
         given[0].mT.contiguous().mT,
@@ -156,49 +153,50 @@ def test_non_contiguous_input_gives_the_same(implementation):
         given[2].t().contiguous().t(),
     )
     assert not any(t.is_contiguous() for t in strided)
-    expected = computed("reference", *given, False)
-    for t, exact in zip(computed(implementation, *strided, False), expected, strict=True):
+    for t, exact in zip(computed(implementation, device, *strided, False), plain(*given, False), strict=True):
         torch.testing.assert_close(t, exact)
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_program_order():
+def test_results_do_not_depend_on_program_order(device):
     given = operands(3, 40, 300, torch.bfloat16)
     runs = []
     for seed in (0, 1, 2, 2):
-        with interpreted(("order",), seed=seed):
-            runs.append(results(*given, False))
+        with running("triton", device, ("order",), seed):
+            runs.append(results(*given, False, device))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_gradient", [True, False])
-def test_opcheck(stop_gradient):
+def test_opcheck(stop_gradient, device):
     set_backend("torch")
+    opcheck = on(device, torch.library.opcheck)
     class_tokens, proxies, present = operands(3, 4, 5, torch.float32, absent=0.0)
     given = class_tokens, proxies, present, stop_gradient
-    torch.library.opcheck(module.substitute_op.registered, given)
+    opcheck(module.substitute_op.registered, given)
     for grads in ((torch.randn(4, 5), torch.tensor(2.0)), (None, torch.tensor(2.0)), (torch.randn(4, 5), None)):
-        torch.library.opcheck(module.substitute_backward_op.registered, (*grads, *given))
+        opcheck(module.substitute_backward_op.registered, (*grads, *given))
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
-def test_gradcheck_of_every_subset(which):
+def test_gradcheck_of_every_subset(which, device):
     set_backend("torch")
     given = operands(3, 4, 5, absent=0.0)
     leaves = [given[i].clone().requires_grad_() for i in which]
 
     def outputs(*values):
         tensors = dict(zip(which, values, strict=True))
-        return substitute(tensors.get(0, given[0]), tensors.get(1, given[1]), given[2], stop_gradient=False)
+        leaves = tensors.get(0, given[0]), tensors.get(1, given[1])
+        return on(device, substitute)(*leaves, given[2], stop_gradient=False)
 
     assert torch.autograd.gradcheck(outputs, leaves)
 
 
 @pytest.mark.slow
-def test_compile_and_export_see_one_op():
+def test_compile_and_export_see_one_op(device):
     set_backend("torch")
-    given = operands(2, 4, 5, torch.float32, absent=0.0)
+    given = moved(operands(2, 4, 5, torch.float32, absent=0.0), device)
     expected = substitute(*given)
 
     class Module(torch.nn.Module):
@@ -231,10 +229,10 @@ def test_what_does_not_fit_is_refused(change, error, message):
         substitute(**given | change)
 
 
-def test_under_autocast_the_wider_dtype_counts():
-    class_tokens, proxies, present = operands(2, 5, 7, torch.float32, absent=0.0)
+def test_under_autocast_the_wider_dtype_counts(device):
+    class_tokens, proxies, present = moved(operands(2, 5, 7, torch.float32, absent=0.0), device)
     expected = substitute(class_tokens.bfloat16().float(), proxies, present)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         got = substitute(class_tokens.bfloat16(), proxies, present)
     assert got[0].dtype == torch.float32 and all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
     with pytest.raises(TypeError, match="one floating point dtype"):

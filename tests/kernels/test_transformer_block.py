@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from running import moved, on, running
 from torch.nn import functional as F
-from triton_interpreter import interpreted
 
 from u2a_fast.kernels import Attention, Half, Linear, Norm, quantize_rows, set_backend, transformer_block
 from u2a_fast.memory import saved_bytes
@@ -79,14 +79,7 @@ CASES = {
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("case", CASES)
-def test_results_and_gradients_are_those_of_the_formulas(case, implementation):
-    if implementation == "triton":
-        with interpreted():
-            return check_results_and_gradients(case)
-    check_results_and_gradients(case)
-
-
-def check_results_and_gradients(case):
+def test_results_and_gradients_are_those_of_the_formulas(case, implementation, device):
     options, seen, activation, act = CASES[case]
     x, (attention, mlp) = leaf(BATCH, ROWS, WIDTH, mean=0.5, std=1.0), halves(**options)
     leaves = [x, *(t for t in (*attention.trained, *mlp.trained) if t is not None)]
@@ -95,23 +88,25 @@ def check_results_and_gradients(case):
         rows[0, 3] = 0
     weight = torch.randn(BATCH, ROWS, WIDTH, dtype=torch.float64) * rows
     exact = written_out(x, attention, mlp, seen, act)
-    y = transformer_block(x, attention, mlp, seen, activation)
+    with running(implementation, device):
+        y = on(device, transformer_block)(x, attention, mlp, seen, activation)
+        grads = torch.autograd.grad((y * weight).sum(), leaves)
     torch.testing.assert_close(y * rows, exact * rows, rtol=1e-9, atol=1e-9)
-    grads = (torch.autograd.grad((t * weight).sum(), leaves) for t in (y, exact))
-    for i, (got, expected) in enumerate(zip(*grads, strict=True)):
+    for i, (got, expected) in enumerate(zip(grads, torch.autograd.grad((exact * weight).sum(), leaves), strict=True)):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, msg=lambda m, i=i: f"leaf {i}: {m}")
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])
-def test_every_subset_that_trains_gets_its_gradient_and_no_other(pre_norm):
+def test_every_subset_that_trains_gets_its_gradient_and_no_other(pre_norm, device):
     attention, mlp = halves(pre_norm)
     x = leaf(BATCH, ROWS, WIDTH)
     everything = [x, *attention.trained, *mlp.trained]
-    full = torch.autograd.grad(transformer_block(x, attention, mlp, see(), "gelu").sum(), everything)
+    block = on(device, transformer_block)
+    full = torch.autograd.grad(block(x, attention, mlp, see(), "gelu").sum(), everything)
     for i, expected in enumerate(full):
         for j, t in enumerate(everything):
             t.requires_grad_(i == j)
-        (got,) = torch.autograd.grad(transformer_block(x, attention, mlp, see(), "gelu").sum(), [everything[i]])
+        (got,) = torch.autograd.grad(block(x, attention, mlp, see(), "gelu").sum(), [everything[i]])
         torch.testing.assert_close(got, expected)
 
 
@@ -130,18 +125,18 @@ def test_nothing_is_kept_for_a_frozen_mlp_but_its_input_and_the_activations():
     assert kept <= 8 * numbers
 
 
-def test_without_gradients_nothing_is_recorded():
-    attention, mlp = halves()
+def test_without_gradients_nothing_is_recorded(device):
+    x, attention, mlp = moved((leaf(BATCH, ROWS, WIDTH), *halves()), device)
     with torch.no_grad():
-        assert transformer_block(leaf(BATCH, ROWS, WIDTH), attention, mlp, see(), "gelu").grad_fn is None
+        assert transformer_block(x, attention, mlp, see(), "gelu").grad_fn is None
 
 
-def test_autocast_keeps_the_residual_stream_in_its_own_dtype():
+def test_autocast_keeps_the_residual_stream_in_its_own_dtype(device):
     attention, mlp = halves()
     narrow = [Half(*(_in(part, torch.float32) for part in half)) for half in (attention, mlp)]
     x = torch.randn(BATCH, ROWS, WIDTH, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = transformer_block(x, *narrow, see(), "gelu")
+    with torch.autocast(device.type, torch.bfloat16):
+        y = on(device, transformer_block)(x, *narrow, see(), "gelu")
         exact = transformer_block(x.double(), attention, mlp, see(), "gelu")
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert y.dtype == grad.dtype == torch.float32
@@ -155,10 +150,9 @@ def _in(part, dtype):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_as_one_graph(backend):
+def test_compiles_as_one_graph(backend, device):
     set_backend("torch")
-    attention, mlp = halves()
-    x = leaf(BATCH, ROWS, WIDTH)
+    x, attention, mlp = moved((leaf(BATCH, ROWS, WIDTH), *halves()), device)
     leaves = [x, *attention.trained, *mlp.trained]
 
     def f(x):

@@ -5,6 +5,7 @@ import pytest
 import rounded
 import tiny_encoders
 import torch
+from running import moved, on
 
 from u2a_fast import JointEmbedding, LoraConfig
 from u2a_fast.methods.joint_embedding import vicreg
@@ -34,7 +35,7 @@ def encoders(families, unequal=False):
     }
 
 
-def models(families, unequal=False, tuning="bitfit", fusion="concat"):
+def models(families, device, unequal=False, tuning="bitfit", fusion="concat"):
     """`(fast, reference, names of prompts, predictors and heads)`; LoRA factors equal and random."""
     built = encoders(families, unequal)
     torch.manual_seed(0)
@@ -42,7 +43,7 @@ def models(families, unequal=False, tuning="bitfit", fusion="concat"):
     for prompts in reference.prompts.values():
         torch.nn.init.normal_(prompts)
     lora = tuning if tuning == "bitfit" else LoraConfig(**tuning)
-    fast = JointEmbedding(built, num_labels=5, tuning=lora, fusion=fusion).double()
+    fast = JointEmbedding(built, num_labels=5, tuning=lora, fusion=fusion).double().to(device)
     if tuning != "bitfit":
         reference.lora_factors = lambda: {
             (m, *key): factors for m, e in reference.encoders.items() for key, factors in e.lora_factors().items()
@@ -66,10 +67,11 @@ def assert_same_bias_gradients(fast, reference):
     assert compared == 8 * sum(len(encoder.blocks) for encoder in fast.encoders.values())
 
 
-def assert_parity(fast, reference, names, inputs, present):
+def assert_parity(fast, reference, names, inputs, present, device):
     fast.zero_grad()
     reference.zero_grad()
-    out, expected = fast(**inputs, modality_mask=present, labels=LABELS), reference(inputs, present, LABELS)
+    out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
+    expected = reference(inputs, present, LABELS)
     for name in ("logits", "task_loss", "align_loss", "loss"):
         parity.assert_close(getattr(out, name), getattr(expected, name), 1e-9, name)
     out.loss.backward()
@@ -82,22 +84,21 @@ def assert_parity(fast, reference, names, inputs, present):
 @pytest.mark.parametrize("fusion", ["concat", "average"])
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES.keys())
-def test_forward_losses_and_every_gradient_equal_the_reference(families, unequal, fusion):
-    fast, reference, names = models(families, unequal, fusion=fusion)
+def test_forward_losses_and_every_gradient_equal_the_reference(families, unequal, fusion, device):
+    fast, reference, names = models(families, device, unequal, fusion=fusion)
     for seed in range(2):
         inputs, present = parity.batch(families, COUNT, seed), parity.random_presence(COUNT, len(families), seed)
-        assert_parity(fast, reference, names, inputs, present)
+        assert_parity(fast, reference, names, inputs, present, device)
 
 
 @pytest.mark.parametrize("targets", [("q", "k", "v", "o"), ("q", "v"), ROLES], ids=str)
 @pytest.mark.parametrize("families", [PAIR, FAMILIES["three"]], ids=["two", "three"])
-def test_lora_instead_of_bitfit(families, targets):
+def test_lora_instead_of_bitfit(families, targets, device):
     tuning = {"r": 3, "lora_alpha": 6, "target_modules": targets}
-    fast, reference, names = models(families, unequal=True, tuning=tuning)
+    fast, reference, names = models(families, device, unequal=True, tuning=tuning)
     assert not any(p.requires_grad for n, p in fast.named_parameters() if "encoders" in n and n.endswith("bias"))
-    assert_parity(
-        fast, reference, names, parity.batch(families, COUNT), parity.random_presence(COUNT, len(families), 1)
-    )
+    inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, len(families), 1)
+    assert_parity(fast, reference, names, inputs, present, device)
 
 
 @pytest.mark.slow
@@ -110,24 +111,25 @@ def test_pefts_config_is_read():
 
 @pytest.mark.parametrize("kind", ["left", "holes"])
 @pytest.mark.parametrize("family", ["bert", "clip_text"])
-def test_padding_anywhere(family, kind):
+def test_padding_anywhere(family, kind, device):
     families = {"image": "vit", "text": family}
-    fast, reference, names = models(families)
+    fast, reference, names = models(families, device)
     inputs = parity.batch(families, COUNT, padded=False)
     mask = inputs["text"]["attention_mask"]
     if kind == "left":
         mask[1, :3] = mask[2, :1] = 0
     else:
         mask[1, 2] = mask[4, 1] = mask[4, 3] = 0
-    assert_parity(fast, reference, names, inputs, torch.ones(COUNT, 2, dtype=torch.bool))
+    assert_parity(fast, reference, names, inputs, torch.ones(COUNT, 2, dtype=torch.bool), device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
-def test_ordinary_rows_are_bitwise_what_they_are_without_prompts(family, dtype):
+def test_ordinary_rows_are_bitwise_what_they_are_without_prompts(family, dtype, device):
     other = "vit" if family != "vit" else "bert"
-    model = JointEmbedding({"a": tiny_encoders.build(family).to(dtype), "b": tiny_encoders.build(other)}, num_labels=2)
-    encoder, inputs = model.encoders["a"], tiny_encoders.inputs(family, 3, padded=True)
+    built = {"a": tiny_encoders.build(family).to(dtype), "b": tiny_encoders.build(other)}
+    model = JointEmbedding(built, num_labels=2).to(device)
+    encoder, inputs = model.encoders["a"], moved(tiny_encoders.inputs(family, 3, padded=True), device)
     with torch.no_grad():
         tokens, padding_mask = encoder.embed(**inputs)
         alone = encoder.read(tokens, padding_of(padding_mask))[0].float()
@@ -135,10 +137,10 @@ def test_ordinary_rows_are_bitwise_what_they_are_without_prompts(family, dtype):
     assert torch.equal(alone, beside)
 
 
-def test_prompts_see_neither_each_other_nor_themselves():
+def test_prompts_see_neither_each_other_nor_themselves(device):
     """A prompt's row with all the others there is the row it has alone."""
-    fast, _, _ = models(PAIR)
-    inputs = parity.batch(PAIR, COUNT)
+    fast, _, _ = models(PAIR, device)
+    inputs = moved(parity.batch(PAIR, COUNT), device)
     together = fast.prompts["text"].detach().clone()
     tokens, mask = fast.encoders["text"].embed(**inputs["text"])
     padding = padding_of(mask)
@@ -150,9 +152,9 @@ def test_prompts_see_neither_each_other_nor_themselves():
     parity.assert_close(fast.read("text", tokens, padding)[1], torch.stack(rows).mean(dim=0), 1e-12, "mean of prompts")
 
 
-def test_what_stands_in_absent_rows_never_matters():
+def test_what_stands_in_absent_rows_never_matters(device):
     families = FAMILIES["three"]
-    fast, _, _ = models(families)
+    fast, _, _ = models(families, device)
     present, results = parity.random_presence(COUNT, 3, 3), []
     for fill in (0.0, float("nan"), float("inf")):
         inputs = parity.batch(families, COUNT)
@@ -161,7 +163,7 @@ def test_what_stands_in_absent_rows_never_matters():
                 junk = fill if tensor.is_floating_point() else (0 if fill == 0 else 10**6)
                 tensor[~present[:, i]] = torch.tensor(junk).to(tensor.dtype)
         fast.zero_grad()
-        out = fast(**inputs, modality_mask=present, labels=LABELS)
+        out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
         out.loss.backward()
         results.append([out.logits, out.loss, *(p.grad for p in fast.parameters() if p.requires_grad)])
     assert all(torch.isfinite(t).all() for t in results[0])
@@ -169,9 +171,9 @@ def test_what_stands_in_absent_rows_never_matters():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_predictions_stand_in_exactly_where_a_modality_is_absent():
-    fast, _, _ = models(FAMILIES["three"])
-    inputs, natural = parity.batch(FAMILIES["three"], COUNT), torch.ones(COUNT, 3, dtype=torch.bool)
+def test_predictions_stand_in_exactly_where_a_modality_is_absent(device):
+    fast, _, _ = models(FAMILIES["three"], device)
+    inputs, natural = moved(parity.batch(FAMILIES["three"], COUNT), device), torch.ones(COUNT, 3, dtype=torch.bool)
     seen = []
     fast.classify = lambda embeddings: seen.append(embeddings) or torch.zeros(COUNT, 5)
     present = parity.random_presence(COUNT, 3, 2)
@@ -190,77 +192,78 @@ def test_predictions_stand_in_exactly_where_a_modality_is_absent():
 
 
 @pytest.mark.parametrize("paired", [0, 1, 2])
-def test_vicreg_with_few_paired_rows(paired):
-    fast, reference, names = models(PAIR)
+def test_vicreg_with_few_paired_rows(paired, device):
+    fast, reference, names = models(PAIR, device)
     present = torch.tensor([[True, False], [False, True]] * 3)
     present[:paired] = True
     inputs = parity.batch(PAIR, COUNT)
-    assert_parity(fast, reference, names, inputs, present)
-    out = fast(**inputs, modality_mask=present, labels=LABELS)
+    assert_parity(fast, reference, names, inputs, present, device)
+    out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
     assert out.align_loss.isfinite() and (out.align_loss == 0) == (paired < 2) and out.align_loss.requires_grad
     out.align_loss.backward()
 
 
-def test_vicreg_equals_the_reference_and_leaves_the_target_alone():
+def test_vicreg_equals_the_reference_and_leaves_the_target_alone(device):
     predicted, real = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    loss, expected = vicreg(predicted, real), reference_module.vicreg(predicted, real)
+    loss, expected = on(device, vicreg)(predicted, real), reference_module.vicreg(predicted, real)
     parity.assert_close(loss, expected, 1e-12, "loss")
     gradients = [torch.autograd.grad(value, predicted)[0] for value in (loss, expected)]
     parity.assert_close(*gradients, 1e-12, "gradient")
     assert torch.autograd.grad(vicreg(predicted, real), real, allow_unused=True) == (None,)
 
 
-def test_vicreg_is_computed_in_fp32_at_least():
+def test_vicreg_is_computed_in_fp32_at_least(device):
     predicted, real = torch.randn(16, 32) / 2, torch.zeros(16, 32)
     expected = vicreg(predicted.double(), real.double())
     assert expected.dtype == torch.float64
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = vicreg(predicted, real)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = on(device, vicreg)(predicted, real)
     assert loss.dtype == torch.float32 and (loss - expected).abs() < 1e-6 * expected
     assert vicreg(predicted.bfloat16(), real.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_modality_absent_in_the_whole_batch(lost):
-    fast, reference, _ = models(PAIR)
+def test_a_modality_absent_in_the_whole_batch(lost, device):
+    fast, reference, _ = models(PAIR, device)
     present = torch.ones(COUNT, 2, dtype=torch.bool)
     present[:, lost] = False
     inputs = parity.batch(PAIR, COUNT)
-    out = fast(**inputs, modality_mask=present, labels=LABELS)
+    out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
     parity.assert_close(out.logits, reference(inputs, present).logits, 1e-9, "logits")
     out.loss.backward()
     name = list(PAIR)[lost]
-    without_keyword = fast(**{m: v for m, v in inputs.items() if m != name})
+    without_keyword = on(device, fast)(**{m: v for m, v in inputs.items() if m != name})
     parity.assert_close(without_keyword.logits, out.logits, 1e-12, "logits without the keyword")
 
 
-def test_one_encoding_serves_every_scenario():
+def test_one_encoding_serves_every_scenario(device):
     families = FAMILIES["three"]
-    fast, _, _ = models(families, unequal=True)
+    fast, _, _ = models(families, device, unequal=True)
     inputs, natural = parity.batch(families, COUNT), torch.ones(COUNT, 3, dtype=torch.bool)
     natural[1, 0] = natural[4, 2] = False
     with torch.no_grad():
-        encoded = fast.encode(inputs, natural)
+        encoded = fast.encode(moved(inputs, device), natural)
         for seed in range(4):
             kept = natural & parity.random_presence(COUNT, 3, seed)
             counted = kept.any(dim=1)  # a scenario may leave a sample nothing: its row is finite and does not count
             logits, _ = fast.fuse(encoded, kept)
             chosen = {m: {k: v[counted] for k, v in values.items()} for m, values in inputs.items()}
-            expected = fast(**chosen, modality_mask=kept[counted]).logits
+            expected = on(device, fast)(**chosen, modality_mask=kept[counted]).logits
             parity.assert_close(logits[counted], expected, 1e-12, "logits")
             assert logits.isfinite().all()
 
 
-def test_rows_do_not_see_each_other():
+def test_rows_do_not_see_each_other(device):
     families = FAMILIES["three"]
-    fast, _, _ = models(families)
+    fast, _, _ = models(families, device)
     inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 3, 5)
-    logits = fast(**inputs, modality_mask=present).logits
+    run = on(device, fast)
+    logits = run(**inputs, modality_mask=present).logits
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
     shuffled = {m: {k: v[order] for k, v in values.items()} for m, values in inputs.items()}
-    parity.assert_close(fast(**shuffled, modality_mask=present[order]).logits, logits[order], 1e-12, "permuted")
+    parity.assert_close(run(**shuffled, modality_mask=present[order]).logits, logits[order], 1e-12, "permuted")
     single = {m: {k: v[2:3] for k, v in values.items()} for m, values in inputs.items()}
-    parity.assert_close(fast(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
+    parity.assert_close(run(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
 
 
 def test_the_callers_model_keeps_its_biases():
@@ -275,15 +278,15 @@ def test_the_callers_model_keeps_its_biases():
         assert all(torch.equal(p, before[m][n]) for n, p in encoder.named_parameters())
 
 
-def test_gradient_checkpointing_changes_nothing():
-    fast, _, _ = models(PAIR)
+def test_gradient_checkpointing_changes_nothing(device):
+    fast, _, _ = models(PAIR, device)
     inputs, present = parity.batch(PAIR, COUNT), parity.random_presence(COUNT, 2, 0)
     gradients = []
     for checkpointed in (False, True):
         if checkpointed:
             fast.activation_checkpointing_enable()
         fast.train().zero_grad()
-        fast(**inputs, modality_mask=present, labels=LABELS).loss.backward()
+        on(device, fast)(**inputs, modality_mask=present, labels=LABELS).loss.backward()
         gradients.append([p.grad for p in fast.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -314,11 +317,11 @@ def test_what_cannot_be_built_is_said(options, message):
 
 
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
-def test_quantised_encoders_compute_with_the_rounded_weights(mode):
-    quantised = JointEmbedding(encoders(PAIR), num_labels=5, quantization=mode).double()
+def test_quantised_encoders_compute_with_the_rounded_weights(mode, device):
+    quantised = JointEmbedding(encoders(PAIR), num_labels=5, quantization=mode).double().to(device)
     inputs, present, gradients = parity.batch(PAIR, COUNT), parity.random_presence(COUNT, 2, 0), []
     models = quantised, rounded.dequantised(quantised)
-    losses = [model(**inputs, modality_mask=present, labels=LABELS).loss for model in models]
+    losses = [on(device, model)(**inputs, modality_mask=present, labels=LABELS).loss for model in models]
     parity.assert_close(*losses, 1e-9, "loss")
     for model, loss in zip(models, losses, strict=True):
         loss.backward()

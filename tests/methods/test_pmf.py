@@ -6,6 +6,7 @@ import rounded
 import tiny_data
 import tiny_encoders
 import torch
+from running import CPU, moved, on
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViTConfig, ViTModel
 
 from u2a_fast import PMF, MultimodalCollator, evaluate, load_model
@@ -33,7 +34,7 @@ def encoders(families, unequal=False):
     }
 
 
-def models(families, unequal=False, **options):
+def models(families, device, unequal=False, **options):
     """`(fast, reference, names of what trains)`, with prompts large enough to be felt."""
     built = encoders(families, unequal)
     torch.manual_seed(0)
@@ -41,15 +42,16 @@ def models(families, unequal=False, **options):
     for name, parameter in reference.named_parameters():
         if "prompt" in name:
             torch.nn.init.normal_(parameter)
-    fast = PMF(built, num_labels=5, **options).double()
+    fast = PMF(built, num_labels=5, **options).double().to(device)
     names = parity.share_named(fast, reference, ("layers", "head"))
     return fast, reference, [name for name in names if fast.get_parameter(name).requires_grad]
 
 
-def assert_parity(fast, reference, names, inputs, present):
+def assert_parity(fast, reference, names, inputs, present, device):
     fast.zero_grad()
     reference.zero_grad()
-    out, expected = fast(**inputs, modality_mask=present, labels=LABELS), reference(inputs, present, LABELS)
+    out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
+    expected = reference(inputs, present, LABELS)
     for name in ("logits", "task_loss", "loss"):
         parity.assert_close(getattr(out, name), getattr(expected, name), 1e-9, name)
     out.loss.backward()
@@ -64,11 +66,11 @@ def assert_parity(fast, reference, names, inputs, present):
 
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES.keys())
-def test_forward_loss_and_gradients_equal_the_reference(families, unequal):
-    fast, reference, names = models(families, unequal)
+def test_forward_loss_and_gradients_equal_the_reference(families, unequal, device):
+    fast, reference, names = models(families, device, unequal)
     for seed in range(2):
         inputs, present = parity.batch(families, COUNT, seed), parity.random_presence(COUNT, len(families), seed)
-        assert_parity(fast, reference, names, inputs, present)
+        assert_parity(fast, reference, names, inputs, present, device)
 
 
 @pytest.mark.parametrize(
@@ -83,29 +85,30 @@ def test_forward_loss_and_gradients_equal_the_reference(families, unequal):
     ids=str,
 )
 @pytest.mark.parametrize("families", [PAIR, FAMILIES["layer scale and causal"]], ids=["all rows", "causal"])
-def test_prompt_counts_and_depths(families, options):
-    fast, reference, names = models(families, **options)
+def test_prompt_counts_and_depths(families, options, device):
+    fast, reference, names = models(families, device, **options)
     assert options.get("train_fusion_context", True) or not any("fusion_context" in name for name in names)
-    assert_parity(fast, reference, names, parity.batch(families, COUNT), parity.random_presence(COUNT, 2, 1))
+    inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 2, 1)
+    assert_parity(fast, reference, names, inputs, present, device)
 
 
 @pytest.mark.parametrize("kind", ["left", "holes"])
 @pytest.mark.parametrize("family", ["bert", "clip_text"])
-def test_padding_anywhere(family, kind):
+def test_padding_anywhere(family, kind, device):
     families = {"image": "vit", "text": family}
-    fast, reference, names = models(families)
+    fast, reference, names = models(families, device)
     inputs = parity.batch(families, COUNT, padded=False)
     mask = inputs["text"]["attention_mask"]
     if kind == "left":
         mask[1, :3] = mask[2, :1] = 0
     else:
         mask[1, 2] = mask[4, 1] = mask[4, 3] = 0
-    assert_parity(fast, reference, names, inputs, torch.ones(COUNT, 2, dtype=torch.bool))
+    assert_parity(fast, reference, names, inputs, torch.ones(COUNT, 2, dtype=torch.bool), device)
 
 
-def test_what_stands_in_absent_rows_never_matters():
+def test_what_stands_in_absent_rows_never_matters(device):
     families = FAMILIES["three"]
-    fast, _, _ = models(families)
+    fast, _, _ = models(families, device)
     present, results = parity.random_presence(COUNT, 3, 3), []
     for fill in (0.0, float("nan"), float("inf")):
         inputs = parity.batch(families, COUNT)
@@ -114,7 +117,7 @@ def test_what_stands_in_absent_rows_never_matters():
                 junk = fill if tensor.is_floating_point() else (0 if fill == 0 else 10**6)
                 tensor[~present[:, i]] = torch.tensor(junk).to(tensor.dtype)
         fast.zero_grad()
-        out = fast(**inputs, modality_mask=present, labels=LABELS)
+        out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
         out.loss.backward()
         results.append([out.logits, out.loss, *(p.grad for p in fast.parameters() if p.requires_grad)])
     assert all(torch.isfinite(t).all() for t in results[0])
@@ -123,44 +126,45 @@ def test_what_stands_in_absent_rows_never_matters():
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_modality_absent_in_the_whole_batch(lost):
-    fast, reference, names = models(PAIR)
+def test_a_modality_absent_in_the_whole_batch(lost, device):
+    fast, reference, names = models(PAIR, device)
     present = torch.ones(COUNT, 2, dtype=torch.bool)
     present[:, lost] = False
     inputs = parity.batch(PAIR, COUNT)
-    assert_parity(fast, reference, names, inputs, present)
+    assert_parity(fast, reference, names, inputs, present, device)
     name = list(PAIR)[lost]
-    without_keyword = fast(**{m: v for m, v in inputs.items() if m != name}).logits
+    without_keyword = on(device, fast)(**{m: v for m, v in inputs.items() if m != name}).logits
     parity.assert_close(without_keyword, reference(inputs, present).logits, 1e-9, "logits without the keyword")
     prompt = fast.layers[0][name].query_prompt  # it speaks for the missing modality
     assert prompt.grad.any() and not fast.head[name].weight.grad.any()
 
 
-def test_rows_do_not_see_each_other():
+def test_rows_do_not_see_each_other(device):
     families = FAMILIES["three"]
-    fast, _, _ = models(families)
+    fast, _, _ = models(families, device)
     inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 3, 5)
-    logits = fast(**inputs, modality_mask=present).logits
+    run = on(device, fast)
+    logits = run(**inputs, modality_mask=present).logits
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
     shuffled = {m: {k: v[order] for k, v in values.items()} for m, values in inputs.items()}
-    parity.assert_close(fast(**shuffled, modality_mask=present[order]).logits, logits[order], 1e-12, "permuted")
+    parity.assert_close(run(**shuffled, modality_mask=present[order]).logits, logits[order], 1e-12, "permuted")
     single = {m: {k: v[2:3] for k, v in values.items()} for m, values in inputs.items()}
-    parity.assert_close(fast(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
+    parity.assert_close(run(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
 
 
-def test_one_encoding_serves_every_scenario():
+def test_one_encoding_serves_every_scenario(device):
     families = FAMILIES["three"]
-    fast, _, _ = models(families, unequal=True)
+    fast, _, _ = models(families, device, unequal=True)
     inputs, natural = parity.batch(families, COUNT), torch.ones(COUNT, 3, dtype=torch.bool)
     natural[1, 0] = natural[4, 2] = False
     with torch.no_grad():
-        encoded = fast.encode(inputs, natural)
+        encoded = fast.encode(moved(inputs, device), natural)
         for seed in range(4):
             kept = natural & parity.random_presence(COUNT, 3, seed)
             counted = kept.any(dim=1)  # a scenario may leave a sample nothing: its row is finite and does not count
             logits, _ = fast.fuse(encoded, kept)
             chosen = {m: {k: v[counted] for k, v in values.items()} for m, values in inputs.items()}
-            expected = fast(**chosen, modality_mask=kept[counted]).logits
+            expected = on(device, fast)(**chosen, modality_mask=kept[counted]).logits
             parity.assert_close(logits[counted], expected, 1e-12, "logits")
             assert logits.isfinite().all()
 
@@ -178,7 +182,7 @@ def test_trainable_parameters_of_base_encoders():
 
 @pytest.mark.parametrize("families", [PAIR, FAMILIES["three"]], ids=["two", "three"])
 def test_exported_names_and_what_trains(families):
-    fast, reference, _ = models(families, unequal=True)
+    fast, reference, _ = models(families, CPU, unequal=True)
     exported, expected = fast.export_parameters(), reference.export_parameters()
     assert {name: p.shape for name, p in exported.items()} == {name: p.shape for name, p in expected.items()}
     assert not any(p.requires_grad for p in exported.values())
@@ -223,7 +227,7 @@ def saved_bytes(function) -> int:
 
 
 def test_nothing_is_kept_below_the_fusion_layers():
-    fast, _, _ = models(PAIR, unequal=True)
+    fast, _, _ = models(PAIR, CPU, unequal=True)
     inputs, present = parity.batch(PAIR, COUNT), torch.ones(COUNT, 2, dtype=torch.bool)
     assert saved_bytes(lambda: fast.encode(inputs, present)) == 0
     assert not any(packed.tokens.requires_grad for packed in fast.encode(inputs, present))
@@ -235,7 +239,7 @@ def test_nothing_is_kept_below_the_fusion_layers():
 
 def test_a_fusion_layer_computes_keys_and_values_of_tokens_once(monkeypatch):
     """Rows that go through the fused q, k, v product of a fusion layer: tokens once, prompts once for all samples."""
-    fast, _, _ = models(PAIR, fusion_layers=2)
+    fast, _, _ = models(PAIR, CPU, fusion_layers=2)
     rows, qkv, project = [], fast.encoders["image"].blocks[0].qkv, LoraLinear.after_norm
 
     def counted(self, norm, x, **learned):
@@ -252,7 +256,7 @@ def test_a_fusion_layer_computes_keys_and_values_of_tokens_once(monkeypatch):
 
 
 def test_the_last_fusion_layer_computes_class_tokens_alone():
-    fast, _, _ = models(PAIR, fusion_layers=1)
+    fast, _, _ = models(PAIR, CPU, fusion_layers=1)
     rows = {name: [] for name in PAIR}
     for name, encoder in fast.encoders.items():
         encoder.blocks[-1].fc2.register_forward_hook(lambda _, args, out, n=name: rows[n].append(args[0].shape[:2]))
@@ -261,37 +265,38 @@ def test_the_last_fusion_layer_computes_class_tokens_alone():
         assert sorted(map(tuple, rows[name])) == [(1, COUNT), (COUNT, 4)]  # class tokens; query prompts
 
 
-def test_train_mode_has_no_dropout():
+def test_train_mode_has_no_dropout(device):
     with_dropout = {name: tiny_encoders.build(family) for name, family in PAIR.items()}
     assert all(encoder.config.hidden_dropout_prob > 0 or name == "image" for name, encoder in with_dropout.items())
-    model, inputs = PMF(with_dropout, num_labels=5), parity.batch(PAIR, COUNT, dtype=torch.float32)
-    assert torch.equal(model.train()(**inputs).logits, model.eval()(**inputs).logits)
+    model, inputs = PMF(with_dropout, num_labels=5).to(device), parity.batch(PAIR, COUNT, dtype=torch.float32)
+    trained, evaluated = (on(device, model.train(mode))(**inputs).logits for mode in (True, False))
+    assert torch.equal(trained, evaluated)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    fast, _, _ = models(PAIR)
-    inputs, present = parity.batch(PAIR, COUNT), parity.random_presence(COUNT, 2, 0)
+def test_gradient_checkpointing_changes_nothing(device):
+    fast, _, _ = models(PAIR, device)
+    inputs, present = moved(parity.batch(PAIR, COUNT), device), parity.random_presence(COUNT, 2, 0)
     gradients, kept = [], []
     for checkpointed in (False, True):
         if checkpointed:
             fast.activation_checkpointing_enable()
         fast.zero_grad()
         kept.append(saved_bytes(lambda: fast.train()(**inputs, modality_mask=present)))
-        fast(**inputs, modality_mask=present, labels=LABELS).loss.backward()
+        on(device, fast)(**inputs, modality_mask=present, labels=LABELS).loss.backward()
         gradients.append([p.grad for p in fast.parameters() if p.requires_grad])
     assert kept[1] < kept[0] / 3
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_bf16_encoders_train_in_fp32_and_stay_bitwise_as_they_were():
+def test_bf16_encoders_train_in_fp32_and_stay_bitwise_as_they_were(device):
     families = FAMILIES["three"]
-    model = PMF({name: tiny_encoders.build(f).bfloat16() for name, f in families.items()}, num_labels=5)
+    model = PMF({name: tiny_encoders.build(f).bfloat16() for name, f in families.items()}, num_labels=5).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     start, optimizer = [p.clone() for p in trained], torch.optim.AdamW(trained, 1e-2)
     for step in range(3):
         inputs = parity.batch(families, COUNT, step, dtype=torch.float32)
-        out = model(**inputs, modality_mask=parity.random_presence(COUNT, 3, step), labels=LABELS)
+        out = on(device, model)(**inputs, modality_mask=parity.random_presence(COUNT, 3, step), labels=LABELS)
         out.loss.backward()
         assert out.logits.dtype == torch.float32 and {p.grad.dtype for p in trained} == {torch.float32}
         optimizer.step()
@@ -301,23 +306,23 @@ def test_bf16_encoders_train_in_fp32_and_stay_bitwise_as_they_were():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_trains(dtype):
-    model = PMF({name: tiny_encoders.build(family) for name, family in PAIR.items()}, num_labels=5)
+def test_autocast_trains(dtype, device):
+    model = PMF({name: tiny_encoders.build(family) for name, family in PAIR.items()}, num_labels=5).to(device)
     inputs = parity.batch(PAIR, COUNT, dtype=torch.float32)
-    plain = model(**inputs, labels=LABELS).loss
-    with torch.autocast("cpu", dtype=dtype):
-        loss = model(**inputs, labels=LABELS).loss
+    plain = on(device, model)(**inputs, labels=LABELS).loss
+    with torch.autocast(device.type, dtype=dtype):
+        loss = on(device, model)(**inputs, labels=LABELS).loss
     loss.backward()
     assert (loss - plain).abs() < 0.1
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
-def test_quantised_encoders_compute_with_the_rounded_weights(mode):
-    quantised = PMF(encoders(PAIR), num_labels=5, quantization=mode).double()
+def test_quantised_encoders_compute_with_the_rounded_weights(mode, device):
+    quantised = PMF(encoders(PAIR), num_labels=5, quantization=mode).double().to(device)
     inputs, present, gradients = parity.batch(PAIR, COUNT), parity.random_presence(COUNT, 2, 0), []
     models = quantised, rounded.dequantised(quantised)
-    logits = [model(**inputs, modality_mask=present).logits for model in models]
+    logits = [on(device, model)(**inputs, modality_mask=present).logits for model in models]
     parity.assert_close(*logits, 1e-9, "logits")
     for model, own in zip(models, logits, strict=True):
         own.square().sum().backward()

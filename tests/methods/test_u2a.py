@@ -4,6 +4,7 @@ import parity
 import pytest
 import tiny_encoders
 import torch
+from running import on
 
 from u2a_fast import U2A, LoraConfig
 from u2a_fast.reference import ReferenceU2A
@@ -17,7 +18,7 @@ PAIRS = {
 COUNT = 6
 
 
-def models(families, unequal=False, targets=("q", "k", "v", "o"), **options):
+def models(families, device, unequal=False, targets=("q", "k", "v", "o"), **options):
     built = {}
     for i, (name, family) in enumerate(families.items()):
         built[name] = tiny_encoders.build(
@@ -26,7 +27,7 @@ def models(families, unequal=False, targets=("q", "k", "v", "o"), **options):
     torch.manual_seed(0)
     reference = ReferenceU2A(built, num_labels=5, r=3, lora_alpha=6, target_modules=targets, **options).double()
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=targets)
-    fast = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0, **options).double()
+    fast = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0, **options).double().to(device)
     parity.share_factors(fast, reference)
     names = parity.share_named(fast, reference, ("mask_tokens", "translators", "head"))
     return fast, reference, names
@@ -35,15 +36,15 @@ def models(families, unequal=False, targets=("q", "k", "v", "o"), **options):
 @pytest.mark.parametrize("absent", ["pack", "where"])
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("families", PAIRS.values(), ids=PAIRS.keys())
-def test_forward_loss_and_gradients_equal_the_reference(families, unequal, absent):
-    fast, reference, names = models(families, unequal)
+def test_forward_loss_and_gradients_equal_the_reference(families, unequal, absent, device):
+    fast, reference, names = models(families, device, unequal)
     fast.absent = absent
     labels = torch.arange(COUNT) % 5
     for seed in range(2):
         inputs, present = parity.batch(families, COUNT, seed), parity.random_presence(COUNT, len(families), seed)
         fast.zero_grad()
         reference.zero_grad()
-        out = fast(**inputs, modality_mask=present, labels=labels)
+        out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
         expected = reference(inputs, present, labels)
         for name in ("logits", "task_loss", "align_loss", "loss"):
             parity.assert_close(getattr(out, name), getattr(expected, name), 1e-9, name)
@@ -53,12 +54,13 @@ def test_forward_loss_and_gradients_equal_the_reference(families, unequal, absen
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("fc1", "fc2"), ("q", "k", "v", "o", "fc1", "fc2")])
-def test_any_roles_can_be_adapted(targets):
+def test_any_roles_can_be_adapted(targets, device):
     families = PAIRS["pre and post norm"]
-    fast, reference, names = models(families, targets=targets)
+    fast, reference, names = models(families, device, targets=targets)
     inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 2, 1)
     labels = torch.arange(COUNT) % 5
-    out, expected = fast(**inputs, modality_mask=present, labels=labels), reference(inputs, present, labels)
+    out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
+    expected = reference(inputs, present, labels)
     parity.assert_close(out.logits, expected.logits, 1e-9, "logits")
     out.loss.backward()
     expected.loss.backward()
@@ -66,9 +68,9 @@ def test_any_roles_can_be_adapted(targets):
 
 
 @pytest.mark.parametrize("absent", ["pack", "where"])
-def test_what_stands_in_absent_rows_never_matters(absent):
+def test_what_stands_in_absent_rows_never_matters(absent, device):
     families = PAIRS["three"]
-    fast, _, _ = models(families)
+    fast, _, _ = models(families, device)
     fast.absent = absent
     present, labels = parity.random_presence(COUNT, 3, 3), torch.arange(COUNT) % 5
     results = []
@@ -79,7 +81,7 @@ def test_what_stands_in_absent_rows_never_matters(absent):
                 junk = fill if tensor.is_floating_point() else (0 if fill == 0 else 10**6)
                 tensor[~present[:, i]] = torch.tensor(junk).to(tensor.dtype)
         fast.zero_grad()
-        out = fast(**inputs, modality_mask=present, labels=labels)
+        out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
         out.loss.backward()
         results.append([out.logits, out.loss, *(p.grad for p in fast.parameters() if p.requires_grad)])
     assert all(torch.isfinite(t).all() for t in results[0])
@@ -89,42 +91,43 @@ def test_what_stands_in_absent_rows_never_matters(absent):
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("absent", ["pack", "where"])
-def test_a_modality_absent_in_the_whole_batch(absent, lost):
+def test_a_modality_absent_in_the_whole_batch(absent, lost, device):
     families = PAIRS["pre and post norm"]
-    fast, reference, _ = models(families)
+    fast, reference, _ = models(families, device)
     fast.absent = absent
     present = torch.ones(COUNT, 2, dtype=torch.bool)
     present[:, lost] = False
     inputs = parity.batch(families, COUNT)
-    out = fast(**inputs, modality_mask=present, labels=torch.zeros(COUNT, dtype=torch.long))
+    out = on(device, fast)(**inputs, modality_mask=present, labels=torch.zeros(COUNT, dtype=torch.long))
     parity.assert_close(out.logits, reference(inputs, present).logits, 1e-9, "logits")
     out.loss.backward()
     assert out.align_loss == 0
     name = list(families)[lost]
-    without_keyword = fast(**{m: v for m, v in inputs.items() if m != name})
+    without_keyword = on(device, fast)(**{m: v for m, v in inputs.items() if m != name})
     parity.assert_close(without_keyword.logits, out.logits, 1e-12, "logits without the keyword")
     lora = [p.grad for n, p in fast.named_parameters() if n.startswith(f"encoders.{name}.") and p.requires_grad]
     assert lora and all(g is not None and not g.any() for g in lora)
 
 
-def test_rows_do_not_see_each_other():
+def test_rows_do_not_see_each_other(device):
     families = PAIRS["three"]
-    fast, _, _ = models(families)
+    fast, _, _ = models(families, device)
     inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 3, 5)
-    logits = fast(**inputs, modality_mask=present).logits
+    run = on(device, fast)
+    logits = run(**inputs, modality_mask=present).logits
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
     shuffled = {m: {k: v[order] for k, v in values.items()} for m, values in inputs.items()}
-    parity.assert_close(fast(**shuffled, modality_mask=present[order]).logits, logits[order], 1e-12, "permuted")
+    parity.assert_close(run(**shuffled, modality_mask=present[order]).logits, logits[order], 1e-12, "permuted")
     single = {m: {k: v[2:3] for k, v in values.items()} for m, values in inputs.items()}
-    parity.assert_close(fast(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
+    parity.assert_close(run(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("families", PAIRS.values(), ids=PAIRS.keys())
-def test_static_shapes_compile_as_one_graph(families):
+def test_static_shapes_compile_as_one_graph(families, device):
     """`absent="where"`, in training, with gradients; aot_eager traces backward too."""
     torch._dynamo.reset()
-    fast, _, _ = models(families)
+    fast, _, _ = models(families, device)
     fast.absent = "where"
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
     inputs, labels = parity.batch(families, COUNT), torch.arange(COUNT) % 5
@@ -133,7 +136,7 @@ def test_static_shapes_compile_as_one_graph(families):
         results = []
         for model in (fast, compiled):
             fast.zero_grad()
-            out = model(**inputs, modality_mask=present, labels=labels)
+            out = on(device, model)(**inputs, modality_mask=present, labels=labels)
             out.loss.backward()
             gradients = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
             results.append({"logits": out.logits, "loss": out.loss, **gradients})
@@ -143,24 +146,25 @@ def test_static_shapes_compile_as_one_graph(families):
             parity.assert_close(graph[name], value, 1e-9, name)
 
 
-def test_prior_for_a_sample_with_nothing():
+def test_prior_for_a_sample_with_nothing(device):
     families = PAIRS["pre and post norm"]
-    fast, reference, names = models(families, unequal=True, all_absent="prior")
+    fast, reference, names = models(families, device, unequal=True, all_absent="prior")
     present = torch.tensor([[True, True], [False, False], [False, True]])
     inputs, labels = parity.batch(families, 3), torch.tensor([0, 1, 2])
-    out, expected = fast(**inputs, modality_mask=present, labels=labels), reference(inputs, present, labels)
+    out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
+    expected = reference(inputs, present, labels)
     parity.assert_close(out.logits, expected.logits, 1e-9, "logits")
     out.loss.backward()
     expected.loss.backward()
     parity.assert_same_gradients(fast, reference, names, 1e-9)
 
 
-def test_modality_dropout_takes_one_modality_and_never_the_last():
-    fast, _, _ = models(PAIRS["three"])
+def test_modality_dropout_takes_one_modality_and_never_the_last(device):
+    fast, _, _ = models(PAIRS["three"], device)
     fast.modality_dropout = 0.5
     present = parity.random_presence(3000, 3, 0)
     torch.manual_seed(0)
-    kept = fast.drop_modalities(present)
+    kept = on(device, fast.drop_modalities)(present)
     lost = present.sum(1) - kept.sum(1)
     assert not (kept & ~present).any() and kept.any(1).all() and set(lost.tolist()) == {0, 1}
     assert lost[present.sum(1) == 1].max() == 0
@@ -188,43 +192,43 @@ def test_trainable_line_is_pefts(capsys):
     assert capsys.readouterr().out == expected
 
 
-def test_bf16_encoders_compute_in_bf16_and_train_in_fp32():
+def test_bf16_encoders_compute_in_bf16_and_train_in_fp32(device):
     encoders = {name: tiny_encoders.build(f).bfloat16() for name, f in PAIRS["pre and post norm"].items()}
-    model = U2A(encoders, num_labels=5).eval()
+    model = U2A(encoders, num_labels=5).eval().to(device)
     inputs = parity.batch(PAIRS["pre and post norm"], 3, dtype=torch.float32)
-    assert model.encoders["image"](**inputs["image"]).dtype == torch.bfloat16
-    out = model(**inputs, labels=torch.tensor([0, 1, 2]))
+    assert on(device, model.encoders["image"])(**inputs["image"]).dtype == torch.bfloat16
+    out = on(device, model)(**inputs, labels=torch.tensor([0, 1, 2]))
     out.loss.backward()
     assert out.logits.dtype == torch.float32
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad and p.grad is not None} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_trains(dtype):
+def test_autocast_trains(dtype, device):
     encoders = {name: tiny_encoders.build(family) for name, family in PAIRS["pre and post norm"].items()}
-    model = U2A(encoders, num_labels=5, modality_dropout=0.0)
+    model = U2A(encoders, num_labels=5, modality_dropout=0.0).to(device)
     inputs, labels = parity.batch(PAIRS["pre and post norm"], 3, dtype=torch.float32), torch.tensor([0, 1, 2])
-    plain = model(**inputs, labels=labels).loss
-    with torch.autocast("cpu", dtype=dtype):
-        loss = model(**inputs, labels=labels).loss
+    plain = on(device, model)(**inputs, labels=labels).loss
+    with torch.autocast(device.type, dtype=dtype):
+        loss = on(device, model)(**inputs, labels=labels).loss
     loss.backward()
     assert (loss - plain).abs() < 0.1
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad and p.grad is not None)
 
 
-def test_a_backward_inside_autocast_follows_its_forward_outside():
+def test_a_backward_inside_autocast_follows_its_forward_outside(device):
     families = PAIRS["pre and post norm"]
     built = {name: tiny_encoders.build(family) for name, family in families.items()}
     torch.manual_seed(0)
     lora = LoraConfig(r=3, lora_dropout=0.1, target_modules=("q", "v", "fc2"))
-    model = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0)
+    model = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0).to(device)
     inputs = {name: tiny_encoders.inputs(family, COUNT) for name, family in families.items()}
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(1)
         model.zero_grad()
-        loss = model(**inputs, labels=torch.arange(COUNT) % 5).loss
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        loss = on(device, model)(**inputs, labels=torch.arange(COUNT) % 5).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     plain, around = gradients
@@ -235,14 +239,14 @@ def test_a_backward_inside_autocast_follows_its_forward_outside():
         torch.testing.assert_close(around[name], plain[name], rtol=0.05, atol=1e-3)
 
 
-def test_frozen_weights_stay_bitwise_the_same_through_training():
+def test_frozen_weights_stay_bitwise_the_same_through_training(device):
     encoders = {name: tiny_encoders.build(f).bfloat16() for name, f in PAIRS["three"].items()}
-    model = U2A(encoders, num_labels=5)
+    model = U2A(encoders, num_labels=5).to(device)
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for step in range(3):
         inputs = parity.batch(PAIRS["three"], 4, step, dtype=torch.float32)
-        model(**inputs, labels=torch.arange(4)).loss.backward()
+        on(device, model)(**inputs, labels=torch.arange(4)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert before and all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)

@@ -6,6 +6,7 @@ Data has a non-zero mean: an unmasked tail or a forgotten term hides behind zero
 from dataclasses import dataclass
 
 import torch
+from running import CPU, on
 from tolerance import assert_as_exact_as
 
 SCALING, DROPOUT, SEED = 0.7, 0.3, 5
@@ -98,12 +99,17 @@ def lowrank_operands(case: Case, dtype: torch.dtype) -> dict:
     return given | {"s": s.to(dtype).requires_grad_()}
 
 
-def written_out(given: dict, dtype: torch.dtype, kept: torch.Tensor | None = None) -> dict:
+def written_out(given: dict, dtype: torch.dtype, kept: torch.Tensor | None = None, device: torch.device = CPU) -> dict:
     """Result and gradients of the formula in `dtype` throughout; `kept` is the dropout mask [..., K]."""
     low = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) if _floats(t) else t for n, t in given.items()}
-    formula = _linear_lowrank if "s" in given else lambda **operands: _lora_linear(**operands, kept=kept)
+    rest = {} if "s" in given else {"kept": kept}
+    formula = on(device, _linear_lowrank if "s" in given else _lora_linear)
     x = given.get("x", given.get("h"))
-    return with_gradients(formula, low, gradient_of(x.new_empty(*x.shape[:-1], given["weight"].shape[0])))
+    return with_gradients(
+        lambda **leaves: formula(**leaves, **rest),
+        low,
+        gradient_of(x.new_empty(*x.shape[:-1], given["weight"].shape[0])),
+    )
 
 
 def _floats(t) -> bool:
@@ -135,9 +141,9 @@ def _lora_linear(x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups,
     return _linear_lowrank(x, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
 
 
-def assert_right(got: dict, given: dict, dtype: torch.dtype, kept=None):
-    """Forward within twice and gradients within three times what plain PyTorch loses in `dtype`."""
-    exact, plain = written_out(given, torch.float64, kept), written_out(given, dtype, kept)
+def assert_right(got: dict, given: dict, dtype: torch.dtype, kept=None, device: torch.device = CPU):
+    """Forward within twice and gradients within three times what plain PyTorch loses in `dtype` on `device`."""
+    exact, plain = written_out(given, torch.float64, kept), written_out(given, dtype, kept, device)
     assert got.keys() == exact.keys()
     for name in exact:
         assert_as_exact_as(got[name], plain[name], exact[name], 2 if name == "y" else 3, name)
