@@ -3,15 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test fast lint bench gpu-report fuzz clean
+.PHONY: demo test test-gpu fast lint bench gpu-report fuzz clean
 
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
 # Most tests are one thread of Python: a process for each core, with one thread, takes half the time of one with all.
+# All that can be skipped for want of a package is installed: a skipped test is a failed one.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=15 -n logical --dist loadfile tests
+	U2A_FAST_NO_SKIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=15 -n logical --dist loadfile tests
 	$(BIN)/pytest -q benches --benchmark-only -k smoke
+
+# What depends on a device, on every GPU there is; one process, since they would share it.
+test-gpu: $(READY)
+	$(BIN)/pytest -q -m cuda tests
 
 # One case of every quick test. Tensors this small are slower on two threads.
 fast: $(READY)

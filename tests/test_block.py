@@ -3,6 +3,7 @@
 import pytest
 import tiny_encoders
 import torch
+from running import moved
 
 from u2a_fast import LoraConfig
 from u2a_fast.encoders import from_pretrained_model
@@ -16,7 +17,7 @@ from u2a_fast.layout import dense
     "family, mode",
     [("vit", None), ("bert", None), ("dinov2", None), ("clip_text", None), ("vit", "int8"), ("bert", "int8_w8a8")],
 )
-def test_compiles_without_a_graph_break(family, mode, backend):
+def test_compiles_without_a_graph_break(family, mode, backend, device):
     torch.compiler.reset()  # every family is another graph of the same code, and those are limited
     encoder = quantize_encoder(from_pretrained_model(tiny_encoders.build(family)), mode)
     block = encoder.blocks[0].train()
@@ -24,8 +25,10 @@ def test_compiles_without_a_graph_break(family, mode, backend):
         linear.add_adapter(LoraConfig(r=3))
         if linear.lora_b is not None:
             torch.nn.init.normal_(linear.lora_b, std=0.1)
-    tokens, suffix = torch.randn(2, 5, 32), torch.randn(2, 32, requires_grad=True)
-    layout = dense(2, 5, suffix=2, lengths=torch.tensor([5, 3]))
+    block.to(device)
+    tokens, suffix, lengths = moved((torch.randn(2, 5, 32), torch.randn(2, 32), torch.tensor([5, 3])), device)
+    suffix.requires_grad_()
+    layout = dense(2, 5, suffix=2, lengths=lengths)
     trained = [suffix, *(p for p in block.parameters() if p.requires_grad)]
     expected = block(tokens, layout, suffix)
     compiled = torch.compile(block, fullgraph=True, backend=backend)(tokens, layout, suffix)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from running import moved
 
 from u2a_fast.layout import dense, layout_of, of_plan, plan_of
 from u2a_fast.padding import padding_of
@@ -17,17 +18,17 @@ MASKS = {
 }
 
 
-def case(name):
-    mask = None if MASKS[name] is None else torch.as_tensor(MASKS[name]).bool()
+def case(name, device):
+    mask = None if MASKS[name] is None else torch.as_tensor(MASKS[name], device=device).bool()
     tokens = torch.randn(4 if mask is None else len(mask), 4, 3)
-    return tokens, mask, padding_of(mask)
+    return moved(tokens, device), mask, padding_of(mask)
 
 
 @pytest.mark.parametrize("suffix", [0, 2])
 @pytest.mark.parametrize("name", MASKS)
-def test_unpacking_undoes_packing(name, suffix):
-    tokens, mask, padding = case(name)
-    learned = torch.randn(suffix, 3)
+def test_unpacking_undoes_packing(name, suffix, device):
+    tokens, mask, padding = case(name, device)
+    learned = moved(torch.randn(suffix, 3), device)
     layout = layout_of(tokens, padding, suffix)
     rows = layout.pack(tokens)
     rows = layout.join(rows, learned) if suffix else rows
@@ -38,8 +39,8 @@ def test_unpacking_undoes_packing(name, suffix):
 
 
 @pytest.mark.parametrize("name", ["at the end", "on the left", "holes"])
-def test_no_padding_is_among_the_rows_and_samples_of_one_length_stand_together(name):
-    tokens, mask, padding = case(name)
+def test_no_padding_is_among_the_rows_and_samples_of_one_length_stand_together(name, device):
+    tokens, mask, padding = case(name, device)
     layout = layout_of(tokens, padding, suffix=2)
     assert sum(group.samples * (group.keys - 2) for group in layout.groups) == int(mask.sum())
     assert layout.pack(tokens).shape == (1, int(mask.sum()), 3)
@@ -49,9 +50,9 @@ def test_no_padding_is_among_the_rows_and_samples_of_one_length_stand_together(n
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("last", [False, True])
-def test_the_rows_that_are_read_are_a_token_and_the_learned_rows_of_each_sample(name, last):
-    tokens, mask, padding = case(name)
-    learned = torch.randn(len(tokens), 2, 3)  # of each sample its own
+def test_the_rows_that_are_read_are_a_token_and_the_learned_rows_of_each_sample(name, last, device):
+    tokens, mask, padding = case(name, device)
+    learned = moved(torch.randn(len(tokens), 2, 3), device)  # of each sample its own
     layout = layout_of(tokens, padding, suffix=2)
     rows = layout.join(layout.pack(tokens), learned)
     places, groups = layout.read(last, tokens.device)

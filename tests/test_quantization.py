@@ -7,6 +7,7 @@ import parity
 import pytest
 import tiny_encoders
 import torch
+from running import CPU, moved, on
 from transformers import BertModel, BitsAndBytesConfig
 
 from u2a_fast import U2A, LoraConfig, memory
@@ -40,11 +41,11 @@ def relative(got, expected):
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def build(quantization, dtype=torch.float32, method=U2A, **options):
+def build(quantization, dtype=torch.float32, device=CPU, method=U2A, **options):
     torch.manual_seed(0)
     encoders = {name: tiny_encoders.build(family).to(dtype) for name, family in PAIR.items()}
     options = {"lora": LoraConfig(r=2), "modality_dropout": 0.0} | options
-    return method(encoders, num_labels=3, quantization=quantization, **options)
+    return method(encoders, num_labels=3, quantization=quantization, **options).to(device)
 
 
 def train(model, steps=2, lr=1e-2, batches=10):
@@ -53,7 +54,7 @@ def train(model, steps=2, lr=1e-2, batches=10):
     losses = []
     for step in range(steps):
         inputs = parity.batch(PAIR, 4, step % batches, dtype=torch.float32)
-        loss = model(**inputs, labels=torch.arange(4) % 3).loss
+        loss = on(model.device, model)(**inputs, labels=torch.arange(4) % 3).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -63,7 +64,7 @@ def train(model, steps=2, lr=1e-2, batches=10):
 
 def logits(model):
     with torch.no_grad():
-        return model.eval()(**parity.batch(PAIR, 4, 9, dtype=torch.float32)).logits
+        return on(model.device, model.eval())(**parity.batch(PAIR, 4, 9, dtype=torch.float32)).logits
 
 
 # ------------------------------------------------------------------------------------------------------- what is asked
@@ -120,8 +121,8 @@ def test_nf4_without_bitsandbytes_says_what_to_install(monkeypatch):
 # --------------------------------------------------------------------------------------------------- what is computed
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_only_the_linears_of_the_blocks_are_quantised(name, mode):
-    encoder = from_pretrained_model(tiny_encoders.build(name))
+def test_only_the_linears_of_the_blocks_are_quantised(name, mode, device):
+    encoder = from_pretrained_model(tiny_encoders.build(name)).to(device)
     before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
     quantize_encoder(encoder, mode)
     weights = {f"blocks.{i}.{role}.weight" for i in range(2) for role in ("qkv", "o", "fc1", "fc2")}
@@ -137,25 +138,25 @@ def test_only_the_linears_of_the_blocks_are_quantised(name, mode):
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
-def test_hidden_states_are_those_of_the_rounded_weights(mode, name, dtype, limit):
-    encoder = quantize_encoder(from_pretrained_model(tiny_encoders.build(name).to(dtype)), mode)
-    inputs = tiny_encoders.inputs(name, 3, padded=True)
+def test_hidden_states_are_those_of_the_rounded_weights(mode, name, dtype, limit, device):
+    encoder = quantize_encoder(from_pretrained_model(tiny_encoders.build(name).to(dtype)), mode).to(device)
+    inputs = moved(tiny_encoders.inputs(name, 3, padded=True), device)
     with torch.no_grad():
         assert relative(encoder(**inputs), rounded_twin(encoder)(**inputs)) < limit
 
 
 @pytest.mark.parametrize("mode, limit", [("int8", 0.04), ("int8_w8a8", 0.10)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_hidden_states_are_close_to_fp32(mode, limit, name):
+def test_hidden_states_are_close_to_fp32(mode, limit, name, device):
     plain = from_pretrained_model(tiny_encoders.build(name))
-    encoder, inputs = quantize_encoder(copy.deepcopy(plain), mode), tiny_encoders.inputs(name, 3)
+    encoder, inputs = quantize_encoder(copy.deepcopy(plain).to(device), mode), tiny_encoders.inputs(name, 3)
     with torch.no_grad():
-        assert 0 < relative(encoder(**inputs), plain(**inputs)) < limit
+        assert 0 < relative(on(device, encoder)(**inputs), plain(**inputs)) < limit
 
 
-def test_w8a8_rounds_its_input_and_w8a16_does_not():
-    encoder = from_pretrained_model(tiny_encoders.build("vit"))
-    inputs = tiny_encoders.inputs("vit", 3)
+def test_w8a8_rounds_its_input_and_w8a16_does_not(device):
+    encoder = from_pretrained_model(tiny_encoders.build("vit")).to(device)
+    inputs = moved(tiny_encoders.inputs("vit", 3), device)
     with torch.no_grad():
         w8a16 = quantize_encoder(encoder, "int8")(**inputs)
         w8a8 = quantize_encoder(encoder, "int8_w8a8")(**inputs)
@@ -203,8 +204,8 @@ def real_encoder(name):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("roles", [("q", "k", "v", "o"), ("v", "fc1", "fc2")])
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
-def test_gradients_are_those_of_the_rounded_weights(mode, roles, dropout):
-    model = build(mode, lora=LoraConfig(r=2, target_modules=roles, lora_dropout=dropout)).train()
+def test_gradients_are_those_of_the_rounded_weights(mode, roles, dropout, device):
+    model = build(mode, device=device, lora=LoraConfig(r=2, target_modules=roles, lora_dropout=dropout)).train()
     for name, parameter in model.named_parameters():
         if "lora_b" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -214,7 +215,7 @@ def test_gradients_are_those_of_the_rounded_weights(mode, roles, dropout):
     inputs = parity.batch(PAIR, 4, dtype=torch.float32)
     for each in (model, twin):
         torch.manual_seed(1)
-        each(**inputs, labels=torch.arange(4) % 3).loss.backward()
+        on(device, each)(**inputs, labels=torch.arange(4) % 3).loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     expected = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys() and any("lora_a" in name for name in gradients)
@@ -222,37 +223,35 @@ def test_gradients_are_those_of_the_rounded_weights(mode, roles, dropout):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_autocast_and_samples_without_a_modality_train(mode):
-    model = build(mode).train()
+def test_autocast_and_samples_without_a_modality_train(mode, device):
+    model, inputs = build(mode, device=device).train(), parity.batch(PAIR, 4, dtype=torch.float32)
     present = torch.tensor([[True, False]] * 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(**parity.batch(PAIR, 4, dtype=torch.float32), modality_mask=present, labels=torch.arange(4) % 3)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = on(device, model)(**inputs, modality_mask=present, labels=torch.arange(4) % 3)
     out.loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None and torch.isfinite(g).all() for n, g in gradients.items() if "mask_token" not in n)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_of_the_size_of_a_weight_is_kept_for_backward(mode):
+def test_nothing_of_the_size_of_a_weight_is_kept_for_backward(mode, device):
     """One sample of few rows, so that any copy of a weight would outweigh all activations."""
     model = build(mode).train()
     model.encoders = torch.nn.ModuleDict(
         {"image": from_pretrained_model(tiny_encoders.build("vit", hidden_size=256, intermediate_size=1024))}
     )
-    block = quantize_encoder(model.encoders["image"], mode).blocks[0]
+    block = quantize_encoder(model.encoders["image"], mode).blocks[0].to(device)
     for linear in block.linears:
         linear.add_adapter(LoraConfig(r=2))
-    x = torch.randn(1, 3, 256, requires_grad=True)
+    x = moved(torch.randn(1, 3, 256), device).requires_grad_()
     assert memory.saved_bytes(lambda: block(x), block.parameters()) < 256 * 256
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_tensors_stay_bitwise_the_same_through_training(mode, dtype):
-    model = build(mode, dtype)
-    frozen = {
-        n: t.clone() for n, t in model.state_dict().items() if not dict(model.named_parameters())[n].requires_grad
-    }
+def test_frozen_tensors_stay_bitwise_the_same_through_training(mode, dtype, device):
+    model = build(mode, dtype, device)
+    frozen = {n: t.clone() for n, t in model.state_dict().items() if not model.get_parameter(n).requires_grad}
     train(model)
     logits(model)
     assert len(frozen) > 40
@@ -260,16 +259,16 @@ def test_frozen_tensors_stay_bitwise_the_same_through_training(mode, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_adapters_learn_beside_quantised_weights(mode):
-    losses = train(build(mode), steps=8, lr=3e-2, batches=1)
+def test_adapters_learn_beside_quantised_weights(mode, device):
+    losses = train(build(mode, device=device), steps=8, lr=3e-2, batches=1)
     assert losses[-1] < 0.8 * losses[0]
 
 
 # ------------------------------------------------------------------------------------------------ stored and moved
 @pytest.mark.parametrize("move", [lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.half().float()])
 @pytest.mark.parametrize("mode", MODES)
-def test_changing_the_dtype_changes_neither_int8_nor_scales(mode, move):
-    encoder = quantize_encoder(from_pretrained_model(tiny_encoders.build("vit")), mode)
+def test_changing_the_dtype_changes_neither_int8_nor_scales(mode, move, device):
+    encoder = quantize_encoder(from_pretrained_model(tiny_encoders.build("vit")), mode).to(device)
     before = {n: t.clone() for n, t in encoder.state_dict().items() if "weight_scale" in n or t.itemsize == 1}
     after = move(encoder).state_dict()
     assert len(before) == 16
@@ -279,18 +278,18 @@ def test_changing_the_dtype_changes_neither_int8_nor_scales(mode, move):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_deepcopy_state_dict_and_files_are_exact(mode, tmp_path):
-    model = build(mode)
+def test_deepcopy_state_dict_and_files_are_exact(mode, tmp_path, device):
+    model = build(mode, device=device)
     train(model)
     expected = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), expected)
-    other = build(mode)
+    other = build(mode, device=device)
     assert not torch.equal(logits(other), expected)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), expected)
     model.save_pretrained(tmp_path)
     encoders = {name: tiny_encoders.build(family) for name, family in PAIR.items()}
-    loaded = U2A.from_pretrained(tmp_path, encoders=encoders)
+    loaded = U2A.from_pretrained(tmp_path, encoders=encoders).to(device)
     assert loaded.config.arguments["quantization"] == {"image": mode, "text": mode}
     assert torch.equal(logits(loaded), expected)
 
@@ -346,6 +345,7 @@ def test_parameters_are_counted_as_weights_not_as_bytes(mode):
 # -------------------------------------------------------------------------------------------- loaded by bitsandbytes
 @pytest.fixture(scope="module")
 def saved_bert(tmp_path_factory):
+    pytest.importorskip("bitsandbytes")
     folder = tmp_path_factory.mktemp("bert")
     tiny_encoders.build("bert").save_pretrained(folder)
     return folder

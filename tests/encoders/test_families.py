@@ -3,6 +3,7 @@
 import pytest
 import tiny_encoders
 import torch
+from running import CPU, moved, on
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -22,21 +23,22 @@ from u2a_fast.encoders import Encoder, from_pretrained_model, load
 from u2a_fast.reference import ReferenceEncoder
 
 
-def pair(name, dtype, **overrides):
+def pair(name, dtype, device=CPU, **overrides):
+    """Hugging Face's model, on the CPU, and our encoder of it."""
     model = tiny_encoders.build(name, **overrides).to(dtype)
-    return model, from_pretrained_model(model)
+    return model, from_pretrained_model(model).to(device)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", tiny_encoders.FAMILIES)
-def test_hidden_states_equal_hugging_face(name, padded, dtype, limit):
-    model, encoder = pair(name, dtype)
+def test_hidden_states_equal_hugging_face(name, padded, dtype, limit, device):
+    model, encoder = pair(name, dtype, device)
     inputs = tiny_encoders.inputs(name, batch=3, padded=padded, dtype=dtype)
     with torch.no_grad():
         expected = tiny_encoders.hidden_states(model, name, **inputs)
         real = tiny_encoders.token_mask(model, name, **inputs)
-        difference = (encoder(**inputs) - expected).abs()
+        difference = (on(device, encoder)(**inputs) - expected).abs()
     if real is not None:
         difference = difference[real]
     assert difference.numel() and difference.max() < limit
@@ -44,8 +46,8 @@ def test_hidden_states_equal_hugging_face(name, padded, dtype, limit):
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "clip_text"])
 @pytest.mark.parametrize("kind", ["left", "holes"])
-def test_padding_anywhere_equals_hugging_face(name, kind):
-    model, encoder = pair(name, torch.float64)
+def test_padding_anywhere_equals_hugging_face(name, kind, device):
+    model, encoder = pair(name, torch.float64, device)
     inputs = tiny_encoders.inputs(name, batch=3)
     mask = torch.ones_like(inputs["input_ids"])
     if kind == "left":
@@ -58,14 +60,17 @@ def test_padding_anywhere_equals_hugging_face(name, kind):
     first, last = mask.argmax(dim=1), torch.full((3,), mask.shape[1] - 1)
     with torch.no_grad():
         expected = tiny_encoders.hidden_states(model, name, **inputs)
-        tokens, padding_mask = encoder.embed(**inputs)
+        tokens, padding_mask = encoder.embed(**moved(inputs, device))
         hidden = encoder.finish(encoder.run(tokens, padding_mask))
+        class_token, hidden, padding_mask = moved(
+            (encoder.class_token(hidden, padding_mask), hidden, padding_mask), CPU
+        )
         reference = ReferenceEncoder(model)(**inputs)
     assert torch.equal(padding_mask, mask.bool())
     assert (hidden - expected).abs()[mask.bool()].max() < 1e-9
     assert (reference - expected).abs()[mask.bool()].max() < 1e-9
     read = expected[torch.arange(3), last if name == "clip_text" else first]
-    torch.testing.assert_close(encoder.class_token(hidden, padding_mask), read)
+    torch.testing.assert_close(class_token, read)
 
 
 def test_an_old_clip_config_means_the_highest_id_by_its_end_of_text():
@@ -90,45 +95,47 @@ ACTIVATIONS = (
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_is_hugging_faces(activation):
-    model, encoder = pair("bert", torch.float64, hidden_act=activation)
+def test_every_activation_is_hugging_faces(activation, device):
+    model, encoder = pair("bert", torch.float64, device, hidden_act=activation)
     inputs = tiny_encoders.inputs("bert", batch=2)
-    assert (encoder(**inputs) - tiny_encoders.hidden_states(model, "bert", **inputs)).abs().max() < 1e-9
+    expected = tiny_encoders.hidden_states(model, "bert", **inputs)
+    assert (on(device, encoder)(**inputs) - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", tiny_encoders.SPEECH_FAMILIES)
-def test_a_clip_shorter_than_one_row_makes_one(name):
-    _, encoder = pair(name, torch.float32)
-    clip = torch.randn(2, 3)
-    tokens, padding_mask = encoder.embed(input_values=clip, attention_mask=torch.ones(2, 3).long())
+def test_a_clip_shorter_than_one_row_makes_one(name, device):
+    _, encoder = pair(name, torch.float32, device)
+    clip, mask = moved((torch.randn(2, 3), torch.ones(2, 3).long()), device)
+    tokens, padding_mask = encoder.embed(input_values=clip, attention_mask=mask)
     assert tokens.shape[1] == 1 and padding_mask.all() and encoder.class_token(tokens, padding_mask).any()
 
 
-def test_whisper_stays_finite_in_fp16_where_hugging_face_does():
+def test_whisper_stays_finite_in_fp16_where_hugging_face_does(device):
     model = tiny_encoders.build("whisper").half()
     with torch.no_grad():
         for layer in model.layers:
             layer.fc2.bias.fill_(60000)
     inputs = tiny_encoders.inputs("whisper", batch=2, dtype=torch.float16)
     with torch.no_grad():
-        expected, hidden = model(**inputs).last_hidden_state, from_pretrained_model(model)(**inputs)
+        expected = model(**inputs).last_hidden_state
+        hidden = on(device, from_pretrained_model(model).to(device))(**inputs)
     assert expected.isfinite().all()
     torch.testing.assert_close(hidden, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", tiny_encoders.FAMILIES)
-def test_zero_rows_run(name):
-    _, encoder = pair(name, torch.float32)
+def test_zero_rows_run(name, device):
+    _, encoder = pair(name, torch.float32, device)
     inputs = {k: v[:0] for k, v in tiny_encoders.inputs(name, batch=2).items()}
-    hidden = encoder(**inputs)
+    hidden = encoder(**moved(inputs, device))
     assert hidden.shape[0] == 0 and encoder.class_token(hidden).shape == (0, encoder.width)
 
 
 @pytest.mark.parametrize("name", tiny_encoders.FAMILIES)
-def test_frozen_and_without_dropout_in_train_mode(name):
+def test_frozen_and_without_dropout_in_train_mode(name, device):
     model = tiny_encoders.build(name)
     trained = [p.requires_grad for p in model.parameters()]
-    encoder, inputs = from_pretrained_model(model), tiny_encoders.inputs(name, batch=2)
+    encoder, inputs = from_pretrained_model(model).to(device), moved(tiny_encoders.inputs(name, batch=2), device)
     expected = encoder.eval()(**inputs)
     assert torch.equal(encoder.train()(**inputs), expected)
     assert not any(p.requires_grad for p in encoder.parameters())
@@ -195,12 +202,12 @@ def test_attributes():
 
 
 @pytest.mark.parametrize("name", ["bert", "clip_text", "siglip_vision", "wav2vec2"])
-def test_class_token_reads_the_right_row(name):
-    model, encoder = pair(name, torch.float64)
+def test_class_token_reads_the_right_row(name, device):
+    model, encoder = pair(name, torch.float64, device)
     inputs = tiny_encoders.inputs(name, batch=4, padded=True, dtype=torch.float64)
-    tokens, padding_mask = encoder.embed(**inputs)
+    tokens, padding_mask = encoder.embed(**moved(inputs, device))
     hidden = encoder.finish(encoder.run(tokens, padding_mask))
-    class_token = encoder.class_token(hidden, padding_mask)
+    class_token = moved(encoder.class_token(hidden, padding_mask), CPU)
     outputs = model(**inputs)
     if name == "bert":
         expected = outputs.last_hidden_state[:, 0]

@@ -3,6 +3,7 @@
 import pytest
 import tiny_encoders
 import torch
+from running import moved
 
 from u2a_fast import LoraConfig
 from u2a_fast.encoders import from_pretrained_model
@@ -22,10 +23,11 @@ def encoder_of(family):
 
 @pytest.mark.parametrize("suffix", [0, 2])
 @pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
-def test_values_and_gradients_are_those_of_all_rows(family, suffix, mode=None):
-    encoder = quantize_encoder(encoder_of(family), mode)
-    tokens, mask = encoder.embed(**tiny_encoders.inputs(family, 3, padded=True))
-    learned = torch.randn(suffix, tokens.shape[2], dtype=torch.float64, requires_grad=True) if suffix else None
+def test_values_and_gradients_are_those_of_all_rows(family, suffix, device, mode=None):
+    encoder = quantize_encoder(encoder_of(family), mode).to(device)
+    tokens, mask = encoder.embed(**moved(tiny_encoders.inputs(family, 3, padded=True), device))
+    learned = moved(torch.randn(suffix, tokens.shape[2], dtype=torch.float64), device).requires_grad_()
+    learned = learned if suffix else None
     trained = [p for p in (*encoder.parameters(), learned) if p is not None and p.requires_grad]
     hidden = encoder.finish(encoder.run(tokens, mask, learned))
     length = tokens.shape[1]
@@ -41,8 +43,8 @@ def test_values_and_gradients_are_those_of_all_rows(family, suffix, mode=None):
 
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
 @pytest.mark.parametrize("family", ["vit", "bert"])
-def test_values_and_gradients_are_those_of_all_rows_where_weights_are_quantised(family, mode):
-    test_values_and_gradients_are_those_of_all_rows(family, 2, mode)
+def test_values_and_gradients_are_those_of_all_rows_where_weights_are_quantised(family, mode, device):
+    test_values_and_gradients_are_those_of_all_rows(family, 2, device, mode)
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "nf4"])

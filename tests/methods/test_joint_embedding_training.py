@@ -5,6 +5,7 @@ import pytest
 import tiny_data
 import tiny_encoders
 import torch
+from running import on
 from transformers import Trainer, TrainingArguments
 
 from u2a_fast import JointEmbedding, LoraConfig, MultimodalCollator, evaluate, load_model
@@ -26,15 +27,15 @@ def test_bitfit_trains_every_bias_of_the_blocks_and_nothing_else_of_the_encoders
 
 
 @pytest.mark.parametrize("tuning", ["bitfit", LoraConfig(r=2)], ids=["bitfit", "lora"])
-def test_bf16_encoders_train_in_fp32_and_weights_stay_bitwise_as_they_were(tuning):
+def test_bf16_encoders_train_in_fp32_and_weights_stay_bitwise_as_they_were(tuning, device):
     built = {name: tiny_encoders.build(f).bfloat16() for name, f in THREE.items()}
-    model = JointEmbedding(built, num_labels=5, tuning=tuning)
+    model = JointEmbedding(built, num_labels=5, tuning=tuning).to(device)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     start, optimizer = {n: p.clone() for n, p in trained.items()}, torch.optim.AdamW(trained.values(), 1e-2)
     for step in range(3):
         inputs = parity.batch(THREE, COUNT, step, dtype=torch.float32)
-        out = model(**inputs, modality_mask=parity.random_presence(COUNT, 3, step), labels=LABELS)
+        out = on(device, model)(**inputs, modality_mask=parity.random_presence(COUNT, 3, step), labels=LABELS)
         out.loss.backward()
         assert out.logits.dtype == torch.float32 and out.loss.isfinite()
         assert {p.grad.dtype for p in trained.values()} == {torch.float32}
@@ -44,12 +45,12 @@ def test_bf16_encoders_train_in_fp32_and_weights_stay_bitwise_as_they_were(tunin
     assert frozen and all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
-def test_bf16_bias_gradients_are_those_of_fp32_but_for_rounding():
+def test_bf16_bias_gradients_are_those_of_fp32_but_for_rounding(device):
     inputs, gradients = parity.batch(PAIR, COUNT, dtype=torch.float32), []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        model = JointEmbedding({m: tiny_encoders.build(f).to(dtype) for m, f in PAIR.items()}, num_labels=5)
-        model(**inputs, labels=LABELS).task_loss.backward()
+        model = JointEmbedding({m: tiny_encoders.build(f).to(dtype) for m, f in PAIR.items()}, num_labels=5).to(device)
+        on(device, model)(**inputs, labels=LABELS).task_loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad and "encoders" in n})
     for name, exact in gradients[0].items():
         got = gradients[1][name]
@@ -59,12 +60,12 @@ def test_bf16_bias_gradients_are_those_of_fp32_but_for_rounding():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_trains(dtype):
-    model = JointEmbedding({m: tiny_encoders.build(f) for m, f in PAIR.items()}, num_labels=5)
+def test_autocast_trains(dtype, device):
+    model = JointEmbedding({m: tiny_encoders.build(f) for m, f in PAIR.items()}, num_labels=5).to(device)
     inputs = parity.batch(PAIR, COUNT, dtype=torch.float32)
-    plain = model(**inputs, labels=LABELS).task_loss
-    with torch.autocast("cpu", dtype=dtype):
-        out = model(**inputs, labels=LABELS)
+    plain = on(device, model)(**inputs, labels=LABELS).task_loss
+    with torch.autocast(device.type, dtype=dtype):
+        out = on(device, model)(**inputs, labels=LABELS)
     out.loss.backward()
     assert (out.task_loss - plain).abs() < 0.1
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
