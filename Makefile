@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-gpu fast lint bench gpu-report fuzz clean
+.PHONY: demo test test-gpu test-oldest fast lint bench gpu-report fuzz clean
 
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
@@ -17,6 +18,11 @@ test: lint
 # What depends on a device, on every GPU there is; one process, since they would share it.
 test-gpu: $(READY)
 	$(BIN)/pytest -q -m cuda tests
+
+# With the oldest versions that pyproject.toml allows, in an environment of their own: 3 GB, which CI does not download.
+test-oldest: .venv-oldest/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/pytest -q --durations=15 -n logical --dist loadfile tests
+	$(OLDEST)/pytest -q benches --benchmark-only -k smoke
 
 # One case of every quick test. Tensors this small are slower on two threads.
 fast: $(READY)
@@ -38,16 +44,23 @@ gpu-report: $(READY)
 	$(BIN)/python -m u2a_fast.gpu_report --minutes 10 --out report/
 
 # torch first: later packages then take the build that is there instead of pulling in another one.
-$(READY): pyproject.toml setup.py constraints.txt requirements-demo.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[test,demo]"
-	$(BIN)/pip install -q --no-deps --require-hashes -r requirements-demo.txt
+define install
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -c $(1) torch
+	$(@D)/bin/pip install -q -c $(1) -e ".[test,demo]"
+	$(@D)/bin/pip install -q --no-deps --require-hashes -r requirements-demo.txt
 	touch $@
+endef
+
+$(READY): pyproject.toml setup.py constraints.txt requirements-demo.txt
+	$(call install,constraints.txt)
+
+.venv-oldest/.ready: pyproject.toml setup.py constraints-oldest.txt requirements-demo.txt
+	$(call install,constraints-oldest.txt)
 
 # Ten thousand malformed files, tables, labels and lines; the suite tries a few hundred.
 fuzz: $(READY)
 	$(BIN)/python tests/support/fuzz.py 10000
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info

@@ -9,7 +9,8 @@ with everything else here; the process start of a loader counts, as it does once
 
 from arms import hold, measure
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from u2a_fast import MissingPattern, MultimodalCollator
 from u2a_fast.data import dinov2_folder, load_emoji, minilm_folder, with_missing

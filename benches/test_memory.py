@@ -20,7 +20,10 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, ViTCo
 from u2a_fast import U2A, LoraConfig
 from u2a_fast.memory import saved_bytes
 
-ROLES = {"image": r".*(q_proj|k_proj|v_proj|o_proj)", "text": r".*(query|key|value|attention\.output\.dense)"}
+ROLES = {
+    "image": r".*(q_proj|k_proj|v_proj|o_proj|query|key|value|attention\.output\.dense)",
+    "text": r".*(query|key|value|attention\.output\.dense)",
+}
 
 
 def bert(**sizes):

@@ -128,7 +128,7 @@ def test_regression_scores(folders, outputs, tmp_path):
     predicted = model.predict(rows)
     assert row["mae"] == pytest.approx(mean_absolute_error(labels, predicted), rel=1e-5)
     assert row["rmse"] == pytest.approx(((labels - predicted) ** 2).mean().sqrt().item(), rel=1e-5)
-    assert row["r2"] == pytest.approx(r2_score(labels, predicted), rel=1e-4) and row["majority"] == 0
+    assert row["r2"] == pytest.approx(r2_score(labels.numpy(), predicted.numpy()), rel=1e-4) and row["majority"] == 0
     header = (tmp_path / "report.csv").read_text(encoding="utf-8").splitlines()[0]
     assert header == "scenario,mae,rmse,r2,n" and not (tmp_path / "confusion.png").exists()
 

@@ -20,7 +20,7 @@ from u2a_fast.block import LEAN_ACTIVATIONS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "low_memory.py"
 ROLES = {
-    "image": r".*(q_proj|k_proj|v_proj|o_proj)",
+    "image": r".*(q_proj|k_proj|v_proj|o_proj|query|key|value|attention\.output\.dense)",
     "text": r".*(query|key|value|attention\.output\.dense)",
 }
 

@@ -180,7 +180,8 @@ def test_real_encoders_are_close_to_fp32_and_to_their_rounded_weights(name, mode
 
 def real_encoder(name):
     """A pretrained encoder and inputs of the kind that it knows: emoji, their names, and a gated buzz."""
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoFeatureExtractor, AutoModel, AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     from u2a_fast.data import MultimodalCollator, pretrained

@@ -107,7 +107,10 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreT
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-    return model.train()
+    model.train()
+    # Layers are dropped there: at a rate of 0, but transformers 5.17 compares all the same, and fakes have no values.
+    model.get_submodule(family_of(model).layers.rpartition(".")[0]).training = False
+    return model
 
 
 def with_tokens(config: PreTrainedConfig, tokens: int | None) -> PreTrainedConfig:

@@ -304,7 +304,8 @@ def test_a_stored_dataset_goes_through_a_data_loader(collate, picture, tmp_path)
 
 @pytest.mark.real
 def test_real_emoji_give_the_batches_the_real_encoders_take():
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from u2a_fast.data import (
         MissingPackageError,

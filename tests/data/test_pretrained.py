@@ -86,7 +86,8 @@ def cosine(first, second):
 @pytest.mark.real
 @torch.inference_mode()
 def test_dinov2_loads_completely_and_sees_likeness():
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from u2a_fast.data.carriers import TWEMOJI
     from u2a_fast.data.inputs import to_image
@@ -143,7 +144,7 @@ def test_folders_are_keyed_by_their_options_and_survive_their_package(monkeypatc
 
 @pytest.mark.real
 def test_the_image_processor_needs_no_torchvision():
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(real(dinov2_folder, 28), backend="pil")
     white = processor(images=Image.new("RGB", (28, 28), "white"), return_tensors="pt")["pixel_values"][0]

@@ -1,4 +1,4 @@
-"""Triton's CPU interpreter, repaired, with sanitizers. For Triton 3.9; no GPU and no TRITON_INTERPRET needed.
+"""Triton's CPU interpreter, repaired, with sanitizers. For Triton 3.6 to 3.9; no GPU and no TRITON_INTERPRET needed.
 
     with interpreted() as launched:         # the ops of u2a_fast.kernels run their Triton kernels on CPU tensors
         y = kernels.lora_linear(...)
@@ -10,9 +10,10 @@ Inside, every launch computes bfloat16 as a GPU does, memory that `torch.empty` 
     order   programs run in a random order: results that differ between two orders depend on it
 Triton wraps what a kernel raises: expect InterpreterError whose text starts with OutOfBounds or Race.
 
-What is repaired: Triton 3.9 multiplies the raw bit patterns of bfloat16, truncates fp32 -> bf16, and interprets only
-kernels decorated under TRITON_INTERPRET=1. Not modelled: time, the summation order of tensor cores, TF32, shared
-memory, launch limits, minimum tile sizes. `races` does not understand locks built from atomic_cas.
+What is repaired: Triton multiplies the raw bit patterns of bfloat16, truncates fp32 -> bf16, and interprets only
+kernels decorated under TRITON_INTERPRET=1; 3.6 takes no loop bounds from tensors under NumPy 2.4. Not modelled: time,
+the summation order of tensor cores, TF32, shared memory, launch limits, minimum tile sizes. `races` does not
+understand locks built from atomic_cas.
 """
 
 import contextlib
@@ -224,6 +225,11 @@ def _repair_dispatch():
     """
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     patch, launch, call = interpreter._patch_lang, GridExecutor.__call__, JITFunction.__call__
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # a scalar is an array of one element
 
     def device_call(self, *args, **kwargs):
         if not _scopes:
@@ -256,7 +262,8 @@ def _repair_dispatch():
     def jit_call(self, *args, **kwargs):
         return interpret(self)(*args, **kwargs) if _scopes else call(self, *args, **kwargs)
 
-    interpreter._patch_lang, GridExecutor.__call__ = patch_launch, grid_call
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_launch, patch_lang_tensor
+    GridExecutor.__call__ = grid_call
     InterpretedFunction.__call__, JITFunction.__call__ = device_call, jit_call
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..block import Block
 from ..lora import LoraLinear
 from ..quantization import warn_if_slow
 from .base import Encoder, Family
-from .families import FAMILIES
+from .families import EARLIER_NAMES, FAMILIES
 
 SUPPORTED = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
 TOWERS = {
@@ -107,7 +108,7 @@ def family_of(model: nn.Module) -> Family:
     name = type(model).__name__
     for family in FAMILIES:
         if name in family.classes and all(getattr(model.config, k) == v for k, v in family.requires.items()):
-            return family
+            return _as_named(family, model)
     if "For" in name:
         raise ValueError(f"{name} carries a task head: pass the encoder below it, model.base_model")
     if all(hasattr(model, tower) for tower in ("text_model", "vision_model")):
@@ -118,6 +119,18 @@ def family_of(model: nn.Module) -> Family:
         f"{name} is not supported: pass one of {SUPPORTED}, or describe it in a u2a_fast.encoders.Family "
         "and call from_pretrained_model(model, family=...)"
     )
+
+
+def _as_named(family: Family, model: nn.Module) -> Family:
+    """The spec with the names that this version of transformers has for the linears."""
+    layers = _get(model, family.layers)
+    if not layers:
+        return family
+    roles = {
+        role: path if _get(layers[0], path) is not None else EARLIER_NAMES.get(path, path)
+        for role, path in family.roles.items()
+    }
+    return replace(family, roles=roles)
 
 
 def _refuse_variants(model: nn.Module, family: Family) -> None:

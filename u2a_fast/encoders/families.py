@@ -144,6 +144,13 @@ WAV2VEC2_ROLES = {
     "fc1": "feed_forward.intermediate_dense",
     "fc2": "feed_forward.output_dense",
 }
+# Where transformers kept a linear before it took the name above (DINOv2's in 5.17).
+EARLIER_NAMES = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
 WAV2VEC2_STEM = {
     "feature_extractor": "feature_extractor",
     "feature_projection": "feature_projection",

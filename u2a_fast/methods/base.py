@@ -43,6 +43,10 @@ class MultimodalModel(PreTrainedModel):
     min_modalities = 2
     baseline = False  # whether it stands for what there was before: `compare` runs it on request only
 
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name in later versions of transformers
+        activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+        activation_checkpointing_disable = PreTrainedModel.gradient_checkpointing_disable
+
     all_absent = Option(("error", "prior").__contains__, 'one of ["error", "prior"]')
     label_smoothing = Option(lambda value: 0 <= value < 1, "at least 0 and below 1")
 

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+# Not from the package itself: that of transformers 5.17 has it only beside torchvision, which nothing here needs.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 from .. import encoders as encoders_module

@@ -76,7 +76,7 @@ class ReferenceEncoder(nn.Module):
             learned = tokens.new_zeros(0, width)
         learned = learned.to(tokens.dtype).expand(batch, -1, -1)
         visible = visible_rows(tokens, padding_mask, learned.shape[1], read_only, self.family.causal)
-        rows = self.layers[index](torch.cat([tokens, learned], dim=1), visible)
+        rows = self.family.run(self.layers[index], torch.cat([tokens, learned], dim=1), visible)
         return rows[:, :length], rows[:, length:]
 
     def finish(self, rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 Embedded = tuple[Tensor, Tensor | None]  # tokens [B, S, D]; True = a real row [B, S], None = all are real
 
@@ -53,11 +53,24 @@ def embed_mel(model: nn.Module, input_features: Tensor, attention_mask: Tensor |
     return hidden.transpose(1, 2) + model.embed_positions.weight, None
 
 
+def run_earlier_dinov2(layer: nn.Module, rows: Tensor, visible: Tensor) -> Tensor:
+    """A layer of DINOv2 as of transformers 5.17, whose forward takes no mask."""
+    attention, normed = layer.attention.attention, layer.norm1(rows)
+    heads = (attention.num_attention_heads, attention.attention_head_size)
+    q, k, v = (
+        part(normed).unflatten(-1, heads).transpose(1, 2) for part in (attention.query, attention.key, attention.value)
+    )
+    attended = scaled_dot_product_attention(q, k, v, visible).transpose(1, 2).flatten(2)
+    rows = rows + layer.layer_scale1(layer.attention.output.dense(attended))
+    return rows + layer.layer_scale2(layer.mlp(layer.norm2(rows)))
+
+
 @dataclass(frozen=True)
 class Family:
     """embed: (model, **inputs) -> Embedded. class_token: the "first" or "last" real row or the "mean" of real rows.
 
     parts: paths inside a layer of the linears q, k, v, o, fc1, fc2 and of the two LayerNorms.
+    run: (layer, rows [B, L, D], visible [B, 1, L, L]) -> rows.
     """
 
     embed: Callable[..., Embedded]
@@ -66,6 +79,7 @@ class Family:
     class_token: str
     parts: dict[str, str]
     causal: bool = False
+    run: Callable[[nn.Module, Tensor, Tensor], Tensor] = nn.Module.__call__
 
 
 PARTS = ("q", "k", "v", "o", "fc1", "fc2", "norm1", "norm2")
@@ -99,6 +113,15 @@ VIT = Family(
     parts=parts(*VIT_LINEARS, "layernorm_before layernorm_after"),
 )
 DINOV2 = replace(VIT, layers="encoder.layer", parts=parts(*VIT_LINEARS, "norm1 norm2"))
+EARLIER_DINOV2 = replace(
+    DINOV2,
+    parts=parts(
+        "attention.attention.query attention.attention.key attention.attention.value attention.output.dense",
+        "mlp.fc1 mlp.fc2",
+        "norm1 norm2",
+    ),
+    run=run_earlier_dinov2,
+)
 CLIP_ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj"
 CLIP_VISION = Family(
     embed=embed_patches,
@@ -149,6 +172,8 @@ def family_of(model: nn.Module) -> Family:
     family = FAMILIES[model.config.model_type]
     if getattr(model.config, "do_stable_layer_norm", False):  # Wav2Vec2, HuBERT: pre-norm layers, LayerNorm at the end
         family = replace(family, final_norm="encoder.layer_norm")
+    if family is DINOV2 and hasattr(model.encoder.layer[0].attention, "attention"):
+        family = EARLIER_DINOV2
     return family
 
 
