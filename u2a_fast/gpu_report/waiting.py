@@ -58,7 +58,11 @@ def count_waits(report: Report, absent: str) -> Entry:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message)[:160] + f" ({w.filename}:{w.lineno})" for w in caught if "called a synchronizing" in str(w.message)]
+    waits = [
+        str(w.message)[:160] + f" ({w.filename}:{w.lineno})"
+        for w in caught
+        if "called a synchronizing" in str(w.message)
+    ]
     most = MOST[absent]
     wrong = [f"waits {len(waits)} times, {most} at most were promised"] if len(waits) > most else []
     return {"wrong": wrong, "waits": waits}
