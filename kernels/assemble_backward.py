@@ -22,13 +22,13 @@ BACKWARD_TILE = {"BM": 16, "BK": 256, "num_warps": 8, "num_stages": 2}
 
 @jit
 def normalised_grad(
-    D_H, D_S, A, rm, ok, rk, kok, K, R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    D_H, D_S, A, rm, ok, rk, kok, K, PITCH, R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of h: d_h + d_s A, [BM, BK]."""
     g = tl.zeros((BM, BK), ACC)
     if D_H is not None:
-        at = D_H + rm[:, None].to(tl.int64) * K + rk[None, :]
+        at = D_H + rm[:, None].to(tl.int64) * PITCH + rk[None, :]
         g = tl.load(at, mask=ok[:, None] & kok[None, :], other=0.0).to(ACC)
     if D_S is not None:
         for r in tl.range(0, R, BR, num_stages=1):
@@ -43,7 +43,7 @@ def normalised_grad(
 @jit(varying=("M", "T", "P", "N"))
 def assemble_norm_project_backward(
     D_ROWS,  # [M, K] or None
-    D_H,  # [M, K] or None
+    D_H,  # [M, K], rows PITCH apart, or None
     D_S,  # [M, R] or None
     ROWS,  # [M, K], given with GAMMA
     MEAN,  # [M], given with GAMMA
@@ -61,6 +61,7 @@ def assemble_norm_project_backward(
     P,
     N,
     K,
+    PITCH,
     R: tl.constexpr,
     PACKED: tl.constexpr,  # D_TOKENS has no rows for absent samples
     ACC: tl.constexpr,
@@ -100,7 +101,7 @@ def assemble_norm_project_backward(
         rstd = tl.load(RSTD + rm, mask=ok, other=0.0)
         for k in range(0, K, BK):
             kok = rk < K - k
-            g = normalised_grad(D_H, D_S, A, rm, ok, k + rk, kok, K, R, ACC, PRECISION, BM, BK, BR)
+            g = normalised_grad(D_H, D_S, A, rm, ok, k + rk, kok, K, PITCH, R, ACC, PRECISION, BM, BK, BR)
             g *= tl.load(GAMMA + k + rk, mask=kok, other=0.0).to(ACC)[None, :]
             x = tl.load(ROWS + row + (k + rk)[None, :], mask=ok[:, None] & kok[None, :], other=0.0).to(ACC)
             along += tl.sum(g * ((x - mean[:, None]) * rstd[:, None]), 1)
@@ -109,7 +110,7 @@ def assemble_norm_project_backward(
     for k in range(0, K, BK):
         kok = rk < K - k
         mask = ok[:, None] & kok[None, :]
-        g = normalised_grad(D_H, D_S, A, rm, ok, k + rk, kok, K, R, ACC, PRECISION, BM, BK, BR)
+        g = normalised_grad(D_H, D_S, A, rm, ok, k + rk, kok, K, PITCH, R, ACC, PRECISION, BM, BK, BR)
         if GAMMA is not None:
             x = tl.load(ROWS + row + (k + rk)[None, :], mask=mask, other=0.0).to(ACC)
             xhat = (x - mean[:, None]) * rstd[:, None]
@@ -178,7 +179,9 @@ def backward_triton(
     d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
 ):
     """As `backward_aten`."""
-    d_rows, d_h, d_s, rows = backend.contiguous(d_rows, d_h, d_s, rows)
+    d_rows, d_s, rows = backend.contiguous(d_rows, d_s, rows)
+    if d_h is not None and (d_h.stride(2) != 1 or d_h.stride(0) != d_h.shape[1] * d_h.stride(1)):
+        d_h = d_h.contiguous()
     norm_weight, norm_bias = backend.contiguous(norm_weight, norm_bias)
     d_a = _lora_grad(d_s, rows, mean, rstd, norm_weight, norm_bias) if needs.lora_a else None
     if not any(needs[:6]):
@@ -218,6 +221,7 @@ def backward_triton(
         P=first,
         N=last - first,
         K=k,
+        PITCH=k if d_h is None else d_h.stride(1),
         R=r,
         PACKED=packed != batch,
         ACC=accumulator(dtype),

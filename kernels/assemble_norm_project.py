@@ -98,7 +98,7 @@ def assemble_norm_project_forward(
     BETA,  # [K] or None
     A,  # [R, K] or None
     ROWS,  # [M, K] or None
-    H,  # [M, K] or None
+    H,  # [M, PITCH] or None: K columns of h, then S again and zeros, as `Linear.joined` multiplies them
     Q,  # [M, K] int8 or None: h in steps of its row's scale
     SCALE,  # [M] fp32, given with Q
     S,  # [M, R], given with A
@@ -110,7 +110,9 @@ def assemble_norm_project_forward(
     P,
     N,
     K,
+    PITCH,  # K, or K + R and more up to a multiple of 16
     R: tl.constexpr,
+    JOINED: tl.constexpr,  # PITCH is more than K
     ALIGNED: tl.constexpr,
     TYPE: tl.constexpr,  # of h
     TINY: tl.constexpr,
@@ -126,6 +128,9 @@ def assemble_norm_project_forward(
     rk = tl.arange(0, BK)
     ok = rm < M
     place = rm[:, None].to(tl.int64) * K
+    h_at = H
+    if H is not None:
+        h_at = H + rm[:, None].to(tl.int64) * PITCH
     base = row_address(rm, TOKENS, PREFIX, SUFFIX, SOURCE, MASK, M, T, P, N, K, ALIGNED)
     mean = tl.zeros((BM,), ACC)
     rstd = mean
@@ -148,7 +153,7 @@ def assemble_norm_project_forward(
                 tl.store(ROWS + place + (k + rk)[None, :], x, mask=mask)
             h = normalise(x, mean, rstd, GAMMA, BETA, k + rk, kok, ACC).to(TYPE)
             if r == 0 and H is not None:
-                tl.store(H + place + (k + rk)[None, :], h, mask=mask)
+                tl.store(h_at + (k + rk)[None, :], h, mask=mask)
             if r == 0 and Q is not None:
                 q = round_half_even(h.to(tl.float32) / tl.maximum(scale, TINY)[:, None])
                 tl.store(Q + place + (k + rk)[None, :], q.to(tl.int8), mask=mask)
@@ -158,6 +163,8 @@ def assemble_norm_project_forward(
         if A is not None:
             s_at = S + rm[:, None].to(tl.int64) * R + rr[None, :]
             tl.store(s_at, acc.to(S.dtype.element_ty), mask=ok[:, None] & (rr < R)[None, :])
+            if JOINED:  # past the last rank acc is 0
+                tl.store(h_at + K + rr[None, :], acc.to(TYPE), mask=ok[:, None] & (rr < PITCH - K)[None, :])
 
 
 def sources(present: Tensor | None, packed: int) -> Tensor | None:
@@ -173,8 +180,10 @@ def aligned(width: int, *tensors: Tensor | None) -> bool:
     return all(t is None or (width * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0) for t in tensors)
 
 
-def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
-    """As `forward_aten`, in one launch."""
+def forward_triton(
+    tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize, pitch=None
+):
+    """As `forward_aten`, in one launch. pitch: elements from one row of h to the next, S and zeros in between."""
     packed, n, k = tokens.shape
     tokens, norm_weight, norm_bias = backend.contiguous(tokens, norm_weight, norm_bias)
     if present is not None and mask_token is None:
@@ -189,7 +198,8 @@ def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, nor
         return tokens.new_empty(shape, dtype=dtype) if wanted else None
 
     rows = new(joined, batch, height, k, dtype=tokens.dtype)
-    h = new(not quantize and (norm or dtype != tokens.dtype), batch, height, k, dtype=dtype)
+    written = not quantize and (norm or dtype != tokens.dtype or pitch is not None)
+    h = new(written, batch, height, pitch or k, dtype=dtype)
     q = new(quantize, batch, height, k, dtype=torch.int8)
     scale = new(quantize, batch * height, dtype=torch.float32)
     s = new(lora_a is not None, batch, height, r, dtype=dtype)
@@ -218,7 +228,9 @@ def forward_triton(tokens, prefix, suffix, present, mask_token, norm_weight, nor
         P=p,
         N=n,
         K=k,
+        PITCH=pitch or k,
         R=r,
+        JOINED=pitch is not None,
         ALIGNED=aligned(k, tokens, *learned),
         TYPE=element_type(dtype),
         TINY=TINY,

@@ -26,6 +26,7 @@ class Linear(NamedTuple):
     scaling: float = 1.0
     groups: int = 1
     quantize_input: bool = False
+    joined: Tensor | None = None  # [N, K + P]: `weight` is a view of it, with room for scaling * B; P >= groups * r
 
 
 class Norm(NamedTuple):

@@ -28,7 +28,7 @@ def enter_project(x: Tensor, norm: Norm, linear: Linear, dtype: torch.dtype):
 
 def project(h: Tensor, linear: Linear):
     """y, and S [M, groups * r], None without an adapter."""
-    weight, bias, a, b, weight_scale, scaling, groups, int8 = linear
+    weight, bias, a, b, weight_scale, scaling, groups, int8, _ = linear
     if weight.dtype == h.dtype and (bias is None or bias.dtype == h.dtype):
         y = linear_aten(h, weight, bias)
     else:
@@ -42,7 +42,7 @@ def project(h: Tensor, linear: Linear):
 
 def project_backward(dy: Tensor, h: Tensor | None, s: Tensor | None, linear: Linear, apart: bool = False):
     """dH, dS, dA and dB. h and s: None where dA and dB are not asked for; `apart`: dS is not part of dH yet."""
-    weight, _, a, b, weight_scale, scaling, groups, _ = linear
+    weight, _, a, b, weight_scale, scaling, groups, *_ = linear
     dh = dy @ (weight if weight.dtype == dy.dtype else as_float(weight, weight_scale, dy.dtype))
     if b is None:
         return dh, None, None, None

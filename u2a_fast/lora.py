@@ -12,6 +12,7 @@ from torch import nn
 
 from . import kernels
 from .kernels.nf4 import NF4_BLOCK
+from .kernels.norm_joined import ROOM, joined_weight
 from .quantization import storage_of
 
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
@@ -148,6 +149,7 @@ class LoraLinear(nn.Module):
         self.dropout = 0.0
         self.adapter_enabled = True
         self.quantize_input = False
+        self.joined: torch.Tensor | None = None  # see `join`
 
     @property
     def storage(self) -> str:
@@ -159,8 +161,19 @@ class LoraLinear(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.weight_scale = None if weight_scale is None else nn.Parameter(weight_scale.detach(), requires_grad=False)
 
+    def join(self) -> None:
+        """Keep the weight where it has room beside it, and B is multiplied together with it (kernels/norm_joined.py).
+
+        Nothing changes but its strides, which is too much for FSDP: `capture` asks for it, and moving undoes it.
+        """
+        fits = self.storage == "float" and self.in_features % ROOM == 0
+        if fits and self.lora_a is not None and self.adapted == self.roles:
+            self.joined = joined_weight(self.weight.detach(), self.lora_a.shape[0])
+            self.weight.data = self.joined[:, : self.in_features]
+
     def _apply(self, fn: Callable, recurse: bool = True) -> LoraLinear:
         """As in `nn.Module`, but scales move without changing their dtype: rounded, they would be other weights."""
+        self.joined = None
         exact = None if self.weight_scale is None else self.weight_scale.detach()
         super()._apply(fn, recurse)
         moved = self.weight_scale
@@ -253,8 +266,13 @@ class LoraLinear(nn.Module):
         a, b = own["lora_a"], own["lora_b"]
         if a is not None and not (self.adapter_enabled and self.adapted == self.roles):
             a, b = self.factors()
-        options = self.scaling, len(self.roles), self.quantize_input
+        joined = self.joined if a is not None and self._holds_weight() else None
+        options = self.scaling, len(self.roles), self.quantize_input, joined
         return kernels.Linear(weight, own["bias"], a, b, own["weight_scale"], *options)
+
+    def _holds_weight(self) -> bool:
+        """Whether `joined` still is where the weight lies: a copy of this module has another."""
+        return self.joined is not None and self.joined.data_ptr() == self.weight.data_ptr()
 
     def after_norm(
         self, norm: nn.LayerNorm | None, x: torch.Tensor, **learned: torch.Tensor | None

@@ -1,9 +1,10 @@
 """Products of ViT-S, ViT-B and BERT-base in bf16: ours against the library's, as fractions of the library's rate.
 
 library                  F.linear, twice (A/A)
-library, K + R'          F.linear over rows [h, S] and weights [W, B], R' = groups * r rounded up to 8
+library, K + R'          F.linear over rows [h, S] and weights [W, B], R' = groups * r rounded up to 16
 ours                     linear_lowrank: the frozen product and the low-rank one in one launch
 layer, ours / library    LayerNorm where there is one, S = h A^T and both products, in Triton and in ATen
+layer, joined            the same as the library's product over joined rows and weights, which the pass writes
 dX library / ours        dY W, and dY W + G A in one launch
 
 Rates count the operations of the frozen product alone. Which of "ours" and "library, K + R'" wins by 3% or more, and by
@@ -12,12 +13,9 @@ more than the noise, goes into the device table in the user's cache.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -25,9 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import device_table
 from ..kernels import Linear, Norm, steps_aten, steps_triton
 from ..kernels.linear_backward import launch_input
 from ..kernels.linear_lowrank import linear_lowrank_triton
+from ..kernels.norm_joined import joined_weight
 from .machine import device_name
 from .report import Entry, Report, write_json
 from .timing import compare, rotating
@@ -68,7 +68,7 @@ def measure(report: Report) -> None:
             name = f"{product.model}, {rows} x {product.k} -> {product.n}"
             entry = report.measure(name, time_product, product, rows, report.dry)
             if "fraction" in entry:
-                won[f"bf16 N={product.n} K={product.k} M={bucket(rows)}"] = winner(entry, product)
+                won[device_table.entry_of(product.n, product.k, rows)] = winner(entry, product)
     report.measure("device table", write_table, won, report)
 
 
@@ -100,11 +100,12 @@ def operands(product: Product, rows: int, dry: bool) -> Given:
         return torch.randn(*shape, device=where, dtype=dtype)
 
     low = (draw(ranks, k, dtype=torch.float32), draw(n, RANK, dtype=torch.float32)) if ranks else (None, None)
-    linear = Linear(draw(n, k) * k**-0.5, draw(n), *low, None, SCALING, product.groups)
+    weight = draw(n, k) * k**-0.5
+    joined = joined_weight(weight, ranks)
+    linear = Linear(weight, draw(n), *low, None, SCALING, product.groups)
     norm = Norm(draw(k), draw(k), 1e-6) if product.norm else Norm()
-    padded = k + -(-ranks // 8) * 8
     s = draw(rows, ranks) if ranks else None
-    return Given(draw(rows, k), linear, norm, s, draw(rows, padded), draw(n, padded), draw(rows, n))
+    return Given(draw(rows, k), linear, norm, s, draw(rows, joined.shape[1]), joined, draw(rows, n))
 
 
 def functions(product: Product, dry: bool) -> dict[str, Callable[[Given], Any]]:
@@ -116,6 +117,8 @@ def functions(product: Product, dry: bool) -> dict[str, Callable[[Given], Any]]:
     }
     if dry:
         return found | {"ours": lambda o: steps_aten.project(o.x, o.linear)}
+    if product.adapter and product.norm:
+        found["layer, joined"] = lambda o: layer(steps_triton, with_room(o))
     return found | {
         "ours": ours,
         "layer, ours": lambda o: layer(steps_triton, o),
@@ -129,17 +132,18 @@ def layer(steps: ModuleType, o: Given) -> Any:
     return steps.enter_project(o.x, o.norm, o.linear, torch.bfloat16)
 
 
+def with_room(o: Given) -> Given:
+    """The same with the weight where it lies in `joined_weight`."""
+    weight = o.joined_weight[:, : o.linear.weight.shape[1]]
+    return replace(o, linear=o.linear._replace(weight=weight, joined=o.joined_weight))
+
+
 def ours(o: Given) -> Tensor:
-    weight, bias, _, b, scale, scaling, groups, int8 = o.linear
+    weight, bias, _, b, scale, scaling, groups, int8, _ = o.linear
     return linear_lowrank_triton(o.x, weight, bias, o.s, b, scaling, scale, groups, int8, None, None)
 
 
 # --------------------------------------------------------------------------------------------------- the device table
-def bucket(rows: int) -> int:
-    """Rows as the table tells them apart: the power of two that they do not exceed."""
-    return 1 << max(0, rows - 1).bit_length()
-
-
 def winner(entry: Entry, product: Product) -> dict[str, Any]:
     """Which of the two wins, None where the difference is below 3% or within the noise."""
     library = entry["us"]["library, K + R'" if product.adapter else "library"]
@@ -148,17 +152,13 @@ def winner(entry: Entry, product: Product) -> dict[str, Any]:
     return {"wins": wins, "library_over_own": round(ratio, 3), "noise": entry["noise"]}
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "u2a_fast"
-
-
 def write_table(won: dict[str, Any], report: Report) -> Entry:
     """Replace what the table says of this device under these versions; a dry run leaves the user's alone."""
     if not won:
         raise RuntimeError("no product was timed")
-    names = ("torch", "u2a-fast") if report.dry else ("torch", "triton", "u2a-fast")
-    key = ", ".join([device_name(report.dry), *(f"{name} {importlib.metadata.version(name)}" for name in names)])
-    path = (report.path.parent if report.dry else cache_folder()) / "device_table.json"
+    path = report.path.parent / "device_table.json" if report.dry else device_table.path()
+    key = device_table.key_of(device_name(report.dry))
     table = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, table | {key: won})
     return {"path": str(path), "key": key, "won": won}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .. import host
+from .. import device_table, host
 from ..capture import Steps
 from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
 from ..quantization import read_quantization
@@ -208,6 +208,11 @@ class MultimodalModel(PreTrainedModel):
             raise ValueError(
                 f"a CUDA graph needs the model on a GPU, not on {self.device}: call model.to('cuda') first"
             )
+        measured = device_table.of_device(self.device)
+        for block in (block for encoder in self.encoders.values() for block in encoder.blocks):
+            for linear in (block.qkv, block.fc1):
+                if not device_table.own_wins(measured, linear.out_features, linear.in_features):
+                    linear.join()
         self._steps = Steps(self)
         if batch is not None:
             self(**batch)
