@@ -41,7 +41,7 @@ def pytest_make_collect_report():
 def _as_failure(report):
     """Where everything is installed, as in CI, nothing may be skipped."""
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("U2A_FAST_NO_SKIPS") == "1":
-        report.outcome, report.longrepr = "failed", f"skipped under U2A_FAST_NO_SKIPS=1: {report.longrepr[2]}"
+        report.outcome, report.longrepr = "failed", f"{report.longrepr[2]} (fails under U2A_FAST_NO_SKIPS=1)"
     return report
 
 
