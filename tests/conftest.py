@@ -47,7 +47,8 @@ def _as_failure(report):
 
 def pytest_runtest_setup(item):
     """Four-bit weights are packed by bitsandbytes."""
-    if hasattr(item, "callspec") and "nf4" in item.callspec.params.values():
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    if any(isinstance(value, str) and value == "nf4" for value in values):
         pytest.importorskip("bitsandbytes")
 
 
