@@ -105,6 +105,7 @@ def test_what_cannot_be_stored_is_refused(given, error, words):
 
 
 def test_a_refusal_leaves_every_encoder_as_it_was():
+    pytest.importorskip("bitsandbytes")
     encoders = {name: from_pretrained_model(tiny_encoders.build(family)) for name, family in PAIR.items()}
     quantize_encoder(encoders["text"], "int8")
     with pytest.raises(ValueError, match="stored as int8 already"):

@@ -1,4 +1,4 @@
-"""The tolerance rule of the kernel tests: no constants, but what plain PyTorch loses in the same precision."""
+"""The rule of the kernel tests: no constants, but what plain PyTorch loses in that precision, on that device."""
 
 import torch
 
