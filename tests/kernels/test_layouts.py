@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from running import on, running
+from running import CPU, on, running
 
 from u2a_fast import kernels
 
@@ -110,7 +110,8 @@ def test_strides_change_nothing(implementation, name, layout, device):
     views = [layout(t) for t in operands]
     with running(implementation, device):
         expected, found = (results(on(device, function), each) for each in ([t.contiguous() for t in views], views))
+    limit = 1e-5 if device == CPU else 1e-4  # a GPU's library adds up by the layout
     for one, other in zip(expected, found, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(other, one, rtol=limit, atol=limit)

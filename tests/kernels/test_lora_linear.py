@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from linear_cases import CASES, SEED, Case, assert_right, lowrank_operands, operands, with_gradients
-from running import CPU, moved, on, running
+from running import CPU, moved, on, running, skip_wide_tiles
 
 from u2a_fast.kernels import QuantizedRows, linear_lowrank, lora_linear, quantize_rows
 from u2a_fast.kernels.dropout import kept
@@ -129,6 +129,7 @@ def subsets(given, names):
 
 def check_gradients(function, given, leaves, implementation, device):
     """gradcheck for every subset of the leaves; where a call is slow, Jacobians are only projected."""
+    skip_wide_tiles(implementation, device)
     fast = implementation == "triton" or device != CPU
     for chosen, names in subsets(given, leaves):
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from int8_rows import assert_same_rows
 from running import CPU, on, running
 
 from u2a_fast.kernels import dequantize_rows, quantize_rows
@@ -35,8 +36,7 @@ def test_every_backend_rounds_alike_and_halves_to_even(implementation, device):
     q, _ = quantized(w, implementation, device)
     assert q.tolist() == [[127, 0, 2, -2, -126], [127, 3, 4, 0, 0]]
     w = torch.randn(40, 300)
-    for got, expected in zip(quantized(w, implementation, device), quantized(w, "reference", CPU), strict=True):
-        assert torch.equal(got, expected)
+    assert_same_rows(quantized(w, implementation, device), quantized(w, "reference", CPU), device)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
@@ -57,10 +57,7 @@ def test_what_is_not_finite_shows_in_the_scale_of_its_row_alone(implementation, 
 def test_a_transposed_weight_is_read_by_its_rows(device):
     w = torch.randn(9, 6)
     for implementation in ("torch", "triton"):
-        for got, expected in zip(
-            quantized(w.t(), implementation, device), quantized(w.t().clone(), "torch", CPU), strict=True
-        ):
-            assert torch.equal(got, expected)
+        assert_same_rows(quantized(w.t(), implementation, device), quantized(w.t().clone(), "torch", CPU), device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

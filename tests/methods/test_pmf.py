@@ -319,6 +319,8 @@ def test_autocast_trains(dtype, device):
 
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
 def test_quantised_encoders_compute_with_the_rounded_weights(mode, device):
+    if mode == "nf4":
+        pytest.importorskip("bitsandbytes")
     quantised = PMF(encoders(PAIR), num_labels=5, quantization=mode).double().to(device)
     inputs, present, gradients = parity.batch(PAIR, COUNT), parity.random_presence(COUNT, 2, 0), []
     models = quantised, rounded.dequantised(quantised)
