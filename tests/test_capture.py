@@ -210,4 +210,4 @@ def test_what_cannot_be_captured_says_so():
     with pytest.raises(ValueError, match="not on cpu"):
         U2A(built, CLASSES).capture()
     with pytest.raises(ValueError, match="PMF"):
-        PMF(built, CLASSES, fusion_layers=1).fixed({}, torch.ones(2, 2, dtype=torch.bool), None)
+        PMF(built, CLASSES, fusion_layers=1).capture()

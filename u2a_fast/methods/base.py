@@ -12,19 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .. import device_table, host
-from ..capture import Steps
+from .. import host
 from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
 from ..quantization import read_quantization
+from .captured import CapturedSteps, PaddingMasks
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
 from .loading import as_encoder, fit_tokenizer, load_processor, overlay, saved_processors, saved_state
 from .presence import Rows, check_modalities, presence, present_rows, refuse_empty
 
-PaddingMasks = Mapping[str, Tensor | None]
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
-class MultimodalModel(PreTrainedModel):
+class MultimodalModel(CapturedSteps, PreTrainedModel):
     """Frozen encoders under one head. Subclasses say what `encode` keeps of each sample and how `fuse` classifies it.
 
     `encode` looks at each sample once and never at which other modalities it has, so that every missing-modality
@@ -86,7 +85,6 @@ class MultimodalModel(PreTrainedModel):
         super().__init__(config)
         self.encoders = nn.ModuleDict(built)
         self.loss: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._steps: Steps | None = None
         self._processors: dict[str, Any] = {}
         self.processors = processors or {}
 
@@ -115,16 +113,6 @@ class MultimodalModel(PreTrainedModel):
     def static_shapes(self) -> bool:
         """Whether every row runs, so that nothing depends on values of the batch."""
         return False
-
-    def fixed(
-        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None
-    ) -> dict[str, Any]:
-        """The batch as `encode_fixed` takes it: whatever decides which kernels run is the shape of a tensor."""
-        raise ValueError(f"the kernels that {type(self).__name__} runs depend on values of the batch: none is captured")
-
-    def encode_fixed(self, fixed: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """`encode` of `fixed`'s result, and presence, reading no value on the host."""
-        raise NotImplementedError
 
     def drop_modalities(self, present: Tensor) -> Tensor:
         """Presence as a training step sees it; the default drops nothing."""
@@ -188,50 +176,6 @@ class MultimodalModel(PreTrainedModel):
 
     def _left(self, present: Tensor) -> Tensor:
         return self.drop_modalities(present) if self.training else present
-
-    def capture(self, batch: Mapping[str, Any] | None = None) -> None:
-        """From now on, replay training steps as CUDA graphs: forward and backward in one launch. U2A alone has them.
-
-        A step with labels is captured when a batch of its shapes is first met (a second and the memory of its
-        activations, up to 64 shapes), and replayed afterwards. With `absent="pack"` the samples of each modality are
-        filled up to a multiple of an eighth of the batch, rows of texts to one of a sixteenth, so that shapes recur.
-        What requires a gradient now gets one: call it again after freezing or unfreezing. A loss in fp16 is not scaled
-        before it is differentiated: use bf16.
-
-        Args:
-            batch: keywords of `forward`, whose shapes are captured at once.
-
-        Raises:
-            ValueError: the model is on no GPU, or its kernels depend on values of the batch.
-        """
-        if self.device.type != "cuda":
-            raise ValueError(
-                f"a CUDA graph needs the model on a GPU, not on {self.device}: call model.to('cuda') first"
-            )
-        measured = device_table.of_device(self.device)
-        for block in (block for encoder in self.encoders.values() for block in encoder.blocks):
-            for linear in (block.qkv, block.fc1):
-                if not device_table.own_wins(measured, linear.out_features, linear.in_features):
-                    linear.join()
-        self._steps = Steps(self)
-        if batch is not None:
-            self(**batch)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> MultimodalModel:
-        """As in `nn.Module`; graphs hold the addresses of parameters, which may move."""
-        if self._steps is not None:
-            self._steps.forget()
-        return super()._apply(fn, recurse)
-
-    def _captured(
-        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None, labels: Tensor
-    ) -> tuple[Tensor, ...]:
-        assert self._steps is not None
-
-        def losses(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-            return self.losses(*self.encode_fixed(batch["fixed"]), batch["labels"])
-
-        return self._steps(losses, {"fixed": self.fixed(inputs, present, padding), "labels": labels}, self.training)
 
     def _to_host(
         self, inputs: Mapping[str, Mapping[str, Any]], *tensors: Tensor | None

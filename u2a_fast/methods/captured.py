@@ -1,0 +1,77 @@
+"""Training steps of a model as CUDA graphs: what a method says of its batches, and `capture`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import device_table
+from ..capture import Steps
+
+PaddingMasks = Mapping[str, Tensor | None]
+
+
+class CapturedSteps(nn.Module):
+    """Part of `MultimodalModel`; methods that define `fixed` and `encode_fixed` can be captured."""
+
+    _steps: Steps | None = None
+
+    def fixed(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None
+    ) -> dict[str, Any]:
+        """The batch as `encode_fixed` takes it: whatever decides which kernels run is the shape of a tensor."""
+        raise NotImplementedError
+
+    def encode_fixed(self, fixed: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """`encode` of `fixed`'s result, and presence, reading no value on the host."""
+        raise NotImplementedError
+
+    def capture(self, batch: Mapping[str, Any] | None = None) -> None:
+        """From now on, replay training steps as CUDA graphs: forward and backward in one launch. U2A alone has them.
+
+        A step with labels is captured when a batch of its shapes is first met (a second and the memory of its
+        activations, up to 64 shapes), and replayed afterwards. With `absent="pack"` the samples of each modality are
+        filled up to a multiple of an eighth of the batch, rows of texts to one of a sixteenth, so that shapes recur.
+        What requires a gradient now gets one: call it again after freezing or unfreezing. A loss in fp16 is not scaled
+        before it is differentiated: use bf16.
+
+        Args:
+            batch: keywords of `forward`, whose shapes are captured at once.
+
+        Raises:
+            ValueError: the model is on no GPU, or its kernels depend on values of the batch.
+        """
+        if type(self).fixed is CapturedSteps.fixed:
+            raise ValueError(
+                f"the kernels that {type(self).__name__} runs depend on values of the batch: none is captured"
+            )
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"a CUDA graph needs the model on a GPU, not on {self.device}: call model.to('cuda') first"
+            )
+        measured = device_table.of_device(self.device)
+        for block in (block for encoder in self.encoders.values() for block in encoder.blocks):
+            for linear in (block.qkv, block.fc1):
+                if not device_table.own_wins(measured, linear.out_features, linear.in_features):
+                    linear.join()
+        self._steps = Steps(self)
+        if batch is not None:
+            self(**batch)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> CapturedSteps:
+        """As in `nn.Module`; graphs hold the addresses of parameters, which may move."""
+        if self._steps is not None:
+            self._steps.forget()
+        return super()._apply(fn, recurse)
+
+    def _captured(
+        self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None, labels: Tensor
+    ) -> tuple[Tensor, ...]:
+        assert self._steps is not None
+
+        def losses(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+            return self.losses(*self.encode_fixed(batch["fixed"]), batch["labels"])
+
+        return self._steps(losses, {"fixed": self.fixed(inputs, present, padding), "labels": labels}, self.training)
