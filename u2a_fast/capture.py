@@ -138,8 +138,10 @@ class Steps:
                 )
                 return function(batch)
 
+            others = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]  # this batch is not to be kept
+
             def of_tensors(own: Sequence[Tensor]) -> Losses:
-                filled = list(leaves)
+                filled = list(others)
                 for i, t in zip(at, own, strict=True):
                     filled[i] = t
                 return function(tree_unflatten(filled, form))
