@@ -3,8 +3,6 @@
 import random
 from functools import partial
 
-import assemble_cases
-import linear_cases
 import parity
 import pytest
 import tiny_encoders
@@ -15,7 +13,7 @@ from dry_driver import SHARED, dry
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-from u2a_fast import U2A, LoraConfig, kernels
+from u2a_fast import U2A, LoraConfig
 from u2a_fast.encoders import from_pretrained_model
 from u2a_fast.kernels import backend
 
@@ -80,54 +78,6 @@ def test_everything_is_as_before_even_after_an_error():
         1 / 0  # noqa: B018
     assert [getattr(place, name) for place, name in places] == before
     assert not triton.knobs.compilation.disable_line_info and triton.knobs.runtime.jit_cache_hook is None
-
-
-# ------------------------------------------------------------------------------------------- our kernels: do they fit?
-def linear(case):
-    def run(dtype):
-        y = kernels.lora_linear(**linear_cases.operands(linear_cases.CASES[case], dtype))
-        y.sum().backward()
-
-    return run
-
-
-def assembled(dtype):
-    given = assemble_cases.operands("everything", dtype)
-    sum(t.float().sum() for t in kernels.assemble_norm_project(**given, eps=1e-5)).backward()
-
-
-def few_queries(dtype):
-    q, k, v = (torch.randn(3, 2, rows, 40, dtype=dtype, requires_grad=True) for rows in (5, 77, 77))
-    kernels.attention(q, k, v, torch.tensor([70, 1, 33]), suffix=7).sum().backward()
-
-
-def substituted(dtype):
-    tokens, translated = torch.randn(3, 5, 40, dtype=dtype), torch.randn(3, 3, 5, 40, dtype=dtype)
-    present = torch.rand(5, 3) < 0.5
-    sum(t.sum() for t in kernels.substitute(tokens.requires_grad_(), translated, present)).backward()
-
-
-RUNS = {
-    "lora_linear": linear("sizes that divide nothing"),
-    "lora_linear, int8 and dropout": linear("int8, dropout"),
-    "assemble_norm_project": assembled,
-    "attention": few_queries,
-    "substitute": substituted,
-}
-# One way of being half precision for each target: what the tiles need does not depend on which.
-HALVES = {"sm_80": (torch.bfloat16, None), "sm_90": (torch.float32, torch.bfloat16), "gfx942": (torch.float16, None)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
-@pytest.mark.parametrize("target", HALVES)
-def test_kernels_compile_and_fit_at_odd_sizes(target, run):
-    dtype, autocast = HALVES[target]
-    with dry(target) as device, torch.autocast("cpu", autocast, enabled=autocast is not None):
-        run(dtype)
-    assert device.launches and device.launches.keys() == {binary.kernel for binary in device.binaries}
-    if target == "sm_80":  # an RTX 4090 runs the same code in less room
-        assert max(binary.shared for binary in device.binaries) <= SHARED["sm_89"]
 
 
 # --------------------------------------------------------------------------------------- how many launches and binaries

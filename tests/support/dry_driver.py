@@ -37,7 +37,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from u2a_fast.kernels import backend
+from u2a_fast.kernels import backend, targets
 
 KB = 1024
 SHARED = {  # of one block, by the data sheets
@@ -56,13 +56,19 @@ _numbers = itertools.count()
 
 # ------------------------------------------------------------------------------------------------------- the front door
 @contextlib.contextmanager
-def dry(target: str, compiles: bool = True):
+def dry(target: str, compiles: bool = True, auto: bool = False):
     """Run the ops' Triton kernels for `target` without launching them; yields the `DryDevice`."""
     device, before = DryDevice(target, compiles), driver._active
     hip = "6.4" if device.amd else None
+
+    def resolve(*tensors):
+        refused = auto and not device.supports(next(t for t in tensors if t is not None).dtype)
+        return "torch" if refused else backend.get_backend()
+
     with (
         mock.patch.object(backend, "_backend", "triton"),
-        mock.patch.object(backend, "resolve", lambda *tensors: backend.get_backend()),
+        mock.patch.object(backend, "resolve", resolve),
+        mock.patch.object(targets, "architecture", lambda index: target),
         mock.patch.object(torch.version, "hip", hip),
         mock.patch.object(torch.cuda, "device_of", contextlib.nullcontext),
         knobs.compilation.scope(),
@@ -114,6 +120,10 @@ class DryDevice:
         self.variants: set[tuple[str, str]] = set()
         self.binaries: list[Binary] = []
         self._kernels: list[triton.JITFunction] = []
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """What `auto` asks of a GPU; not of the cache, which knows the GPUs of this machine."""
+        return targets._gpu_supports.__wrapped__(0, dtype)[0]
 
     def on_new_variant(self, *, key, fn, **_) -> bool:
         """Triton asks before it compiles; told True, it neither compiles nor launches, and asks again the next time."""
