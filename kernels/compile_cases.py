@@ -3,12 +3,17 @@
 A case calls launchers as its op does, on meta tensors of real models' sizes; whatever they launch becomes a row.
 `FLOPS` counts the multiplications and additions of a launch, ranks padded to their tile, from its arguments by name;
 its bytes are those of its tensors, each moved once.
+
+A binary depends on the dtypes, the rank and the tile, not on the sizes, so the question is what to compile for which
+target. Every target gets each kernel that multiplies matrices once, and one of the two half precisions: tiles and
+budgets are the same for both. What has room is asked for the rank that people use, what has least for the most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +30,11 @@ from .quantize import launch_quantize_rows
 from .substitute import backward_triton as substitute_backward_triton
 from .substitute import forward_triton as substitute_forward_triton
 
+ROOMY = ("sm_80", "sm_90", "sm_100", "gfx942")  # bf16 at rank 8
+SMALL = ("sm_86", "sm_120", "gfx90a")  # fp16 at rank 64; sm_89 runs the binaries of sm_86
+TIGHTEST = ("sm_86", "gfx90a")  # what makes a kernel larger fails here first: dropout, learned rows
+PLAIN = ("sm_90", "gfx942")  # no matrix unit, next to no shared memory: once for each assembler
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -32,21 +42,19 @@ class Shape:
     batch: int
     tokens: int
     width: int
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def rows(self) -> int:
         return self.batch * self.tokens
 
+    def meta(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
+
 
 VIT_B = Shape("ViT-B", 64, 197, 768)
 SHAPES = (VIT_B, Shape("ViT-L", 64, 197, 1024), Shape("BERT-base", 96, 128, 768))
-RANKS = (8, 64)
 GROUPS = 3  # q, k, v in one product
-
-# The plain cases at the lower rank are compiled for every target. What makes them larger (ranks, dropout, learned rows)
-# is compiled where it would fail first: an A100 runs out of registers, an MI300X of shared memory.
-LARGER = {"dropout", "joined", "all"}
-TIGHTEST = ("sm_80", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -60,22 +68,18 @@ class Case:
     phase: str
     variant: str
     run: Callable[[Shape, int], object]
-    ranks: tuple[int, ...] = RANKS
+    targets: tuple[str, ...] = ROOMY
+    rank: int = 8
+    dtype: torch.dtype = torch.bfloat16
     minimum_bytes: Callable[[Shape, int], int] | None = None
 
-    def compiles_for(self, target: str, rank: int) -> bool:
-        return target in TIGHTEST or (self.variant not in LARGER and rank == RANKS[0])
 
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _weight(n: int, k: int, int8: bool) -> tuple[Tensor, Tensor | None]:
+def _weight(meta: Callable, n: int, k: int, int8: bool) -> tuple[Tensor, Tensor | None]:
     return (meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32)) if int8 else (meta(n, k), None)
 
 
 def _adapter(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
+    meta = shape.meta
     a = meta(GROUPS * rank, shape.width, dtype=torch.float32)
     return a, meta(GROUPS * shape.width, rank, dtype=torch.float32)
 
@@ -87,8 +91,9 @@ def frozen_linear(shape: Shape) -> tuple[int, int]:
 
 
 def linear_lowrank_forward(shape: Shape, rank: int, int8: bool = False, quantized: bool = False):
+    meta = shape.meta
     k, n = shape.width, GROUPS * shape.width
-    weight, scale = _weight(n, k, int8)
+    weight, scale = _weight(meta, n, k, int8)
     s, lora_b = meta(shape.rows, GROUPS * rank), _adapter(shape, rank)[1]
     h = meta(shape.rows, k)
     rows = (meta(shape.rows, k, dtype=torch.int8), meta(shape.rows, dtype=torch.float32)) if quantized else (None, None)
@@ -96,18 +101,25 @@ def linear_lowrank_forward(shape: Shape, rank: int, int8: bool = False, quantize
 
 
 def linear_lowrank_backward(shape: Shape, rank: int, int8: bool = False):
+    meta = shape.meta
     n = GROUPS * shape.width
-    weight, scale = _weight(n, shape.width, int8)
+    weight, scale = _weight(meta, n, shape.width, int8)
     s, lora_b = meta(shape.rows, GROUPS * rank), _adapter(shape, rank)[1]
     linear_backward_triton(meta(shape.rows, n), None, weight, scale, s, None, lora_b, 2.0, GROUPS, 0.0, None, True)
 
 
+def quantize_rows(shape: Shape, rank: int):
+    launch_quantize_rows(shape.meta(shape.rows, shape.width))
+
+
 def lora_linear_forward(shape: Shape, rank: int):
+    meta = shape.meta
     project_triton(meta(shape.rows, shape.width), _adapter(shape, rank)[0], 0.0, None)
     linear_lowrank_forward(shape, rank)
 
 
 def lora_linear_backward(shape: Shape, rank: int):
+    meta = shape.meta
     n, adapter = GROUPS * shape.width, _adapter(shape, rank)
     dy, x, s = meta(shape.rows, n), meta(shape.rows, shape.width), meta(shape.rows, GROUPS * rank)
     linear_backward_triton(dy, x, meta(n, shape.width), None, s, *adapter, 2.0, GROUPS, 0.0, None, False)
@@ -115,6 +127,7 @@ def lora_linear_backward(shape: Shape, rank: int):
 
 def dropped_input_grad(shape: Shape, rank: int):
     """With dropout the mask is hashed in the GEMM's largest tile: the launch that could run out of registers."""
+    meta = shape.meta
     n, lora_a = GROUPS * shape.width, _adapter(shape, rank)[0]
     g, seed = meta(shape.rows, GROUPS * rank), meta(dtype=torch.int64)
     launch_input(meta(shape.rows, n), meta(n, shape.width), None, g, lora_a, 0.1, seed)
@@ -130,13 +143,14 @@ def _joined(shape: Shape) -> int:
 
 def assemble_forward(shape: Shape, rank: int, joined: bool = False, quantize: bool = False):
     """LayerNorm and S of a block's input; `joined`: of the first block's, with learned rows and absent samples."""
+    meta = shape.meta
     k, f = shape.width, torch.float32
     prefix, suffix, mask_token = (meta(*s, dtype=f) if joined else None for s in ((PROMPTS, k), (1, k), (k,)))
     present = meta(shape.batch, dtype=torch.bool) if joined else None
     lora_a = _adapter(shape, rank)[0]
     norm = meta(k), meta(k)
     tokens = meta(shape.batch, shape.tokens, k)
-    assemble_forward_triton(tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, torch.bfloat16, quantize)
+    assemble_forward_triton(tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, shape.dtype, quantize)
 
 
 def assemble_forward_bytes(shape: Shape, rank: int, joined: bool = False) -> int:
@@ -152,6 +166,7 @@ def quantized_forward_bytes(shape: Shape, rank: int) -> int:
 
 def assemble_backward(shape: Shape, rank: int, adapter: bool = True, everything: bool = False):
     """`everything`: learned rows and absent samples, and a norm that trains (BitFit)."""
+    meta = shape.meta
     k, t, f = shape.width, _joined(shape) if everything else shape.tokens, torch.float32
     d_rows, d_h, rows = (meta(shape.batch, t, k) for _ in range(3))
     d_s = meta(shape.batch, t, GROUPS * rank) if adapter else None
@@ -161,7 +176,7 @@ def assemble_backward(shape: Shape, rank: int, adapter: bool = True, everything:
     needs = Leaves(True, *[everything] * 5, adapter)
     assemble_backward_triton(
         *(d_rows, d_h, d_s, rows, *stats, meta(k), meta(k), _adapter(shape, rank)[0] if adapter else None, present),
-        *(shape.batch, first, first + shape.tokens, 1e-6, torch.bfloat16, needs),
+        *(shape.batch, first, first + shape.tokens, 1e-6, shape.dtype, needs),
     )
 
 
@@ -171,59 +186,86 @@ def assemble_backward_bytes(shape: Shape, rank: int) -> int:
 
 
 def _class_tokens(shape: Shape):
-    return (
-        meta(2, shape.batch, shape.width),
-        meta(2, 2, shape.batch, shape.width),
-        meta(shape.batch, 2, dtype=torch.bool),
-    )
+    meta = shape.meta
+    tokens, proxies = meta(2, shape.batch, shape.width), meta(2, 2, shape.batch, shape.width)
+    return tokens, proxies, meta(shape.batch, 2, dtype=torch.bool)
+
+
+def substitute_forward(shape: Shape, rank: int):
+    substitute_forward_triton(*_class_tokens(shape))
 
 
 def substitute_backward(shape: Shape, rank: int):
+    meta = shape.meta
     d_fused, d_align = meta(shape.batch, shape.width), meta(dtype=torch.float32)
     substitute_backward_triton(d_fused, d_align, *_class_tokens(shape), True)
 
 
 def _few_queries(shape: Shape):
+    meta = shape.meta
     heads = shape.width // HEADS
     k, v = meta(shape.batch, shape.tokens, 2, heads, HEADS).permute(2, 0, 3, 1, 4)
     return meta(shape.batch, heads, QUERIES, HEADS), k, v, meta(shape.batch, dtype=torch.int64)
 
 
+def attention_forward(shape: Shape, rank: int):
+    attention_forward_triton(*_few_queries(shape), PROMPTS)
+
+
 def attention_backward(shape: Shape, rank: int):
+    meta = shape.meta
     q, k, v, lengths = _few_queries(shape)
     lse = meta(q.shape[0] * q.shape[1], QUERIES, dtype=torch.float32)
     attention_backward_triton(torch.empty_like(q), q, k, v, lengths, torch.empty_like(q), lse, PROMPTS)
 
 
+def plain(function: str, phase: str, run: Callable, minimum_bytes: Callable | None = None) -> list[Case]:
+    """For every target, in the one half precision or in the other."""
+    return [
+        Case(function, phase, "bf16", run, ROOMY, 8, torch.bfloat16, minimum_bytes),
+        Case(function, phase, "fp16", run, SMALL, 64, torch.float16, minimum_bytes),
+    ]
+
+
+def int8(function: str, phase: str, variant: str, run: Callable, small: tuple[str, ...] = SMALL) -> list[Case]:
+    """Over an int8 weight."""
+    return [
+        Case(function, phase, variant, run, ROOMY),
+        Case(function, phase, variant, run, small, 64, torch.float16),
+    ]
+
+
+LARGER = {"targets": TIGHTEST, "dtype": torch.float16}
 CASES = [
-    Case("lora_linear", "forward", "bf16", lora_linear_forward),
-    Case("lora_linear", "backward", "bf16", lora_linear_backward),
-    Case("lora_linear", "backward", "dropout", dropped_input_grad, ranks=(8,)),
-    Case("linear_lowrank", "forward", "bf16", linear_lowrank_forward),
-    Case("linear_lowrank", "forward", "int8", lambda s, r: linear_lowrank_forward(s, r, int8=True), ranks=(8,)),
-    Case("linear_lowrank", "forward", "int8 x int8", lambda s, r: linear_lowrank_forward(s, r, True, True), ranks=(8,)),
-    Case("linear_lowrank", "backward", "bf16", linear_lowrank_backward),
-    Case("linear_lowrank", "backward", "int8", lambda s, r: linear_lowrank_backward(s, r, int8=True), ranks=(8,)),
-    Case("quantize_rows", "forward", "bf16", lambda s, _: launch_quantize_rows(meta(s.rows, s.width)), ranks=(8,)),
-    Case("assemble_norm_project", "forward", "bf16", assemble_forward, minimum_bytes=assemble_forward_bytes),
+    *plain("lora_linear", "forward", lora_linear_forward),
+    *plain("lora_linear", "backward", lora_linear_backward),
+    Case("lora_linear", "backward", "dropout", dropped_input_grad, **LARGER),
+    *plain("linear_lowrank", "forward", linear_lowrank_forward),
+    *int8("linear_lowrank", "forward", "int8", partial(linear_lowrank_forward, int8=True), TIGHTEST),
+    *int8("linear_lowrank", "forward", "int8 x int8", partial(linear_lowrank_forward, int8=True, quantized=True)),
+    *plain("linear_lowrank", "backward", linear_lowrank_backward),
+    *int8("linear_lowrank", "backward", "int8", partial(linear_lowrank_backward, int8=True), TIGHTEST),
+    Case("quantize_rows", "forward", "bf16", quantize_rows, PLAIN),
+    *plain("assemble_norm_project", "forward", assemble_forward, assemble_forward_bytes),
     Case(
-        *("assemble_norm_project", "forward", "joined", lambda s, r: assemble_forward(s, r, joined=True), (8,)),
-        minimum_bytes=lambda s, r: assemble_forward_bytes(s, r, joined=True),
+        *("assemble_norm_project", "forward", "joined", partial(assemble_forward, joined=True)),
+        **LARGER,
+        minimum_bytes=partial(assemble_forward_bytes, joined=True),
     ),
     Case(
-        *("assemble_norm_project", "forward", "int8", lambda s, r: assemble_forward(s, r, quantize=True), (8,)),
+        *("assemble_norm_project", "forward", "int8", partial(assemble_forward, quantize=True), PLAIN),
         minimum_bytes=quantized_forward_bytes,
     ),
-    Case("assemble_norm_project", "backward", "bf16", assemble_backward),
+    *plain("assemble_norm_project", "backward", assemble_backward),
     Case(
-        *("assemble_norm_project", "backward", "no adapter", lambda s, r: assemble_backward(s, r, adapter=False), (8,)),
+        *("assemble_norm_project", "backward", "no adapter", partial(assemble_backward, adapter=False), PLAIN),
         minimum_bytes=assemble_backward_bytes,
     ),
-    Case("assemble_norm_project", "backward", "all", lambda s, r: assemble_backward(s, r, everything=True), (8,)),
-    Case("substitute", "forward", "bf16", lambda s, _: substitute_forward_triton(*_class_tokens(s)), (8,)),
-    Case("substitute", "backward", "bf16", substitute_backward, (8,)),
-    Case("attention", "forward", "few queries", lambda s, _: attention_forward_triton(*_few_queries(s), PROMPTS), (8,)),
-    Case("attention", "backward", "few queries", attention_backward, (8,)),
+    Case("assemble_norm_project", "backward", "all", partial(assemble_backward, everything=True), **LARGER),
+    Case("substitute", "forward", "bf16", substitute_forward, PLAIN),
+    Case("substitute", "backward", "bf16", substitute_backward, PLAIN),
+    Case("attention", "forward", "few queries", attention_forward, **LARGER),
+    Case("attention", "backward", "few queries", attention_backward, **LARGER),
 ]
 
 
@@ -252,6 +294,9 @@ MATRIX_UNITS = GEMMS | {"lora_linear_project", "lora_linear_backward_low_rank", 
 MATRIX_UNITS |= {"assemble_norm_project_forward", "assemble_norm_project_lora_grad"}
 MATRIX_UNITS |= {"attention_small_query_forward", "attention_small_query_backward"}
 MINIMUM_RATIO = 1.05
+# Bytes that a thread may spill at rank 64. Given 128 registers, ptxas sets these few aside before the loops, on sm_120
+# and on sm_86.
+SPILLS = {"lora_linear_project": 16, "assemble_norm_project_backward": 16}
 
 # (what, limit, products of the library beside ours, {(function, phase, variant): how often it counts}): computed time
 # on an H100, ViT-B, r = 8, in units of the frozen q, k, v product alone; of the norm's backward only what the adapter

@@ -13,6 +13,7 @@ that was computed, never a time that was measured.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -29,12 +30,29 @@ import torch
 
 from . import backend
 from .backend import triton
-from .compile_cases import CASES, FLOPS, GEMMS, MATRIX_UNITS, MINIMUM_RATIO, RATIOS, SHAPES, VIT_B, frozen_linear
+from .compile_cases import (
+    CASES,
+    FLOPS,
+    GEMMS,
+    MATRIX_UNITS,
+    MINIMUM_RATIO,
+    RATIOS,
+    SHAPES,
+    SPILLS,
+    VIT_B,
+    Case,
+    Shape,
+    frozen_linear,
+)
+from .tiling import MOST_RANKS
 
 
 @dataclass(frozen=True)
 class Device:
-    """A data sheet: bytes/s, dense bf16 and int8 operations/s, shared memory of a multiprocessor and of one block."""
+    """A data sheet: bytes/s, dense bf16 and int8 operations/s, shared memory of a multiprocessor and of one block.
+
+    `binaries`: the target whose binaries it runs, where that is another one.
+    """
 
     name: str
     bandwidth: float
@@ -45,16 +63,23 @@ class Device:
     registers: int = 65536
     warps: int = 64
     blocks: int = 32
+    binaries: str | None = None
 
 
+KB = 1024
+CARD = {"shared": 100 * KB, "shared_block": 99 * KB, "warps": 48}
 DEVICES = {
-    "sm_80": Device("A100 80GB", 2.04e12, 312e12, 624e12, 164 * 1024, 163 * 1024),
-    "sm_90": Device("H100 SXM", 3.35e12, 989e12, 1979e12, 228 * 1024, 227 * 1024),
-    "sm_100": Device("B200", 8.0e12, 2250e12, 4500e12, 228 * 1024, 227 * 1024),
-    "gfx942": Device("MI300X", 5.3e12, 1307e12, 2614e12, 64 * 1024, 64 * 1024),
+    "sm_80": Device("A100 80GB", 2.04e12, 312e12, 624e12, 164 * KB, 163 * KB),
+    "sm_86": Device("RTX 3090", 0.936e12, 71e12, 284e12, **CARD, blocks=16),
+    "sm_89": Device("RTX 4090", 1.008e12, 165e12, 661e12, **CARD, blocks=24, binaries="sm_86"),
+    "sm_90": Device("H100 SXM", 3.35e12, 989e12, 1979e12, 228 * KB, 227 * KB),
+    "sm_100": Device("B200", 8.0e12, 2250e12, 4500e12, 228 * KB, 227 * KB),
+    "sm_120": Device("RTX 5090", 1.792e12, 209.5e12, 838e12, **CARD, blocks=24),
+    "gfx90a": Device("MI250X, one die", 1.6e12, 191.5e12, 191.5e12, 64 * KB, 64 * KB),
+    "gfx942": Device("MI300X", 5.3e12, 1307e12, 2614e12, 64 * KB, 64 * KB),
 }
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int8: "*i8", torch.int32: "*i32"}
-POINTERS |= {torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
+POINTERS |= {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8"}
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
 
 
@@ -83,6 +108,10 @@ def record(run: Callable[[], object]) -> list[Launch]:
     with backend.recording() as launches:
         run()
     return [_describe(kernel, arguments) for kernel, _, arguments in launches]
+
+
+def launches_of(case: Case, shape: Shape) -> list[Launch]:
+    return record(lambda: case.run(replace(shape, dtype=case.dtype), case.rank))
 
 
 def _describe(kernel: Callable, arguments: dict) -> Launch:
@@ -119,7 +148,7 @@ def _divisible(parameter, value) -> bool:
 
 # --------------------------------------------------------------------------------------------------- what it becomes
 def compile_launch(launch: Launch, target: str) -> dict:
-    """Compile for `target` and read the listing: regs, spills, shared_bytes, mma, loads, occupancy."""
+    """Compile for `target` and read the listing: regs, spills, shared_bytes, mma, loads, warps."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -134,8 +163,7 @@ def compile_launch(launch: Launch, target: str) -> dict:
     compiled = triton.compile(source, target=gpu, options=options)
     found = _read_amd(compiled.asm["amdgcn"]) if amd else _read_nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
     found["shared_bytes"] = compiled.metadata.shared
-    found["occupancy"] = occupancy(target, found, compiled.metadata.num_warps)
-    return found
+    return found | {"warps": compiled.metadata.num_warps}
 
 
 def _read_nvidia(ptx: str, cubin: bytes) -> dict:
@@ -172,14 +200,14 @@ def _read_amd(listing: str) -> dict:
     }
 
 
-def occupancy(target: str, found: dict, warps: int) -> int:
+def occupancy(target: str, found: dict) -> int:
     """Blocks that fit on one multiprocessor."""
-    device, shared = DEVICES[target], found["shared_bytes"]
+    device, shared, warps = DEVICES[target], found["shared_bytes"], found["warps"]
     if shared > device.shared_block:
         return 0
     if target.startswith("gfx"):
         by_shared = device.shared // shared if shared else device.blocks
-        return min(found.pop("waves") * 4 // warps, by_shared)  # four SIMD units
+        return min(found["waves"] * 4 // warps, by_shared)  # four SIMD units
     per_warp = -(-found["regs"] * 32 // 256) * 256  # registers are handed out 256 at a time, to four schedulers
     by_registers = device.registers // per_warp // 4 * 4 // warps
     by_shared = device.shared // (-(-(shared + 1024) // 128) * 128)  # 1 KiB of each block is the system's
@@ -197,32 +225,34 @@ def _microseconds(bytes: int, flops: int, device: Device, int8: bool) -> float:
 # ---------------------------------------------------------------------------------------------------------- the report
 def report(cases=CASES, targets=tuple(DEVICES), processes: int = 2) -> list[dict]:
     """One row per launch and target. Launches that differ in sizes alone share one binary, compiled for all of them."""
+    built_for = {target: DEVICES[target].binaries or target for target in targets}
     launches = [
-        (case, shape, rank, launch, target)
+        (case, shape, launch, target)
         for case in cases
         for shape in SHAPES
-        for rank in case.ranks
-        for launch in record(lambda case=case, shape=shape, rank=rank: case.run(shape, rank))
+        for launch in launches_of(case, shape)
         for target in targets
-        if case.compiles_for(target, rank)
+        if built_for[target] in case.targets
     ]
     jobs: dict[tuple, tuple[Launch, str]] = {}
     for *_, launch, target in launches:
-        other, _ = jobs.get((launch.binary, target), (launch, target))
-        jobs[launch.binary, target] = replace(launch, divisible=launch.divisible & other.divisible), target
+        key = launch.binary, built_for[target]
+        other, _ = jobs.get(key, (launch, target))
+        jobs[key] = replace(launch, divisible=launch.divisible & other.divisible), built_for[target]
     found = dict(zip(jobs, _compile_all(list(jobs.values()), processes), strict=True))
-    return [_row(*entry, found[entry[-2].binary, entry[-1]]) for entry in launches]
+    return [_row(*entry, found[entry[2].binary, built_for[entry[3]]]) for entry in launches]
 
 
 def _compile_all(jobs: list[tuple[Launch, str]], processes: int) -> list[dict]:
     global _jobs  # inherited by the forked processes: kernels cannot be pickled
     _jobs = jobs
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _prepare_worker) as pool:
         return list(pool.map(_compile_job, range(len(jobs))))
 
 
-def _end_with_parent() -> None:
-    """In a worker: a parent that is killed cannot stop its pool, so each worker watches for its end."""
+def _prepare_worker() -> None:
+    """A parent that is killed cannot stop its pool, so each worker watches for its end."""
+    gc.disable()  # a twelfth of the time: it would walk through all that was imported, again and again
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -236,7 +266,7 @@ def _compile_job(index: int) -> dict:
     return compile_launch(*_jobs[index])
 
 
-def _row(case, shape, rank: int, launch: Launch, target: str, found: dict) -> dict:
+def _row(case: Case, shape: Shape, launch: Launch, target: str, found: dict) -> dict:
     name = launch.kernel.__name__
     return {
         "kernel": name if name.startswith(case.function) else f"{case.function}.{name}",
@@ -244,9 +274,10 @@ def _row(case, shape, rank: int, launch: Launch, target: str, found: dict) -> di
         "phase": case.phase,
         "variant": case.variant,
         "shape": shape.model,
-        "rank": rank,
+        "rank": case.rank,
         "target": target,
         **found,
+        "occupancy": occupancy(target, found),
         "bytes": launch.bytes,
         "flops": launch.flops,
         "computed_us": round(computed_us(launch, target), 2),
@@ -268,7 +299,8 @@ def _faults(row: dict) -> list[str]:
     kernel = row["kernel"].split(".")[-1]
     pipelined_bf16 = kernel in GEMMS and row["variant"] == "bf16"
     checks = {
-        f"{row['spills']} bytes of registers spill": row["spills"] > 0,
+        f"{row['spills']} bytes of registers spill": row["spills"]
+        > (SPILLS.get(kernel, 0) if row["rank"] == MOST_RANKS else 0),
         f"{row['shared_bytes']} bytes of shared memory fit on no multiprocessor": row["occupancy"] == 0,
         "no matrix instruction": kernel in MATRIX_UNITS and row["mma"] == 0,
         "no 16-byte load": kernel in MATRIX_UNITS and row["vec16_loads"] == 0,
@@ -312,12 +344,11 @@ def _bytes_over() -> list[str]:
     broken = []
     for case in CASES:
         for shape in SHAPES if case.minimum_bytes else ():
-            for rank in case.ranks:
-                moved = sum(launch.bytes for launch in record(lambda c=case, s=shape, r=rank: c.run(s, r)))
-                least = case.minimum_bytes(shape, rank)
-                if moved > MINIMUM_RATIO * least:
-                    what = f"{case.function} {case.phase} ({case.variant}, {shape.model}, r = {rank})"
-                    broken.append(f"{what}: moves {moved / least:.3f} times the {least} bytes it must")
+            moved = sum(launch.bytes for launch in launches_of(case, shape))
+            least = case.minimum_bytes(shape, case.rank)
+            if moved > MINIMUM_RATIO * least:
+                what = f"{case.function} {case.phase} ({case.variant}, {shape.model}, r = {case.rank})"
+                broken.append(f"{what}: moves {moved / least:.3f} times the {least} bytes it must")
     return broken
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from dry_driver import SHARED
 
 from u2a_fast.kernels import compile_cases, compile_report
 from u2a_fast.kernels.linear_lowrank import linear_lowrank_triton
 
 COLUMNS = {"kernel", "target", "regs", "spills", "shared_bytes", "mma", "vec16_loads", "occupancy", "bytes", "flops"}
 FUNCTIONS = {"lora_linear", "linear_lowrank", "quantize_rows", "assemble_norm_project", "substitute", "attention"}
+HERE_AND_THERE = {"lora_linear_backward_input", "attention_small_query_forward", "attention_small_query_backward"}
 
 
 @functools.cache
@@ -26,17 +28,28 @@ def rows():
 
 
 @pytest.mark.slow
-def test_every_function_is_compiled_for_every_target_and_model_and_the_largest_where_room_is_tightest():
+def test_every_target_has_every_product_in_one_half_precision_and_over_int8_and_each_kernel_is_compiled():
     assert all(row.keys() >= COLUMNS | {"computed_us"} for row in rows())
     assert {row["function"] for row in rows()} == FUNCTIONS
     assert all(row["kernel"].startswith(row["function"]) for row in rows())
-    places = {(row["target"], row["shape"]) for row in rows()}
-    assert len(places) == 12 and {target for target, _ in places} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    for function in FUNCTIONS:
-        assert {row["target"] for row in rows() if row["function"] == function} == {target for target, _ in places}
-    for function in ("lora_linear", "linear_lowrank", "assemble_norm_project"):
-        wide = [row for row in rows() if row["function"] == function and row["rank"] == 64]
-        assert {row["target"] for row in wide} == {"sm_80", "gfx942"}
+    assert {row["kernel"].split(".")[-1] for row in rows()} == compile_cases.FLOPS.keys()
+    assert {row["target"] for row in rows()} == compile_report.DEVICES.keys() == SHARED.keys()
+    for target in SHARED:
+        own = [row for row in rows() if row["target"] == target]
+        assert {row["kernel"].split(".")[-1] for row in own} >= compile_cases.MATRIX_UNITS - HERE_AND_THERE
+        plain = {(row["variant"], row["rank"]) for row in own if row["variant"] in ("bf16", "fp16")}
+        assert plain == {("fp16", 64) if target in ("sm_86", "sm_89", "sm_120", "gfx90a") else ("bf16", 8)}
+        assert any(row["variant"] == "int8 x int8" for row in own)
+        assert {row["shape"] for row in own} == {shape.model for shape in compile_cases.SHAPES}
+
+
+@pytest.mark.slow
+def test_one_card_runs_what_was_compiled_for_another_with_the_same_instructions():
+    assert compiled(4096, 768, 768, "sm_89") == compiled(4096, 768, 768, "sm_86")
+    ours = [row for row in rows() if row["target"] == "sm_89"]
+    theirs = [row for row in rows() if row["target"] == "sm_86"]
+    assert [row["regs"] for row in ours] == [row["regs"] for row in theirs]
+    assert ours[0]["computed_us"] < theirs[0]["computed_us"]
 
 
 @pytest.mark.slow
@@ -64,8 +77,17 @@ def test_a_broken_budget_is_named(fault, message):
     assert any(message in sentence for sentence in compile_report.broken_budgets(worse))
 
 
+@pytest.mark.parametrize("rank, spills, named", [(64, 16, False), (64, 24, True), (8, 16, True)])
+def test_a_few_bytes_may_spill_at_the_highest_rank(rank, spills, named):
+    row = {"kernel": "lora_linear_project", "variant": "fp16", "rank": rank, "target": "sm_120", "spills": spills}
+    row |= {"shared_bytes": 0, "occupancy": 1, "mma": 1, "vec16_loads": 1}
+    assert bool(compile_report._faults(row)) == named
+
+
 def test_moving_more_bytes_than_needed_is_named(monkeypatch):
-    case = compile_cases.Case("f", "forward", "bf16", compile_cases.linear_lowrank_forward, (8,), lambda s, r: 1000)
+    case = compile_cases.Case(
+        *("f", "forward", "bf16", compile_cases.linear_lowrank_forward), minimum_bytes=lambda shape, rank: 1000
+    )
     monkeypatch.setattr(compile_report, "CASES", [case])
     broken = compile_report._bytes_over()
     assert len(broken) == 3 and "times the 1000 bytes it must" in broken[0]
@@ -134,7 +156,7 @@ def test_a_launch_is_counted_from_its_tensors_and_sizes():
     assert launch.flops == 2 * m * n * (k + 16)
     assert compile_cases.frozen_linear(shape) == (2 * (m * k + n * k + n + m * n), 2 * m * n * k)
     assert compile_report.computed_us(launch, "sm_90") == pytest.approx(1e6 * launch.flops / 989e12)
-    (copy,) = compile_report.record(lambda: compile_cases.launch_quantize_rows(compile_cases.meta(m, k)))
+    (copy,) = compile_report.record(lambda: compile_cases.quantize_rows(shape, 8))
     assert compile_report.computed_us(copy, "sm_80") == pytest.approx(1e6 * (3 * m * k + 4 * m) / 2.04e12)
 
 
@@ -159,10 +181,13 @@ def test_a_size_that_triton_is_told_not_to_specialise_is_not_taken_for_a_multipl
         ("sm_80", 32, 0, 4, 16),  # 64 warps
         ("sm_80", 32, 170000, 4, 0),  # a block may ask for 163 KB
         ("sm_90", 255, 0, 4, 2),
+        ("sm_86", 32, 0, 4, 12),  # 48 warps
+        ("sm_86", 32, 50176, 4, 2),  # 100 KB hold two blocks of 49 KB and the system's
+        ("sm_120", 32, 102000, 4, 0),  # a block may ask for 99 KB
     ],
 )
 def test_blocks_per_multiprocessor_follow_nvidias_rules(target, regs, shared, warps, blocks):
-    assert compile_report.occupancy(target, {"regs": regs, "shared_bytes": shared}, warps) == blocks
+    assert compile_report.occupancy(target, {"regs": regs, "shared_bytes": shared, "warps": warps}) == blocks
 
 
 ROW = dict.fromkeys(compile_report.COLUMNS, 0)

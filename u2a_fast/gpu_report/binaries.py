@@ -8,10 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import replace
 
 from ..kernels.backend import triton
-from ..kernels.compile_cases import CASES, Case
+from ..kernels.compile_cases import CASES
 from ..kernels.compile_report import DEVICES
 from ..kernels.compile_report import report as compiled_rows
 from ..kernels.targets import architecture
@@ -20,14 +20,6 @@ from .steps import cores
 
 DRY_FUNCTION, DRY_TARGET = "quantize_rows", "sm_90"
 SHOWN = ("kernel", "variant", "shape", "rank", "regs", "spills", "shared_bytes", "occupancy")
-
-
-@dataclass(frozen=True)
-class Everywhere(Case):
-    """A case that is compiled for whatever GPU is here."""
-
-    def compiles_for(self, target: str, rank: int) -> bool:
-        return True
 
 
 def measure(report: Report) -> None:
@@ -40,7 +32,7 @@ def build(report: Report) -> Entry:
     target = DRY_TARGET if report.dry else target_here()
     if target not in DEVICES:
         raise NoResult(f"the compile report has no data sheet of {target}")
-    cases = [Everywhere(**{f.name: getattr(case, f.name) for f in fields(case)}) for case in CASES]
+    cases = [replace(case, targets=(DEVICES[target].binaries or target,)) for case in CASES]
     if report.dry:
         cases = [case for case in cases if case.function == DRY_FUNCTION]
     start = time.monotonic()
