@@ -26,6 +26,7 @@ from .attention_small_query import forward_triton as attention_forward_triton
 from .linear_backward import launch_input, linear_backward_triton
 from .linear_lowrank import linear_lowrank_triton
 from .lora_linear import project_triton
+from .norm_joined import ROOM
 from .quantize import launch_quantize_rows
 from .substitute import backward_triton as substitute_backward_triton
 from .substitute import forward_triton as substitute_forward_triton
@@ -141,7 +142,7 @@ def _joined(shape: Shape) -> int:
     return PROMPTS + shape.tokens + 1
 
 
-def assemble_forward(shape: Shape, rank: int, joined: bool = False, quantize: bool = False):
+def assemble_forward(shape: Shape, rank: int, joined: bool = False, quantize: bool = False, pitch: int | None = None):
     """LayerNorm and S of a block's input; `joined`: of the first block's, with learned rows and absent samples."""
     meta = shape.meta
     k, f = shape.width, torch.float32
@@ -150,7 +151,14 @@ def assemble_forward(shape: Shape, rank: int, joined: bool = False, quantize: bo
     lora_a = _adapter(shape, rank)[0]
     norm = meta(k), meta(k)
     tokens = meta(shape.batch, shape.tokens, k)
-    assemble_forward_triton(tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, shape.dtype, quantize)
+    assemble_forward_triton(
+        tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, shape.dtype, quantize, pitch
+    )
+
+
+def assemble_beside(shape: Shape, rank: int):
+    """S in the same rows as h, for a weight that has B beside it."""
+    assemble_forward(shape, rank, pitch=shape.width + -(-GROUPS * rank // ROOM) * ROOM)
 
 
 def assemble_forward_bytes(shape: Shape, rank: int, joined: bool = False) -> int:
@@ -252,6 +260,7 @@ CASES = [
         **LARGER,
         minimum_bytes=partial(assemble_forward_bytes, joined=True),
     ),
+    Case("assemble_norm_project", "forward", "beside h", assemble_beside, **LARGER),
     Case(
         *("assemble_norm_project", "forward", "int8", partial(assemble_forward, quantize=True), PLAIN),
         minimum_bytes=quantized_forward_bytes,

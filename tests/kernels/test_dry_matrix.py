@@ -12,6 +12,7 @@ from dry_driver import SHARED, dry
 from u2a_fast import kernels
 from u2a_fast.kernels import Attention, Half, Linear, Norm
 from u2a_fast.kernels.compile_cases import FLOPS
+from u2a_fast.kernels.norm_joined import joined_weight
 
 BATCH, TOKENS, WIDTH, EVEN, HEADS, RANK = 3, 37, 70, 256, 7, 5
 LEAST_ROOM = ("sm_86", "gfx90a")
@@ -40,22 +41,24 @@ class Operands:
 
 
 def transformer_block(given):
-    """Of too many rows for attention's kernel; what is left are the binaries of `norm_linear`."""
-    attention = Half(given.norm(), given.linear(WIDTH), given.frozen(WIDTH, WIDTH))
-    mlp = Half(given.norm(), given.linear(WIDTH), given.frozen(WIDTH, 3 * WIDTH))
+    """With a weight that has room for B, and too many rows for attention's kernel: the rest is `norm_linear`'s."""
+    qkv, fc1 = given.linear(WIDTH), given.linear(WIDTH)
+    joined = joined_weight(fc1.weight, 3 * RANK)
+    attention = Half(given.norm(), qkv, given.frozen(WIDTH, WIDTH))
+    mlp = Half(given.norm(), fc1._replace(weight=joined[:, :WIDTH], joined=joined), given.frozen(WIDTH, 3 * WIDTH))
     see = Attention(HEADS, (1, BATCH * TOKENS, BATCH * TOKENS), None, 0, False)
     return kernels.transformer_block(given.leaf(1, BATCH * TOKENS, WIDTH), attention, mlp, see, "gelu")
 
 
 def norm_linear(given):
-    weight, bias, a, b, weight_scale, scaling, groups, quantize = given.linear(WIDTH)
+    weight, bias, a, b, weight_scale, scaling, groups, quantize, _ = given.linear(WIDTH)
     low = a, b, scaling, weight_scale, groups, quantize
     return kernels.norm_linear(given.leaf(BATCH, TOKENS, WIDTH), *given.norm(), weight, bias, *low)
 
 
 def lora_linear(given):
     """With dropout, whose mask is made in the tiles, and whole steps of the K loop."""
-    weight, bias, a, b, weight_scale, scaling, groups, quantize = given.linear(EVEN)
+    weight, bias, a, b, weight_scale, scaling, groups, quantize, _ = given.linear(EVEN)
     dropout = dict(dropout=0.1, seed=1, quantize_input=quantize)
     return kernels.lora_linear(given.leaf(TOKENS, EVEN), weight, bias, a, b, scaling, weight_scale, groups, **dropout)
 
