@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from running import moved
+from running import CPU, moved
 
 from u2a_fast.layout import dense, layout_of, of_plan, plan_of
 from u2a_fast.padding import padding_of
@@ -79,7 +79,7 @@ def test_static_shapes_keep_their_padding():
 @pytest.mark.parametrize("suffix", [0, 2])
 @pytest.mark.parametrize("name", ["at the end", "on the left", "holes"])
 def test_a_plan_says_where_the_real_rows_of_those_who_are_there_lie(name, suffix):
-    tokens, mask, _ = case(name)
+    tokens, mask, _ = case(name, CPU)
     here = torch.tensor([True, False, True, True])
     layout = of_plan(*plan_of(mask, here, 4, suffix, parts=4))
     ends, at = layout.groups.keys.tolist(), layout.places

@@ -53,6 +53,7 @@ def quantized(kernels):
 
 LINEAR, PROJECT, BACKWARD, REDUCE = "linear_lowrank.py", "lora_linear.py", "linear_backward.py", "reduce.py"
 TILED = linear(TILES, ("bounds", "order"))
+TILED_DROPPED = linear(Case(lead=(150,), k=140, n=300, r=70, groups=2, dropout=DROPOUT), ("bounds", "order"))
 MUTANTS = {
     # which rows and columns
     "weight rows a group's width apart": Mutant(
@@ -65,23 +66,23 @@ MUTANTS = {
         PROJECT, "rr = tl.program_id(1) * BR + tl.arange", "rr = tl.arange", TILED
     ),
     "last rank step dropped": Mutant(LINEAR, "tl.range(0, R, BR", "tl.range(0, R - BR, BR", TILED),
-    "last rank step of dX dropped": Mutant(BACKWARD, "tl.range(0, R, BR", "tl.range(0, R - BR, BR", TILED),
+    "last rank step of dX dropped": Mutant(BACKWARD, "tl.range(0, R, BR", "tl.range(0, R - BR, BR", TILED_DROPPED),
     # masks
     "no tail mask on K": Mutant(LINEAR, "rk < K - k", "rk < K", linear(SMALL)),
-    "no tail mask on N in dX": Mutant(BACKWARD, "(rn < N - n)", "(rn < N)", TILED),
+    "no tail mask on N in dX": Mutant(BACKWARD, "(rn < N - n)", "(rn < N)", TILED_DROPPED),
     "store without the column mask": Mutant(
         LINEAR, "mask=mok[:, None] & nok[None, :])\n\n", "mask=mok[:, None])\n\n", TILED
     ),
     "padding ranks of B not masked": Mutant(
         LINEAR, "mask=nok[None, :] & (rr < R)[:, None]", "mask=nok[None, :]", linear(SMALL)
     ),
-    "padding ranks of A not masked": Mutant(BACKWARD, "mask=(rr < R)[:, None] & kok", "mask=kok", linear(SMALL)),
+    "padding ranks of A not masked": Mutant(BACKWARD, "mask=(rr < R)[:, None] & kok", "mask=kok", linear(DROPPED)),
     # terms and factors
     "scaling forgotten in y": Mutant(LINEAR, "(b * scaling)", "b", linear(SMALL)),
     "scaling forgotten in G": Mutant(REDUCE, "pid, scale, n", "pid, 1.0, n", linear(SMALL)),
     "scaling forgotten in dB": Mutant(REDUCE, "pid - first, scale", "pid - first, 1.0", linear(SMALL)),
     "bias forgotten": Mutant(LINEAR, "if BIAS is not None", "if BIAS is None", linear(SMALL)),
-    "dX without G A": Mutant(BACKWARD, "if G is not None", "if G is None", linear(SMALL)),
+    "dX without G A": Mutant(BACKWARD, "if G is not None", "if G is None", linear(DROPPED)),
     "weight's scale forgotten in y": Mutant(LINEAR, "if WS is not None", "if WS is None", linear(INT8)),
     "weight's scale forgotten in dX": Mutant(BACKWARD, "if WS is not None", "if WS is None", linear(INT8)),
     "input's scale forgotten": Mutant(LINEAR, "if HS is not None", "if HS is None", linear(W8A8)),

@@ -15,7 +15,7 @@ SHAPES = {
     "packed": (4, 5, 40, 2, 3, 6, "bias", "packed"),
     "no learned rows": (3, 7, 24, None, None, 1, "bias", None),
     "no norm": (3, 7, 136, 1, None, 24, None, "full"),
-    "no rank": (3, 4, 130, None, 2, None, "no bias", None),
+    "no rank": (3, 4, 290, None, 2, None, "no bias", None),
     "wide rank": (2, 6, 72, 3, None, 70, "bias", None),
     "rows only": (3, 5, 20, 1, 2, None, None, "packed"),
     "prompts only": (2, 0, 16, 4, None, 3, "bias", None),
