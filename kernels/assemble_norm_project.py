@@ -24,19 +24,23 @@ FORWARD_TILE = {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 2}
 # ------------------------------------------------------------------------------------------------------------- forward
 @jit
 def row_address(rm, TOKENS, PREFIX, SUFFIX, SOURCE, MASK, M, T, P, N, K, ALIGNED: tl.constexpr):
-    """Pointers [BM] to the first column of what output rows rm are made of."""
+    """Pointers [BM] to the first column of what output rows rm are made of.
+
+    Chosen as numbers: for AMD, Triton before 3.9 fails to compile a choice between pointers into several tensors.
+    """
     b = rm // T
     t = rm % T
     source = b
     if SOURCE is not None:
         source = tl.load(SOURCE + b, mask=rm < M, other=0)
-    base = TOKENS + (source.to(tl.int64) * N + (t - P)) * K
+    address = (TOKENS + (source.to(tl.int64) * N + (t - P)) * K).to(tl.int64)
     if SOURCE is not None:
-        base = tl.where(source < 0, MASK + 0 * t, base)  # 0 * t: one pointer a row
+        address = tl.where(source < 0, MASK.to(tl.int64), address)
     if PREFIX is not None:
-        base = tl.where(t < P, PREFIX + t * K, base)
+        address = tl.where(t < P, (PREFIX + t * K).to(tl.int64), address)
     if SUFFIX is not None:
-        base = tl.where(t >= P + N, SUFFIX + (t - P - N) * K, base)
+        address = tl.where(t >= P + N, (SUFFIX + (t - P - N) * K).to(tl.int64), address)
+    base = address.to(TOKENS.dtype)
     if ALIGNED:  # a choice between pointers forgets their alignment: rows would be read two bytes at a time
         base = tl.multiple_of(base, 16)
     return base
