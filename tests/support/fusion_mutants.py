@@ -76,8 +76,8 @@ JOINED, PACKED = assembled("everything"), assembled("packed")
 WIDE, WIDE_RANK = assembled("no rank"), assembled("wide rank")  # more than one piece of columns, of ranks
 SLIPS = {
     # which rows
-    "prompt test t <= P": (ASSEMBLE, "tl.where(t < P, PREFIX", "tl.where(t <= P, PREFIX", JOINED),
-    "suffix starts a row late": (ASSEMBLE, "tl.where(t >= P + N, SUF", "tl.where(t > P + N, SUF", JOINED),
+    "prompt test t <= P": (ASSEMBLE, "tl.where(t < P, (PREFIX", "tl.where(t <= P, (PREFIX", JOINED),
+    "suffix starts a row late": (ASSEMBLE, "tl.where(t >= P + N, (SUF", "tl.where(t > P + N, (SUF", JOINED),
     "absent tokens are read": (ASSEMBLE, "tl.where(source < 0, MASK.to(tl.int64), address)", "address", JOINED),
     "packed samples are not looked up": (ASSEMBLE, "TOKENS + (source.to", "TOKENS + (b.to", PACKED),
     "packed gradients stored by sample": (BACKWARD, "            slot = source", "            slot = b", PACKED),
