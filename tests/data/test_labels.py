@@ -5,7 +5,7 @@ import unicodedata
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from u2a_fast.data.labels import label_feature, label_names, settle_labels, task_of
@@ -112,6 +112,7 @@ CELLS = st.recursive(
 @MANY
 @given(st.lists(CELLS, min_size=1, max_size=6), st.sampled_from([None, "classification", "multi_label", "regression"]),
        st.sampled_from([None, "|"]))  # fmt: skip
+@example([False, "NAN"], "classification", None)
 def test_any_labels_are_settled_or_refused_in_a_sentence(labels, task, separator):
     try:
         names, result = settled(labels, task=task, separator=separator)

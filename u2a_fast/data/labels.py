@@ -152,6 +152,8 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
         for row, number in zip(rows, numbers, strict=True):
             row["label"] = _finite(number, row["place"])
         return None
+    if numbers is not None and any(number.is_nan() for number in numbers):
+        numbers = None  # a class of that name: it has no place among numbers
     if numbers is not None:
         texts = _one_spelling(texts, numbers)
     for row, text in zip(rows, texts, strict=True):
