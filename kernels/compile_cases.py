@@ -303,9 +303,9 @@ MATRIX_UNITS = GEMMS | {"lora_linear_project", "lora_linear_backward_low_rank", 
 MATRIX_UNITS |= {"assemble_norm_project_forward", "assemble_norm_project_lora_grad"}
 MATRIX_UNITS |= {"attention_small_query_forward", "attention_small_query_backward"}
 MINIMUM_RATIO = 1.05
-# Bytes that a thread may spill at rank 64. Given 128 registers, ptxas sets these few aside before the loops, on sm_120
-# and on sm_86.
+# Bytes that a thread may spill at rank 64, on cards alone.
 SPILLS = {"lora_linear_project": 16, "assemble_norm_project_backward": 16}
+SPILLING = ("sm_86", "sm_89", "sm_120")
 
 # (what, limit, products of the library beside ours, {(function, phase, variant): how often it counts}): computed time
 # on an H100, ViT-B, r = 8, in units of the frozen q, k, v product alone; of the norm's backward only what the adapter
