@@ -37,7 +37,7 @@ def blocks(model, name):
         linear.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA))
     made = {"ours": block}
     for attention in ("eager", "sdpa"):
-        theirs = with_peft(model, name, attention).base_model.model
+        theirs = with_peft(model, attention).base_model.model
         made[f"peft {attention}"] = theirs.get_submodule(family_of(theirs).layers)[0].train()
     return made
 

@@ -15,13 +15,17 @@ import pytest
 import torch
 from arms import DEVICE, hold, measure
 from dry_driver import dry
-from models import NO_DROPOUT, TARGETS, on_device
+from models import NO_DROPOUT, on_device
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from u2a_fast import PMF, U2A, JointEmbedding, LoraConfig, kernels, set_backend
 from u2a_fast.encoders import from_pretrained_model
 
+TARGETS = {
+    "image": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "text": ["query", "key", "value", "attention.output.dense"],
+}
 ROUNDS, STEP_ROUNDS, DEPTH, RANK, CLASSES = 100, 60, 12, 4, 5
 
 

@@ -58,7 +58,7 @@ def linear_lowrank_reference(h, weight, bias, s, lora_b, scaling, weight_scale, 
 def linear_lowrank_forward(
     H,  # [M, K], int8 if HS is given
     HS,  # [M] fp32 scales of H's rows, or None
-    W,  # [N, K], int8 if WS is given
+    W,  # [N, K], rows PITCH apart; int8 if WS is given
     WS,  # [N] fp32 scales of W's rows, or None
     BIAS,  # [N] or None
     S,  # [M, GROUPS * R] or None
@@ -68,6 +68,7 @@ def linear_lowrank_forward(
     M,
     WIDTH,  # N / GROUPS
     K,
+    PITCH,
     R: tl.constexpr,
     GROUPS: tl.constexpr,
     ACC: tl.constexpr,
@@ -93,7 +94,7 @@ def linear_lowrank_forward(
     mok = rm < M
     nok = column < WIDTH
     hp = H + (rm % M)[:, None].to(tl.int64) * K + rk[None, :]
-    wp = W + (group * WIDTH + column % WIDTH)[None, :] * K + rk[:, None]
+    wp = W + (group * WIDTH + column % WIDTH)[None, :] * PITCH + rk[:, None]
     acc = tl.zeros((BM, BN), ACC)
     for k in range(0, K, BK):
         if EVEN:  # without a mask these loads are copied asynchronously, 16 bytes each
@@ -134,7 +135,9 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
     y, h_scale = h.new_empty(m, n), None
     if quantize_input:
         rows, h_scale = launch_quantize_rows(rows) if q is None else (flat(q), scale)
-    rows, h_scale, weight, weight_scale = backend.contiguous(rows, h_scale, weight, weight_scale)
+    rows, h_scale, weight_scale = backend.contiguous(rows, h_scale, weight_scale)
+    if weight.stride(1) != 1 or n * weight.stride(0) >= 2**31:  # a joined one has room between its rows
+        weight = weight.contiguous()
     bias, s, lora_b = backend.contiguous(bias, flat(s), lora_b)
     tile = gemm_tile(rows.dtype)
     backend.launch(
@@ -152,6 +155,7 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
         M=m,
         WIDTH=n // groups,
         K=k,
+        PITCH=weight.stride(0),
         R=r,
         GROUPS=groups,
         ACC=accumulator(rows.dtype),

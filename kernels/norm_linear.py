@@ -44,7 +44,10 @@ class Trained(NamedTuple):
 def forward_triton(
     x, norm_weight, norm_bias, weight, bias, lora_a, lora_b, weight_scale, eps, scaling, groups, int8, dtype
 ):
-    """As `forward_aten`, in two launches."""
+    """As `forward_aten`, in two launches at most."""
+    if norm_weight is None and lora_a is None and not int8:  # no pass over the rows has anything to write
+        frozen = cast(x, dtype), weight, bias, None, None, scaling, weight_scale, groups, int8, None, None
+        return linear_lowrank_triton(*frozen), None, None, None
     norm, learned = (norm_weight, norm_bias, lora_a, eps, dtype, int8), (None,) * 4
     _, h, s, mean, rstd, q, scale = assemble_forward_triton(x[None], *learned, *norm)
     h, s = cast(x, dtype) if h is None else h[0], None if s is None else s[0]  # of int8 rows h is the shape alone

@@ -166,7 +166,7 @@ class LoraLinear(nn.Module):
 
         Nothing changes but its strides, which is too much for FSDP: `capture` asks for it, and moving undoes it.
         """
-        fits = self.storage == "float" and self.in_features % ROOM == 0
+        fits = self.storage == "float" and self.in_features % ROOM == 0 and self.dropout == 0
         if fits and self.lora_a is not None and self.adapted == self.roles:
             self.joined = joined_weight(self.weight.detach(), self.lora_a.shape[0])
             self.weight.data = self.joined[:, : self.in_features]

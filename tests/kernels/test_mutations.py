@@ -57,7 +57,7 @@ TILED_DROPPED = linear(Case(lead=(150,), k=140, n=300, r=70, groups=2, dropout=D
 MUTANTS = {
     # which rows and columns
     "weight rows a group's width apart": Mutant(
-        LINEAR, "column % WIDTH)[None, :] * K", "column % WIDTH)[None, :] * WIDTH", linear(SMALL)
+        LINEAR, "column % WIDTH)[None, :] * PITCH", "column % WIDTH)[None, :] * WIDTH", linear(SMALL)
     ),
     "every group uses the first S": Mutant(LINEAR, "group * R + rr[None, :]", "rr[None, :]", linear(SMALL)),
     "columns counted over all groups": Mutant(LINEAR, "nok = column < WIDTH", "nok = rn < WIDTH", linear(SMALL)),

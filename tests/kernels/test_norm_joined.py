@@ -8,7 +8,7 @@ from running import on, running, skip_wide_tiles
 from tolerance import assert_as_exact_as
 
 from u2a_fast import LoraConfig
-from u2a_fast.kernels import Linear, Norm, steps_aten, steps_triton
+from u2a_fast.kernels import Linear, Norm, linear_lowrank, steps_aten, steps_triton
 from u2a_fast.kernels.norm_joined import joined_weight, write_factor
 from u2a_fast.lora import LoraLinear
 
@@ -71,6 +71,17 @@ def test_values_and_gradients_are_those_of_a_weight_by_itself(case, dtype, devic
             torch.testing.assert_close(one, true, rtol=1e-9, atol=1e-9)
         else:
             assert_as_exact_as(one, rough, true, 3)
+
+
+def test_a_product_of_its_own_reads_such_a_weight_where_it_lies(device):
+    """In the first and the last block q, k and v are not made by `enter_project`."""
+    x, _, linear = operands("q, k, v", torch.bfloat16)
+    s, rest = torch.randn(ROWS, 15).bfloat16(), (linear.lora_b, 0.7, None, 3)
+    with running("triton", device, ("bounds",)):
+        results = [
+            on(device, linear_lowrank)(x, w, linear.bias, s, *rest) for w in (linear.weight, linear.weight.clone())
+        ]
+    assert linear.weight.stride(0) > linear.weight.shape[1] and torch.equal(*results)
 
 
 def test_b_is_written_anew_before_each_use():

@@ -117,3 +117,9 @@ def test_a_weight_that_trains_gets_its_gradient(device):
 def test_the_residual_shares_the_memory_of_x(device):
     given = moved(operands("q, k, v", torch.float32), device)
     assert norm_linear(**given)[1].data_ptr() == given["x"].data_ptr()
+
+
+def test_without_a_norm_or_an_adapter_no_pass_is_launched(device):
+    with running("triton", device) as launched:
+        y, _ = on(device, norm_linear)(torch.randn(2, 3, 8), None, None, 1e-5, torch.randn(4, 8), None, None, None, 1.0)
+    assert y.shape == (2, 3, 4) and launched == []

@@ -93,17 +93,23 @@ def loss_of(output: Any) -> Tensor:
 
 
 class PeftU2A(nn.Module):
-    """U2A as one would write it with transformers and PEFT: every row runs, and absent ones are replaced after."""
+    """U2A as one would write it with transformers and PEFT: every row runs, and absent ones are replaced after.
 
-    def __init__(self, models: Models):
+    Args:
+        models: encoders by modality, image and text.
+        attention: transformers' name of an implementation.
+        autocast: compute in bf16 over the weights' own dtype.
+    """
+
+    def __init__(self, models: Models, attention: str = "sdpa", autocast: bool = False):
         if importlib.util.find_spec("peft") is None:
             raise NoResult("peft is not installed")
         super().__init__()
         device = next(iter(models.values())).device
-        self.encoders = nn.ModuleDict({name: _with_peft(model) for name, model in models.items()})
+        self.encoders = nn.ModuleDict({name: with_peft(model, attention) for name, model in models.items()})
         widths = {name: model.config.hidden_size for name, model in models.items()}
         self.mask_tokens = nn.ParameterDict({name: torch.randn(1, 1, d) * 0.02 for name, d in widths.items()})
-        self.head = nn.Linear(widths["image"], CLASSES)
+        self.head, self.autocast = nn.Linear(widths["image"], CLASSES), autocast
         self.to(device)
 
     def read(self, name: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -112,19 +118,22 @@ class PeftU2A(nn.Module):
 
         model = self.encoders[name].base_model.model
         mask = inputs.get("attention_mask")
-        tokens = model.embeddings(**{key: value for key, value in inputs.items() if key != "attention_mask"})
+        values = {key: value for key, value in inputs.items() if key != "attention_mask"}
+        if "pixel_values" in values:
+            values["pixel_values"] = values["pixel_values"].to(model.dtype)
+        tokens = model.embeddings(**values)
         rows = torch.cat([tokens, self.mask_tokens[name].to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
             mask = create_bidirectional_mask(config=model.config, inputs_embeds=rows, attention_mask=mask)
         for layer in model.get_submodule(family_of(model).layers):
             rows = layer(rows, mask)
-            rows = rows[0] if isinstance(rows, tuple) else rows  # before transformers 5
         rows = model.layernorm(rows) if hasattr(model, "layernorm") else rows
         return rows[:, 0].float(), rows[:, -1].float()
 
     def forward(self, image: Inputs, text: Inputs, modality_mask: Tensor, labels: Tensor) -> Tensor:
-        (c_image, to_text), (c_text, to_image) = self.read("image", image), self.read("text", text)
+        with torch.autocast(self.head.weight.device.type, torch.bfloat16, enabled=self.autocast):
+            (c_image, to_text), (c_text, to_image) = self.read("image", image), self.read("text", text)
         has_image, has_text = modality_mask.unsqueeze(2).unbind(1)
         fused = torch.where(has_image, c_image, to_image) + torch.where(has_text, c_text, to_text)
         both = (has_image & has_text).float()
@@ -134,11 +143,12 @@ class PeftU2A(nn.Module):
         return F.cross_entropy(self.head(fused), labels) + 0.2 * align
 
 
-def _with_peft(model: PreTrainedModel) -> nn.Module:
+def with_peft(model: PreTrainedModel, attention: str) -> nn.Module:
+    """A copy with LoRA on q, k, v and o."""
     import peft
 
     adapted = copy.deepcopy(model)
-    adapted.set_attn_implementation("sdpa")
+    adapted.set_attn_implementation(attention)
     names = [name for name, module in adapted.named_modules() if isinstance(module, nn.Linear)]
     targets = [name for name in names if name.endswith(PROJECTIONS)]
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)

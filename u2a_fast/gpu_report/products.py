@@ -161,4 +161,4 @@ def write_table(won: dict[str, Any], report: Report) -> Entry:
     table = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, table | {key: won})
-    return {"path": str(path), "key": key, "won": won}
+    return {"key": key, "won": won}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,7 @@ def count_waits(report: Report, absent: str) -> Entry:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [
-        str(w.message)[:160] + f" ({w.filename}:{w.lineno})"
+        f"{str(w.message).split(' (Triggered')[0]} ({'/'.join(Path(w.filename).parts[-2:])}:{w.lineno})"
         for w in caught
         if "called a synchronizing" in str(w.message)
     ]
