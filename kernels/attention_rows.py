@@ -349,7 +349,7 @@ def attention_rows(
     """
     chosen = backend.resolve(q, kv, lora_a, lengths)
     q, kv = backend.in_autocast_dtype(q), None if kv is None else backend.in_autocast_dtype(kv)
-    _check(q, kv, heads, groups, lengths)
+    _check(q, kv, heads, groups, lengths, causal)
     if q.is_cpu and chosen == "torch" and not isinstance(groups, Ends):
         flat = [size for group in groups for size in group]
         operands = q, kv, lora_a, heads, flat, lengths, suffix, causal
@@ -360,13 +360,15 @@ def attention_rows(
     return out, None if lora_a is None else F.linear(out, lora_a.to(out.dtype))
 
 
-def _check(q, kv, heads, groups, lengths):
+def _check(q, kv, heads, groups, lengths, causal):
     width = q.shape[1] // 3 if kv is None else q.shape[1]
     rows = q.shape[0] if kv is None else kv.shape[0]
     if q.dim() != 2 or width % heads or (q.shape[1] != 3 * width if kv is None else kv.shape[1:] != (2 * width,)):
         shapes = list(q.shape), None if kv is None else list(kv.shape)
         raise ValueError(f"q must be [N, 3 * D], or [Nq, D] beside kv [N, 2 * D], D of {heads} heads, not {shapes}")
     if isinstance(groups, Ends):
+        if lengths is not None or causal:
+            raise ValueError("Ends say all that attention sees of a sample: leave lengths and causal out")
         return
     if sum(g.samples * g.queries for g in groups) != q.shape[0] or sum(g.samples * g.keys for g in groups) != rows:
         raise ValueError(f"groups {list(groups)} do not add up to {q.shape[0]} rows of q and {rows} of k and v")

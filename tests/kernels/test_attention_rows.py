@@ -8,7 +8,7 @@ import torch
 from running import CPU, on, running
 from tolerance import assert_as_exact_as
 
-from u2a_fast.kernels import Group, attention, attention_rows
+from u2a_fast.kernels import Ends, Group, attention, attention_rows
 from u2a_fast.kernels.attention_varlen import by_varlen, ends_of
 from u2a_fast.memory import saved_bytes
 
@@ -155,6 +155,28 @@ def test_groups_that_do_not_fit_are_refused(groups, lengths, message):
     q, *_ = operands("one group", torch.float32)
     with pytest.raises(ValueError, match=message):
         attention_rows(q, None, HEADS, groups, lengths=lengths)
+
+
+@pytest.mark.parametrize("also", [{"lengths": torch.tensor([4, 5])}, {"causal": True}])
+def test_ends_leave_nothing_else_to_say_of_samples(also):
+    q, *_ = operands("one group", torch.float32)
+    ends = torch.tensor([0, len(q)], dtype=torch.int32)
+    with pytest.raises(ValueError, match="leave lengths and causal out"):
+        attention_rows(q, None, HEADS, Ends(ends, ends, len(q), len(q)), **also)
+
+
+@pytest.mark.parametrize("case", ["several lengths", "few queries, apart"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_ends_on_the_device_say_what_groups_say(case, dtype, device):
+    q, kv, *_ = operands(case, dtype)
+    groups = CASES[case][0]
+
+    def by_ends(q, kv):
+        return attention_rows(q, kv, HEADS, ends_of(tuple(groups), q.device))[0]
+
+    expected, _ = on(device, attention_rows)(q, kv, HEADS, groups)
+    limit = 1e-9 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(on(device, by_ends)(q, kv), expected, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("case", ["several lengths", "few queries, apart"])
