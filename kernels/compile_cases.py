@@ -306,6 +306,8 @@ MINIMUM_RATIO = 1.05
 # Bytes that a thread may spill at rank 64, on cards alone.
 SPILLS = {"lora_linear_project": 16, "assemble_norm_project_backward": 16}
 SPILLING = ("sm_86", "sm_89", "sm_120")
+# And with the ptxas of Triton before 3.9, for which the tiles were chosen, (kernel, target) at any rank.
+EARLIER_SPILLS = {("lora_linear_project", "sm_100"): 16, ("assemble_norm_project_forward", "sm_120"): 8}
 
 # (what, limit, products of the library beside ours, {(function, phase, variant): how often it counts}): computed time
 # on an H100, ViT-B, r = 8, in units of the frozen q, k, v product alone; of the norm's backward only what the adapter

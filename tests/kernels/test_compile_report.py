@@ -54,12 +54,7 @@ def test_one_card_runs_what_was_compiled_for_another_with_the_same_instructions(
 
 @pytest.mark.slow
 def test_every_budget_is_kept():
-    # ptxas of Triton 3.6 spills where that of 3.9, for which the tiles were chosen, does not.
-    older = {
-        "lora_linear_project (bf16, r = 8, sm_100): 16 bytes of registers spill",
-        "assemble_norm_project_forward (fp16, r = 64, sm_120): 8 bytes of registers spill",
-    }
-    assert set(compile_report.broken_budgets(rows())) <= (older if triton.__version__.startswith("3.6.") else set())
+    assert compile_report.broken_budgets(rows()) == []
 
 
 @pytest.mark.slow
