@@ -5,17 +5,19 @@
 if __name__ != "kernels":
     from .assemble import assemble, assemble_norm_project
     from .attention import attention
-    from .attention_half import Attention
+    from .attention_half import Attention, Turn
     from .attention_rows import Group, attention_rows
     from .attention_varlen import Ends
     from .backend import get_backend, set_backend
+    from .gated import gated
     from .linear_lowrank import linear_lowrank
     from .lora_linear import lora_linear
     from .nf4 import nf4_linear, pack_nf4, unpack_nf4
-    from .norm import layer_norm
+    from .norm import layer_norm, rms_norm
     from .norm_linear import norm_linear
     from .operands import Half, Linear, Norm
     from .quantize import QuantizedRows, dequantize_rows, quantize_rows
+    from .rotary import rotary
     from .substitute import substitute
     from .transformer_block import transformer_block
 
@@ -27,11 +29,13 @@ __all__ = [
     "Linear",
     "Norm",
     "QuantizedRows",
+    "Turn",
     "assemble",
     "assemble_norm_project",
     "attention",
     "attention_rows",
     "dequantize_rows",
+    "gated",
     "get_backend",
     "layer_norm",
     "linear_lowrank",
@@ -40,6 +44,8 @@ __all__ = [
     "norm_linear",
     "pack_nf4",
     "quantize_rows",
+    "rms_norm",
+    "rotary",
     "set_backend",
     "substitute",
     "transformer_block",

@@ -1,7 +1,7 @@
 """Learned rows joined to token rows, with LayerNorm and the low-rank product x A^T in the same pass.
 
     rows [B, T, D] = [prefix [P, D] | tokens [B, S, D], or mask_token [D] where the sample is absent | suffix [Q, D]]
-    h    [B, T, D] = LayerNorm(rows) * norm_weight + norm_bias
+    h    [B, T, D] = LayerNorm(rows) * norm_weight + norm_bias      or RMSNorm(rows) * norm_weight
     s    [B, T, R] = h A^T                                          A = lora_a [R, D],  T = P + S + Q
 
 `tokens` holds every sample, or only those present, one after the other (packed). Rows of an absent sample in an
@@ -22,11 +22,12 @@ from . import backend
 from .assemble_aten import Assembled, Leaves, backward_aten, forward_aten
 from .assemble_backward import backward_triton
 from .assemble_norm_project import forward_triton
+from .norm_aten import norm_reference
 from .quantize import QuantizedRows, quantize_rows_reference
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
-def _reference(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype):
+def _reference(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, rms, dtype):
     """(rows, h or rows, s or None) in plain PyTorch."""
     rows = tokens
     if present is not None:
@@ -40,9 +41,7 @@ def _reference(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bi
         rows = torch.cat([t for t in (learned[0], rows, learned[1]) if t is not None], 1)
     h = rows
     if norm_weight is not None:
-        wide = backend.wide(tokens.dtype)
-        bias = None if norm_bias is None else norm_bias.to(wide)
-        h = F.layer_norm(rows.to(wide), rows.shape[-1:], norm_weight.to(wide), bias, eps)
+        h = norm_reference(rows, norm_weight, norm_bias, eps, rms)
     h = h.to(dtype)
     return rows, h, None if lora_a is None else F.linear(h, lora_a.to(dtype))
 
@@ -60,12 +59,12 @@ def _with(forward):
         written = forward(*operands)
         if written.q is None:
             return written
-        return written._replace(h=operands[0].new_zeros(1, 1, 1, dtype=operands[9]).expand(written.q.shape))
+        return written._replace(h=operands[0].new_zeros(1, 1, 1, dtype=operands[10]).expand(written.q.shape))
 
     return run
 
 
-def _fake(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
+def _fake(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, rms, dtype, quantize):
     learned = prefix is not None or suffix is not None or present is not None
     batch = tokens.shape[0] if present is None else present.shape[0]
     height = tokens.shape[1] + sum(t.shape[0] for t in (prefix, suffix) if t is not None)
@@ -79,7 +78,7 @@ def _fake(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, l
         rows=written(learned, *shape, dtype=tokens.dtype),
         h=tokens.new_zeros(1, 1, 1, dtype=dtype).expand(shape) if quantize else h,
         s=None if lora_a is None else tokens.new_empty(batch, height, lora_a.shape[0], dtype=dtype),
-        mean=written(norm, batch * height, dtype=wide),
+        mean=written(norm and not rms, batch * height, dtype=wide),
         rstd=written(norm, batch * height, dtype=wide),
         q=written(quantize, *shape, dtype=torch.int8),
         scale=written(quantize, batch * height, dtype=torch.float32),
@@ -88,7 +87,7 @@ def _fake(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, l
 
 assemble_forward = backend.Op(
     "assemble_norm_project(Tensor tokens, Tensor? prefix, Tensor? suffix, Tensor? present, Tensor? mask_token, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor? lora_a, float eps, ScalarType dtype, bool quantize) "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? lora_a, float eps, bool rms, ScalarType dtype, bool quantize) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     aten=_with(forward_aten),
     triton=_with(forward_triton),
@@ -135,7 +134,7 @@ class _AssembleNormProject(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *operands):
-        tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize = operands
+        tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, _, dtype, quantize = operands
         written = Assembled(*assemble_forward(*operands))
         leaves = Leaves(tokens, prefix, suffix, mask_token, norm_weight, norm_bias, lora_a)
         asked = ctx.needs_input_grad
@@ -166,7 +165,7 @@ class _AssembleNormProject(torch.autograd.Function):
             lora_a=ctx.needs.lora_a and d_s is not None,
         )
         if not any(needs) or not (through_h or d_rows is not None):
-            return (None,) * 11
+            return (None,) * 12
         kept = None if kept is None else kept.to(ctx.dtypes.tokens)
         saved = kept, mean, rstd, norm_weight, norm_bias, lora_a, present
         places = ctx.packed, ctx.first, ctx.last, ctx.eps, ctx.dtypes.tokens
@@ -182,6 +181,7 @@ class _AssembleNormProject(torch.autograd.Function):
             grads.norm_weight,
             grads.norm_bias,
             grads.lora_a,
+            None,
             None,
             None,
             None,
@@ -217,11 +217,11 @@ def assemble(
     """
     _check(tokens, prefix, suffix, present, mask_token, None, None, None)
     if backend.resolve(tokens, prefix, suffix, present, mask_token) == "reference":
-        return _reference(tokens, prefix, suffix, present, mask_token, None, None, None, 0.0, tokens.dtype)[0]
+        return _reference(tokens, prefix, suffix, present, mask_token, None, None, None, 0.0, False, tokens.dtype)[0]
     if prefix is None and suffix is None and present is None:
         return tokens
     fill = None if present is None else mask_token
-    operands = tokens, prefix, suffix, present, fill, None, None, None, 0.0, tokens.dtype, False
+    operands = tokens, prefix, suffix, present, fill, None, None, None, 0.0, False, tokens.dtype, False
     run = _AssembleNormProject.apply if backend.needs_grad(tokens, prefix, suffix, fill) else assemble_forward
     return run(*operands)[0]
 
@@ -238,8 +238,9 @@ def assemble_norm_project(
     eps: float = 1e-5,
     lora_a: Tensor | None = None,
     quantize: bool = False,
+    rms: bool = False,
 ) -> tuple[Tensor | QuantizedRows, Tensor | None, Tensor]:
-    """`assemble`, LayerNorm over D and the product with lora_a^T, in one pass over the rows.
+    """`assemble`, LayerNorm or RMSNorm over D and the product with lora_a^T, in one pass over the rows.
 
     Args:
         tokens, prefix, suffix, present, mask_token: as in `assemble`.
@@ -248,6 +249,7 @@ def assemble_norm_project(
         eps: added to the variance.
         lora_a: [R, D], cast to the compute dtype; its gradient has its own.
         quantize: give h as int8 rows, for `linear_lowrank` over an int8 weight (W8A8); s is made from h before.
+        rms: RMSNorm, which has no `norm_bias`.
 
     Returns:
         The normalised rows h [B, T, D], s = h lora_a^T [B, T, R] (None without `lora_a`), and the assembled rows
@@ -261,7 +263,7 @@ def assemble_norm_project(
     _check(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a)
     dtype = backend.compute_dtype(tokens)
     fill = None if present is None else mask_token
-    operands = tokens, prefix, suffix, present, fill, norm_weight, norm_bias, lora_a, eps, dtype
+    operands = tokens, prefix, suffix, present, fill, norm_weight, norm_bias, lora_a, eps, rms, dtype
     if backend.resolve(*operands[:8]) == "reference":
         rows, h, s = _reference(*operands)
         return _quantized_reference(h) if quantize else h, s, rows

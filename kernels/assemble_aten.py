@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
+from .backend import cast
 from .norm_aten import norm_aten, norm_backward_aten
 from .quantize import quantize_rows_aten
 
@@ -19,8 +20,8 @@ class Assembled(NamedTuple):
     rows: Tensor | None  # [B, T, D], where there are learned rows
     h: Tensor | None  # [B, T, D] in the compute dtype, unless it equals the rows
     s: Tensor | None  # [B, T, R]
-    mean: Tensor | None  # [B * T], with a norm
-    rstd: Tensor | None  # [B * T]
+    mean: Tensor | None  # [B * T], with a LayerNorm
+    rstd: Tensor | None  # [B * T], with a norm
     q: Tensor | None  # [B, T, D] int8
     scale: Tensor | None  # [B * T] fp32
 
@@ -66,15 +67,17 @@ def _join(tokens, prefix, suffix, present, mask_token) -> Tensor:
     return rows
 
 
-def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize):
+def forward_aten(
+    tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, rms, dtype, quantize
+):
     """`Assembled`; with `quantize`, q and scale in place of h."""
     rows = h = s = mean = rstd = q = scale = None
     if prefix is not None or suffix is not None or present is not None:
         rows = _join(tokens, prefix, suffix, present, mask_token)
     source = tokens if rows is None else rows
     if norm_weight is not None:
-        h, mean, rstd = norm_aten(source, norm_weight, norm_bias, eps)
-        h, mean, rstd = h if h.dtype == dtype else h.to(dtype), mean.view(-1), rstd.view(-1)
+        h, mean, rstd = norm_aten(source, norm_weight, norm_bias, eps, rms)
+        h, mean, rstd = cast(h, dtype), None if rms else mean.view(-1), rstd.view(-1)
     elif dtype != tokens.dtype:
         h = source.to(dtype)
     if lora_a is not None:
@@ -90,10 +93,10 @@ def forward_aten(tokens, prefix, suffix, present, mask_token, norm_weight, norm_
 def backward_aten(
     d_rows, d_h, d_s, rows, mean, rstd, norm_weight, norm_bias, lora_a, present, packed, first, last, eps, dtype, needs
 ):
-    """`Leaves`, the gradients that `needs` asks for. Token rows are first .. last of the T rows."""
+    """`Leaves`, the gradients that `needs` asks for. Token rows are first .. last of the T rows. No mean: RMSNorm."""
     d_weight = d_bias = d_a = None
     if needs.lora_a:
-        h = rows if norm_weight is None else norm_aten(rows, norm_weight, norm_bias, eps)[0]
+        h = rows if norm_weight is None else norm_aten(rows, norm_weight, norm_bias, eps, mean is None)[0]
         d_a = d_s.flatten(0, 1).t() @ h.to(d_s.dtype).flatten(0, 1)
     if d_s is not None and any(needs[:6]):  # all but lora_a go through h
         s_a = d_s.flatten(0, 1), lora_a.to(d_s.dtype)

@@ -1,6 +1,6 @@
 """The Triton kernels of the backward of `assemble` and `assemble_norm_project` (assemble.py has the formulas).
 
-backward     16 rows a program: dH = d_h + d_s A, LayerNorm's backward, and fp32 partial sums over the program's rows
+backward     16 rows a program: dH = d_h + d_s A, the norm's backward, and fp32 partial sums over the program's rows
              for what is summed over rows. Learned rows are written per sample and summed over samples afterwards.
 lora_grad    dA = d_s^T h with h normalised again, in row ranges summed in a fixed order. It reads the rows once more:
              inside `backward`, partial sums of dA for each program would outweigh the rows themselves.
@@ -46,7 +46,7 @@ def assemble_norm_project_backward(
     D_H,  # [M, K], rows PITCH apart, or None
     D_S,  # [M, R] or None
     ROWS,  # [M, K], given with GAMMA
-    MEAN,  # [M], given with GAMMA
+    MEAN,  # [M], given with GAMMA; None: RMSNorm
     RSTD,  # [M], given with GAMMA
     GAMMA,  # [K] or None: no norm
     A,  # [R, K], given with D_S
@@ -70,7 +70,7 @@ def assemble_norm_project_backward(
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """First sweep: the two means of LayerNorm's backward. Second, from cache: the gradients."""
+    """First sweep: the means of the norm's backward, two or one. Second, from cache: the gradients."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rk = tl.arange(0, BK)
     ok = rm < M
@@ -97,7 +97,8 @@ def assemble_norm_project_backward(
     along = mean
     level = mean
     if GAMMA is not None:
-        mean = tl.load(MEAN + rm, mask=ok, other=0.0)
+        if MEAN is not None:
+            mean = tl.load(MEAN + rm, mask=ok, other=0.0)
         rstd = tl.load(RSTD + rm, mask=ok, other=0.0)
         for k in range(0, K, BK):
             kok = rk < K - k
@@ -105,7 +106,8 @@ def assemble_norm_project_backward(
             g *= tl.load(GAMMA + k + rk, mask=kok, other=0.0).to(ACC)[None, :]
             x = tl.load(ROWS + row + (k + rk)[None, :], mask=ok[:, None] & kok[None, :], other=0.0).to(ACC)
             along += tl.sum(g * ((x - mean[:, None]) * rstd[:, None]), 1)
-            level += tl.sum(g, 1)
+            if MEAN is not None:
+                level += tl.sum(g, 1)
     # The gradient of h is made again rather than kept: BM rows of K columns do not fit into registers.
     for k in range(0, K, BK):
         kok = rk < K - k
@@ -136,7 +138,7 @@ def assemble_norm_project_backward(
 def assemble_norm_project_lora_grad(
     D_S,  # [M, R]
     ROWS,  # [M, K]
-    MEAN,  # [M], given with GAMMA
+    MEAN,  # [M], given with GAMMA; None: RMSNorm
     RSTD,  # [M], given with GAMMA
     GAMMA,  # [K] or None: no norm
     BETA,  # [K] or None
@@ -165,7 +167,8 @@ def assemble_norm_project_lora_grad(
         mean = tl.zeros((BM,), ACC)
         rstd = mean
         if GAMMA is not None:
-            mean = tl.load(MEAN + rm, mask=ok, other=0.0)
+            if MEAN is not None:
+                mean = tl.load(MEAN + rm, mask=ok, other=0.0)
             rstd = tl.load(RSTD + rm, mask=ok, other=0.0)
         at = D_S + rm[None, :].to(tl.int64) * R + rr[:, None]
         ds = tl.load(at, mask=ok[None, :] & (rr < R)[:, None], other=0.0)

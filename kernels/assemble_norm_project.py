@@ -1,6 +1,6 @@
 """The Triton kernel of `assemble` and `assemble_norm_project` (assemble.py has the formulas and the other backends).
 
-16 rows a program, in pieces of 256 columns: gather, LayerNorm, h and s = h A^T; a row's second reading comes from
+16 rows a program, in pieces of 256 columns: gather, norm, h and s = h A^T; a row's second reading comes from
 cache. Which row of which tensor is read is chosen among pointers, so absent tokens are not touched and nothing is
 copied beforehand. The backward is in assemble_backward.py, the same in ATen in assemble_aten.py.
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import backend
 from .assemble_aten import Assembled
 from .backend import jit, tl
+from .norm_aten import refuse_bias
 from .quantize import TINY, round_half_even
 from .tiling import accumulator, dot_precision, element_type, rank_tile
 
@@ -66,8 +67,19 @@ def row_statistics(base, ok, K, eps, ACC: tl.constexpr, BM: tl.constexpr, BK: tl
 
 
 @jit
+def row_rstd(base, ok, K, eps, ACC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """RMSNorm's 1 / root mean square of each row."""
+    rk = tl.arange(0, BK)
+    squares = tl.zeros((BM,), ACC)
+    for k in range(0, K, BK):
+        x = tl.load(base[:, None] + (k + rk)[None, :], mask=ok[:, None] & (rk < K - k)[None, :], other=0.0).to(ACC)
+        squares += tl.sum(x * x, 1)
+    return tl.rsqrt(squares / K + eps)
+
+
+@jit
 def normalise(x, mean, rstd, GAMMA, BETA, rk, kok, ACC: tl.constexpr):
-    """LayerNorm of a tile x [BM, BK] of columns rk; x itself without GAMMA."""
+    """The norm of a tile x [BM, BK] of columns rk, of mean 0 for RMSNorm; x itself without GAMMA."""
     if GAMMA is not None:
         gamma = tl.load(GAMMA + rk, mask=kok, other=0.0).to(ACC)
         x = (x.to(ACC) - mean[:, None]) * rstd[:, None] * gamma[None, :]
@@ -106,7 +118,7 @@ def assemble_norm_project_forward(
     Q,  # [M, K] int8 or None: h in steps of its row's scale
     SCALE,  # [M] fp32, given with Q
     S,  # [M, R], given with A
-    MEAN,  # [M], given with GAMMA
+    MEAN,  # [M], given with GAMMA; None: RMSNorm
     RSTD,  # [M], given with GAMMA
     eps,
     M,
@@ -139,8 +151,11 @@ def assemble_norm_project_forward(
     mean = tl.zeros((BM,), ACC)
     rstd = mean
     if GAMMA is not None:
-        mean, rstd = row_statistics(base, ok, K, eps, ACC, BM, BK)
-        tl.store(MEAN + rm, mean, mask=ok)
+        if MEAN is not None:
+            mean, rstd = row_statistics(base, ok, K, eps, ACC, BM, BK)
+            tl.store(MEAN + rm, mean, mask=ok)
+        else:
+            rstd = row_rstd(base, ok, K, eps, ACC, BM, BK)
         tl.store(RSTD + rm, rstd, mask=ok)
     scale = mean
     if Q is not None:
@@ -185,9 +200,11 @@ def aligned(width: int, *tensors: Tensor | None) -> bool:
 
 
 def forward_triton(
-    tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, dtype, quantize, pitch=None
+    tokens, prefix, suffix, present, mask_token, norm_weight, norm_bias, lora_a, eps, rms, dtype, quantize, pitch=None
 ):
     """As `forward_aten`, in one launch. pitch: elements from one row of h to the next, S and zeros in between."""
+    if rms:
+        refuse_bias(norm_bias)
     packed, n, k = tokens.shape
     tokens, norm_weight, norm_bias = backend.contiguous(tokens, norm_weight, norm_bias)
     if present is not None and mask_token is None:
@@ -207,7 +224,7 @@ def forward_triton(
     q = new(quantize, batch, height, k, dtype=torch.int8)
     scale = new(quantize, batch * height, dtype=torch.float32)
     s = new(lora_a is not None, batch, height, r, dtype=dtype)
-    mean, rstd = (new(norm, batch * height, dtype=wide) for _ in range(2))
+    mean, rstd = (new(wanted, batch * height, dtype=wide) for wanted in (norm and not rms, norm))
     backend.launch(
         assemble_norm_project_forward,
         (-(-batch * height // FORWARD_TILE["BM"]),),

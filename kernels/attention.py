@@ -1,10 +1,11 @@
 """Attention over token rows of unequal lengths, learned rows that all see, and read-only rows that nobody sees.
 
-    out = softmax(q k^T / sqrt(Dh) + visibility) v          q [B, H, Sq, Dh], k and v [B, H, S, Dh]
+    out = softmax(q k^T / sqrt(Dh) + visibility) v          q [B, H, Sq, Dh], k and v [B, kv_heads, S, Dh]
 
 The S rows are [token rows | `suffix` rows | `read_only` rows]. Sample b's first lengths[b] token rows are keys, suffix
 rows always are, read-only rows never (not even for themselves). Read-only rows are queries of a second pass over the
-same keys, so the other rows are bitwise what they are without them. A row without any visible key gives 0.
+same keys, so the other rows are bitwise what they are without them. A row without any visible key gives 0. Head i of q
+reads head i // (H // kv_heads) of k and v.
 
 Which implementation runs is decided by device, dtype and shape:
     few queries (up to 64), not causal, on a GPU   attention_small_query.py
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
+from .attention_mask import blind_rows, hidden, hidden_by_lengths, hidden_by_place, in_effect, needs_mask
 from .attention_small_query import backward_triton, few_queries, forward_triton, rows_first
 
 MATMUL_KEYS = 768
@@ -26,82 +28,89 @@ CHUNK_BYTES = 2**20  # probabilities of as many (sample, head) pairs at a time a
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
-def visible_keys(lengths: Tensor | None, keys: int, suffix: int, device: torch.device) -> Tensor:
-    """Which keys a row may see, [B or 1, 1, 1, keys]: the first lengths[b] token rows, and the suffix rows."""
-    position = torch.arange(keys, device=device)
-    if lengths is None:
-        return (position >= 0)[None, None, None]
-    return ((position < lengths[:, None]) & (position < keys - suffix) | (position >= keys - suffix))[:, None, None]
-
-
-def blind_rows(lengths: Tensor | None, rows: int, keys: int, suffix: int, causal: bool) -> Tensor | None:
-    """Rows that see no key, [B, 1, rows or 1, 1]; None where every row sees one."""
-    if lengths is None or (suffix > 0 and not causal):
-        return None
-    empty = (lengths == 0)[:, None, None, None]
-    return empty & (torch.arange(rows, device=lengths.device) < keys - suffix)[:, None] if causal else empty
-
-
-def _reference(q, k, v, lengths, suffix, read_only, causal):
-    rows, keys = q.shape[2], k.shape[2] - read_only
-    visible = visible_keys(lengths, keys, suffix, q.device).expand(-1, 1, rows, -1)
-    if causal:
-        order = torch.arange(rows, device=q.device)
-        visible = visible & (order[:, None] >= order[None, :keys])
-    scores = (q @ k[:, :, :keys].transpose(2, 3)) * q.shape[3] ** -0.5
+def _reference(q, k, v, lengths, suffix, read_only, causal, window, positions):
+    keys = k.shape[2] - read_only
+    order = torch.arange(k.shape[2], device=q.device)
+    row, key, tokens = order[-q.shape[2] :, None], order[:keys], keys - suffix
+    visible = (row >= key if causal else key[None] >= 0)[None, None]
+    if lengths is not None:
+        visible = visible & ((key < lengths[:, None]) | (key >= tokens))[:, None, None]
+    if window is not None:
+        at = order[None] if positions is None else positions
+        near = (at[:, :, None] - at[:, None]).abs() <= window
+        visible = visible & (near | (row >= tokens) | (key >= tokens))[:, None]
+    k, v = (t[:, :, :keys].repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5
     scores = scores.masked_fill(~visible, torch.finfo(q.dtype).min)
-    return (scores.softmax(-1) * visible) @ v[:, :, :keys]
+    return (scores.softmax(-1) * visible) @ v
 
 
 # ----------------------------------------------------------------------------------------------------------------- SDPA
-def _sdpa(q, k, v, lengths, suffix, causal):
-    if lengths is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    visible = visible_keys(lengths, k.shape[2], suffix, q.device)
-    if causal:
-        order = torch.arange(q.shape[2], device=q.device)
-        visible = visible & (order[:, None] >= order)
-    blind = blind_rows(lengths, q.shape[2], k.shape[2], suffix, causal)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, causal: bool = False) -> Tensor:
+    """PyTorch's, also where k and v have fewer heads; visible: bool, broadcasts to [B, H, Sq, S]."""
+    shares = k.shape[1] < q.shape[1]
+    if shares and q.is_cuda and (visible is not None or q.dtype not in (torch.float16, torch.bfloat16)):
+        # Flash attention shares heads but takes neither; memory-efficient attention takes both but shares none.
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        shares = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=shares)
+
+
+def _sdpa(q, k, v, *seen):
+    queries, keys = q.shape[2], k.shape[2]
+    if not needs_mask(queries, keys, *seen):
+        return sdpa(q, k, v, causal=seen[2])
+    visible, blind = ~hidden(queries, keys, q.device, *seen), blind_rows(queries, keys, *seen)
     if blind is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind)  # without any key: NaN on some devices
+        return sdpa(q, k, v, visible)
+    out = sdpa(q, k, v, visible | blind)  # without any key: NaN on some devices
     return out.masked_fill(blind, 0)
 
 
 def _nothing(q, k, v):
     """Attention over 0 samples, differentiable all the same."""
-    return q + (k.sum(2, keepdim=True) + v.sum(2, keepdim=True))
+    return q + (k.sum() + v.sum())
 
 
 # -------------------------------------------------------------------------------------------- matmul + softmax on a CPU
-def _pairs(t: Tensor) -> Tensor:
-    """[B, H, S, Dh] -> [B * H, S, Dh], contiguous."""
-    return t.flatten(0, 1).contiguous()
+def _pairs(t: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, S, Dh] -> [B * kv_heads, H // kv_heads * S, Dh], contiguous: the heads that share a key are its rows."""
+    pairs = t.flatten(0, 1).contiguous()
+    return pairs if t.shape[1] == kv_heads else pairs.view(t.shape[0] * kv_heads, -1, t.shape[3])
 
 
-def _chunks(q: Tensor, k: Tensor):
-    """Slices of the B * H pairs."""
+def _chunks(q: Tensor, k: Tensor, masks: list[Tensor]):
+    """Slices of the pairs, and what is hidden from each."""
     pairs, size = q.shape[0], max(1, CHUNK_BYTES // max(1, q.shape[1] * k.shape[1] * q.element_size()))
-    return [slice(i, i + size) for i in range(0, pairs, size)]
+    for i in range(0, pairs, size):
+        chunk = slice(i, i + size)
+        yield chunk, [_of_pairs(mask, chunk, pairs) for mask in masks]
 
 
-def _hidden(q, k, lengths, suffix, causal):
-    """bool masks that broadcast to [B * H, Sq, Sk], True where a score does not count."""
+def _of_pairs(mask: Tensor, chunk: slice, pairs: int) -> Tensor:
+    """Of one mask for all pairs, of one for each, or of one for each sample: those of some pairs."""
+    if len(mask) in (1, pairs):
+        return mask if len(mask) == 1 else mask[chunk]
+    return mask[torch.arange(pairs, device=mask.device)[chunk] // (pairs // len(mask))]
+
+
+def _masks(q, k, lengths, suffix, causal, window, positions):
+    """bool masks [pairs, B or 1, 1, Sq or 1, Sk], True where a score does not count."""
     masks = []
     if lengths is not None:
-        hidden = ~visible_keys(lengths, k.shape[2], suffix, q.device).expand(-1, q.shape[1], -1, -1)
-        masks.append(hidden.flatten(0, 1))
-    if causal:
-        order = torch.arange(q.shape[2], device=q.device)
-        masks.append((order[:, None] < order).expand(q.shape[0] * q.shape[1], -1, -1))
+        masks.append(
+            hidden_by_lengths(lengths, k.shape[2], suffix).expand(-1, k.shape[1], -1, -1).flatten(0, 1)[:, None]
+        )
+    if causal or window is not None:
+        masks.append(hidden_by_place(q.shape[2], k.shape[2], q.device, suffix, causal, window, positions))
     return masks
 
 
-def _probabilities(q, k, hidden):
-    """softmax(q k^T / sqrt(Dh)): q [n, Sq, Dh], k [n, Sk, Dh] -> [n, Sq, Sk]."""
+def _probabilities(q, k, masks):
+    """softmax(q k^T / sqrt(Dh)): q [n, heads of a key * Sq, Dh], k [n, Sk, Dh] -> [n, heads of a key * Sq, Sk]."""
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
-    for mask in hidden:
-        scores.masked_fill_(mask, torch.finfo(q.dtype).min)
+    for mask in masks:
+        scores.view(len(q), -1, *mask.shape[2:]).masked_fill_(mask, torch.finfo(q.dtype).min)
     return torch.softmax(scores, -1)
 
 
@@ -110,29 +119,28 @@ def _rows_first(pairs: Tensor, shape) -> Tensor:
     return pairs.view(shape).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def forward_aten(q, k, v, lengths, suffix, causal):
-    hidden, shape = _hidden(q, k, lengths, suffix, causal), q.shape
-    blind = blind_rows(lengths, q.shape[2], k.shape[2], suffix, causal)
-    q, k, v = _pairs(q), _pairs(k), _pairs(v)
+def forward_aten(q, k, v, *seen):
+    masks, blind, shape = _masks(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen), q.shape
+    q, k, v = (_pairs(t, k.shape[1]) for t in (q, k, v))
     out = torch.empty_like(q)
-    for s in _chunks(q, k):
-        torch.bmm(_probabilities(q[s], k[s], [m[s] for m in hidden]), v[s], out=out[s])
+    for s, hidden_there in _chunks(q, k, masks):
+        torch.bmm(_probabilities(q[s], k[s], hidden_there), v[s], out=out[s])
     if blind is not None:
         out.view(shape).masked_fill_(blind, 0)
     return _rows_first(out, shape)
 
 
-def backward_aten(d_out, q, k, v, lengths, suffix, causal, wants_out=False):
+def backward_aten(d_out, q, k, v, *seen, wants_out=False):
     """dq, dk, dv, and the forward's result if wanted; the probabilities are computed again."""
-    hidden, shapes, scale = _hidden(q, k, lengths, suffix, causal), (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
-    blind = blind_rows(lengths, q.shape[2], k.shape[2], suffix, causal)
+    masks, blind = _masks(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen)
+    shapes, scale = (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
     d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
-    q, k, v, d_out = _pairs(q), _pairs(k), _pairs(v), _pairs(d_out)
+    q, k, v, d_out = (_pairs(t, k.shape[1]) for t in (q, k, v, d_out))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     out = torch.empty_like(q) if wants_out else None
     none = q.new_empty(())
-    for s in _chunks(q, k):
-        p = _probabilities(q[s], k[s], [m[s] for m in hidden])
+    for s, hidden_there in _chunks(q, k, masks):
+        p = _probabilities(q[s], k[s], hidden_there)
         if wants_out:
             torch.bmm(p, v[s], out=out[s])
         torch.bmm(p.transpose(1, 2), d_out[s], out=dv[s])
@@ -152,36 +160,37 @@ def uses_matmul(q: Tensor, k: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and q.is_cpu and k.shape[2] <= MATMUL_KEYS and backend.resolve(q) == "torch"
 
 
-def uses_triton(q: Tensor, causal: bool) -> bool:
+def uses_triton(q: Tensor, k: Tensor, causal: bool, window: int | None) -> bool:
     """Whether the few queries of q have a kernel of their own."""
-    return not causal and few_queries(q) and backend.resolve(q) == "triton"
+    return not causal and window is None and few_queries(q, k) and backend.resolve(q) == "triton"
 
 
-def _fake(q, k, v, lengths, suffix, causal):
-    if uses_triton(q, causal):
+def _fake(q, k, v, lengths, suffix, causal, window, positions):
+    if uses_triton(q, k, causal, window):
         return rows_first(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=backend.wide(q.dtype))
     return rows_first(q), None
 
 
 attention_forward = backend.Op(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, SymInt suffix, bool causal) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, SymInt suffix, bool causal, int? window, "
+    "Tensor? positions) -> (Tensor, Tensor)",
     aten=lambda *operands: (forward_aten(*operands), None),
-    triton=lambda q, k, v, lengths, suffix, causal: forward_triton(q, k, v, lengths, suffix),
+    triton=lambda *operands: forward_triton(*operands[:5]),  # neither causal nor with a window: `uses_triton`
     fake=_fake,
 )
 
 
-def _backward_aten(d_out, q, k, v, lengths, out, lse, suffix, causal):
-    return backward_aten(d_out, q, k, v, lengths, suffix, causal)
+def _backward_aten(d_out, q, k, v, lengths, out, lse, suffix, causal, window, positions):
+    return backward_aten(d_out, q, k, v, lengths, suffix, causal, window, positions)
 
 
-def _backward_triton(d_out, q, k, v, lengths, out, lse, suffix, causal):
+def _backward_triton(d_out, q, k, v, lengths, out, lse, suffix, *_):
     return backward_triton(d_out, q, k, v, lengths, out, lse, suffix)
 
 
 attention_backward = backend.Op(
     "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? out, Tensor? lse, "
-    "SymInt suffix, bool causal) -> (Tensor, Tensor, Tensor)",
+    "SymInt suffix, bool causal, int? window, Tensor? positions) -> (Tensor, Tensor, Tensor)",
     aten=_backward_aten,
     triton=_backward_triton,
     fake=lambda d_out, q, k, v, *_: (rows_first(q), rows_first(k), rows_first(v)),
@@ -192,17 +201,18 @@ class _Attention(torch.autograd.Function):
     """out [B, H, Sq, Dh], laid out as [B, Sq, H, Dh]."""
 
     @staticmethod
-    def forward(ctx, q, k, v, lengths, suffix, causal):
-        out, lse = attention_forward(q, k, v, lengths, suffix, causal)
-        ctx.suffix, ctx.causal = suffix, causal
-        ctx.save_for_backward(q, k, v, lengths, None if lse is None else out, lse)
+    def forward(ctx, q, k, v, lengths, suffix, causal, window, positions):
+        out, lse = attention_forward(q, k, v, lengths, suffix, causal, window, positions)
+        ctx.options = suffix, causal, window
+        ctx.save_for_backward(q, k, v, lengths, None if lse is None else out, lse, positions)
         return out
 
     @staticmethod
     @backend.outside_autocast
     def backward(ctx, d_out):
-        grads = attention_backward(d_out, *ctx.saved_tensors, ctx.suffix, ctx.causal)
-        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), None, None, None
+        *operands, positions = ctx.saved_tensors
+        grads = attention_backward(d_out, *operands, *ctx.options, positions)
+        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), *[None] * 5
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -214,16 +224,20 @@ def attention(
     suffix: int = 0,
     read_only: int = 0,
     causal: bool = False,
+    window: int | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention, scaled by Dh^-0.5.
 
     Args:
-        q: [B, H, Sq, Dh]. Sq may differ from S (queries only), with neither `read_only` nor `causal`.
-        k, v: [B, H, S, Dh]; any strides, as views of one q,k,v buffer have.
+        q: [B, H, Sq, Dh]. Sq may differ from S (queries only), with neither `read_only` nor `window`.
+        k, v: [B, kv_heads, S, Dh], H a multiple of kv_heads; any strides, as views of one q,k,v buffer have.
         lengths: [B] integers: how many of the token rows, from the first on, are keys. All of them without it.
         suffix: how many rows after the token rows are keys whatever the lengths.
         read_only: how many rows at the very end see the other rows and are seen by none.
-        causal: row i sees rows up to i only.
+        causal: a row sees none after itself. The Sq queries are the last of the S rows: the last sees all.
+        window: token rows see token rows at a distance of at most `window`; suffix rows see and are seen as without.
+        positions: int64 [B, S], what distances are of; None: the order of the rows.
 
     Returns:
         [B, H, Sq, Dh] in the dtype of q (the autocast dtype under autocast). Rows of padding are finite and undefined;
@@ -238,33 +252,46 @@ def attention(
     """
     q, k, v = (backend.in_autocast_dtype(t) for t in (q, k, v))
     _check(q, k, v, lengths, suffix, read_only, causal)
-    if backend.resolve(q, k, v, lengths) == "reference":
-        return _reference(q, k, v, lengths, suffix, read_only, causal)
+    check_window(window, positions, tuple(k.shape[::2]), q.shape[2] == k.shape[2] and read_only == 0)
+    if backend.resolve(q, k, v, lengths, positions) == "reference":
+        return _reference(q, k, v, lengths, suffix, read_only, causal, window, positions)
     if read_only == 0:
-        return _run(q, k, v, lengths, suffix, causal)
+        return _run(q, k, v, lengths, suffix, causal, window, positions)
     rows = q.shape[2] - read_only
     k, v = k[:, :, :rows], v[:, :, :rows]
-    ordinary = _run(q[:, :, :rows], k, v, lengths, suffix, causal)
-    readers = _run(q[:, :, rows:], k, v, lengths, suffix, False)
+    ordinary = _run(q[:, :, :rows], k, v, lengths, suffix, causal, None, None)
+    readers = _run(q[:, :, rows:], k, v, lengths, suffix, False, None, None)
     return torch.cat((ordinary.transpose(1, 2), readers.transpose(1, 2)), 1).transpose(1, 2)
 
 
-def _run(q, k, v, lengths, suffix, causal):
+def _run(q, k, v, *seen):
     """Attention without read-only rows, by the implementation that suits device, dtype and shape."""
     if q.shape[0] == 0:  # nobody: flash kernels refuse it before torch 2.10
         return _nothing(q, k, v)
-    if uses_matmul(q, k) or uses_triton(q, causal):
+    _, _, causal, window, _ = seen = in_effect(q.shape[2], k.shape[2], *seen)
+    if uses_matmul(q, k) or uses_triton(q, k, causal, window):
         if backend.needs_grad(q, k, v):
-            return _Attention.apply(q, k, v, lengths, suffix, causal)
-        return attention_forward(q, k, v, lengths, suffix, causal)[0]
-    return _sdpa(q, k, v, lengths, suffix, causal)
+            return _Attention.apply(q, k, v, *seen)
+        return attention_forward(q, k, v, *seen)[0]
+    return _sdpa(q, k, v, *seen)
+
+
+def check_window(window: int | None, positions: Tensor | None, shape: tuple[int, ...], all_rows: bool) -> None:
+    """Refuse a window that does not fit; shape: that of `positions`; all_rows: whether every row asks and is asked."""
+    if window is None:
+        return
+    if window < 0:
+        raise ValueError(f"window must be a distance, 0 or more, not {window}: leave it out for none")
+    if not all_rows:
+        raise ValueError("a window needs q of the same rows as k and v: leave it out where only some rows ask")
+    if positions is not None and (positions.shape != shape or positions.dtype != torch.int64):
+        raise ValueError(f"positions must be int64 {list(shape)}, not {positions.dtype} {list(positions.shape)}")
 
 
 def _check(q, k, v, lengths, suffix, read_only, causal):
-    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3:] != q.shape[3:]:
-        raise ValueError(
-            f"q must be [B, H, Sq, Dh] and k, v [B, H, S, Dh], not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
+    if q.ndim != 4 or k.shape != v.shape or k.shape[::3] != q.shape[::3] or k.ndim != 4 or q.shape[1] % k.shape[1]:
+        shapes = f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        raise ValueError(f"q must be [B, H, Sq, Dh] and k, v [B, H, S, Dh], or fewer heads that divide H, not {shapes}")
     if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
         raise TypeError(f"q, k and v must have one floating point dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if lengths is not None and (lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64)):
@@ -276,8 +303,8 @@ def _check(q, k, v, lengths, suffix, read_only, causal):
         raise ValueError(
             f"suffix {suffix} and read_only {read_only} must be counts of the {k.shape[2]} rows of k and v"
         )
-    if q.shape[2] != k.shape[2] and (read_only or causal):
+    if q.shape[2] != k.shape[2] if read_only else causal and q.shape[2] > k.shape[2]:
         raise ValueError(
-            f"read_only and causal need as many rows in q as in k and v, not {q.shape[2]} and {k.shape[2]}: "
+            f"read_only needs as many rows in q as in k and v, causal no more, not {q.shape[2]} and {k.shape[2]}: "
             "leave them out"
         )

@@ -1,9 +1,9 @@
 """The attention half of a transformer block, forward and backward, for transformer_block.py.
 
-    z = norm'(x + scale * o(attend(qkv(norm(x)))))          x [B * T, D]
+    z = norm'(x + scale * o(attend(turn(qkv(norm(x))))))          x [B * T, D]
 
-norm (before), norm' (after) and scale (LayerScale's, [D]) may each be missing. `steps` is steps_aten.py or
-steps_triton.py; what is kept is what norm_linear, attention_rows and linear_lowrank would keep in turn.
+norm (before), norm' (after), scale (LayerScale's, [D]) and turn (rotary.py) may each be missing. `steps` is
+steps_aten.py or steps_triton.py; what is kept is what norm_linear, attention_rows and linear_lowrank would keep.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 from .attention_rows import attend, attend_backward
 from .attention_varlen import Ends
 from .operands import Half, add_update, add_update_backward, bias_grad, kept_as
+from .rotary import rotate, rotate_backward
 
-KEPT = 11  # tensors that the forward keeps
+KEPT = 12  # tensors that the forward keeps
 
 
 class Attention(NamedTuple):
@@ -33,27 +34,50 @@ class Attention(NamedTuple):
     lengths: Tensor | None
     suffix: int
     causal: bool
+    kv_heads: int | None = None
+    window: int | None = None
+    positions: Tensor | None = None
 
 
-def forward(x: Tensor, half: Half, see: Attention, dtype: torch.dtype, steps: ModuleType, differentiable: bool):
+class Turn(NamedTuple):
+    """How queries and keys are normalised and turned before they meet, as in `rotary`.
+
+    >>> Turn(heads=2, cos=torch.ones(3, 4), sin=torch.zeros(3, 4)).weight is None
+    True
+    """
+
+    heads: int  # of q and k together
+    cos: Tensor | None  # [N, Dh / 2]
+    sin: Tensor | None
+    weight: Tensor | None = None  # [heads, Dh]
+    eps: float = 1e-6
+
+
+def forward(
+    x: Tensor, half: Half, see: Attention, turn: Turn | None, dtype: torch.dtype, steps: ModuleType,
+    differentiable: bool,
+):  # fmt: skip
     """z [M, D]; tensors that backward needs, and the graph of attention where autograd differentiates it."""
     norm, qkv, o, scale, after = half
     y, s, mean, rstd = steps.enter_project(x, norm, qkv, dtype)
+    unturned = None if turn is None else rotate(y, *turn)
     out, lse, graph = attend(y, *see, differentiable)
     update, s_o = steps.project(out, o)
     z, *left = add_update(x, update, scale, after)
     kept = kept_as(x, dtype) if norm[0] is not None or qkv[2] is not None else None
-    return z, (kept, mean, rstd, s, y, None if lse is None else out, lse, s_o, *left), graph
+    return z, (kept, mean, rstd, s, y, unturned, None if lse is None else out, lse, s_o, *left), graph
 
 
-def backward(dz: Tensor, kept, graph, half: Half, see: Attention, needs, steps: ModuleType):
+def backward(dz: Tensor, kept, graph, half: Half, see: Attention, turn: Turn | None, needs, steps: ModuleType):
     """Gradients of x and of what `Half.trained` lists, in its order; those that `needs` asks for."""
     norm, qkv, o, scale, after = half
-    x, mean, rstd, s, y, out, lse, s_o, *left = kept
+    x, mean, rstd, s, y, unturned, out, lse, s_o, *left = kept
     need_x, need_gamma, need_beta, need_bias, need_a, need_b, need_o_bias, _, need_o_b = needs
     dx, d_update, d_norm = add_update_backward(dz, *left, scale, after, y.dtype, need_gamma, need_beta)
     d_out, d_s, _, d_o_b = steps.project_backward(d_update, None, s_o if need_o_b else None, o, apart=o[2] is not None)
     dy, d_o_a = attend_backward(d_out, d_s, y, o[2], out, lse, graph, *see)
+    if turn is not None:
+        rotate_backward(dy, unturned, *turn)
     asked = need_x, need_gamma, need_beta, need_a, need_b
     dx, *d_entered, d_a, d_b = steps.enter_project_backward(dy, dx, (x, mean, rstd, s), norm, qkv, asked)
     d_bias = bias_grad(dy, qkv) if need_bias else None

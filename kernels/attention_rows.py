@@ -1,20 +1,21 @@
 """Self-attention over rows of many samples laid end to end, and the low-rank product of its result.
 
-    out = softmax(q k^T / sqrt(Dh) + visibility) v, sample by sample          q [Nq, H * Dh], k and v [N, H * Dh]
-    s   = out A^T                                                             A = lora_a [R, H * Dh]
+    out = softmax(q k^T / sqrt(Dh) + visibility) v, sample by sample    q [Nq, H * Dh], k and v [N, kv_heads * Dh]
+    s   = out A^T                                                       A = lora_a [R, H * Dh]
 
 The rows of samples of equal length stand together: a `Group` of them is a dense [samples, rows, H, Dh] view of the
 buffer, so that padding is neither stored nor masked nor computed. q may have fewer rows than k and v: only those whose
-result is read. Heads are views as well; backward writes the gradients of q, k and v into one buffer.
+result is read. Heads are views as well; backward writes the gradients of q, k and v into one buffer. k and v may have
+fewer heads, each shared by H // kv_heads heads of q (grouped-query attention), and are not repeated.
 
-On a CPU each group runs as matmul + softmax, which backward computes again (bf16, up to 768 keys), or as ATen's flash
-attention. On a GPU several groups are one call of a varlen function, flash-attn's or torch's own, which takes rows as
-they lie; a single one, and what these functions do not take, is a call of `attention`.
+On a CPU ATen runs group by group, attention_rows_aten.py. On a GPU several groups are one call of a varlen function,
+flash-attn's or torch's own, which takes rows as they lie; a single one, and what these functions do not take, is a call
+of `attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,22 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .attention import (
-    MATMUL_KEYS,
-    attention,
-    attention_backward,
-    attention_forward,
-    blind_rows,
-    uses_triton,
-    visible_keys,
+from .attention import attention, attention_backward, attention_forward, check_window, uses_triton
+from .attention_mask import in_effect
+from .attention_rows_aten import (
+    backward_aten,
+    by_head,
+    by_three,
+    end_to_end,
+    forward_aten,
+    head_width,
+    parts_of,
+    recomputes,
 )
-from .attention import backward_aten as matmul_backward
-from .attention import forward_aten as matmul_forward
-from .attention_varlen import Ends, by_mask, by_varlen, ends_of, fits_varlen, varlen_function
+from .attention_varlen import Ends, by_mask, by_varlen, ends_of, fits_varlen, sides_of, varlen_function
 from .backend import cast
-
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class Group(NamedTuple):
@@ -52,161 +51,24 @@ class Group(NamedTuple):
     keys: int
 
 
-# ----------------------------------------------------------------------------------------------------------------- ATen
-def _heads(q: Tensor, kv: Tensor | None, samples: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [samples, H, S, Dh], views of [samples * S, 3 D], or of [samples * Sq, D] and [samples * S, 2 D]."""
-    if kv is None:
-        width = q.shape[1] // (3 * heads)
-        return q.view(samples, -1, 3, heads, width).permute(2, 0, 3, 1, 4).unbind()
-    width = q.shape[1] // heads
-    k, v = kv.view(samples, -1, 2, heads, width).permute(2, 0, 3, 1, 4).unbind()
-    return q.view(samples, -1, heads, width).transpose(1, 2), k, v
-
-
-def _parts(groups: Sequence[Group], of_queries: Sequence[Tensor | None], of_keys: Sequence[Tensor | None]) -> Iterator:
-    """(samples, parts) of every group that has keys and queries: its rows of each tensor, those with a row for every
-    query first."""
-    q_at = k_at = 0
-    for samples, query_rows, key_rows in groups:
-        q_end, k_end = q_at + samples * query_rows, k_at + samples * key_rows
-        if q_end > q_at and k_end > k_at:
-            yield samples, *_from_to(of_queries, q_at, q_end), *_from_to(of_keys, k_at, k_end)
-        q_at, k_at = q_end, k_end
-
-
-def _from_to(tensors, start, end):
-    """Rows of each; of all of them no view, whose gradient would be copied between zeros."""
-    return [t if t is None or len(t) == end - start else t[start:end] for t in tensors]
-
-
-def _bias(q, k, lengths, suffix, causal):
-    """What is added to the scores, [B or 1, 1, Sq or 1, Sk]: -inf where a key is not seen; and rows that see none."""
-    visible, blind = visible_keys(lengths, k.shape[2], suffix, q.device), None
-    if causal:
-        order = torch.arange(q.shape[2], device=q.device)
-        visible = visible & (order[:, None] >= order)
-    blind = blind_rows(lengths, q.shape[2], k.shape[2], suffix, causal)
-    seen = visible if blind is None else visible | blind
-    return torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")), blind
-
-
-def _flash(q, k, v, lengths, suffix, causal):
-    """(out, log-sum-exp)"""
-    if lengths is None:
-        return flash(q, k, v, 0.0, causal)
-    bias, blind = _bias(q, k, lengths, suffix, causal)
-    out, lse = flash(q, k, v, 0.0, False, attn_mask=bias)
-    return out if blind is None else out.masked_fill_(blind, 0), lse
-
-
-def _flash_backward(d_out, q, k, v, out, lse, lengths, suffix, causal):
-    """dq, dk, dv"""
-    if lengths is None:
-        return flash_backward(d_out, q, k, v, out, lse, 0.0, causal)
-    bias, blind = _bias(q, k, lengths, suffix, causal)
-    d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
-    return flash_backward(d_out, q, k, v, out, lse, 0.0, False, attn_mask=bias)
-
-
-def _attend(q, kv, samples, heads, recomputed, *seen):
-    """out [rows of q, D] of samples of equal length, and log-sum-exp [rows of q, H], None where it is recomputed."""
-    q, k, v = _heads(q, kv, samples, heads)
-    if recomputed:
-        out, lse = matmul_forward(q, k, v, *seen), None
-    else:
-        out, lse = _flash(q, k, v, *seen)
-        lse = lse.transpose(1, 2).reshape(-1, heads)
-    return out.transpose(1, 2).reshape(-1, heads * q.shape[3]), lse  # views: attention lays out its results by rows
-
-
-def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal):
-    """out [Nq, D], s [Nq, R] or None, and flash attention's log-sum-exp [Nq, H] or None."""
-    groups = _groups(groups)
-    recomputed = recomputes(q, groups)
-    seen = heads, recomputed, lengths, suffix, causal
-    if len(groups) == 1 and min(groups[0]) > 0:
-        out, lse = _attend(q, kv, groups[0][0], *seen)
-    else:
-        each = [_attend(of_q, of_kv, samples, *seen) for samples, of_q, of_kv in _parts(groups, (q,), (kv,))]
-        width = q.shape[1] // 3 if kv is None else q.shape[1]
-        out = _end_to_end([out for out, _ in each], q.shape[0], width, q)
-        wide = backend.wide(q.dtype)
-        lse = None if recomputed else _end_to_end([lse for _, lse in each], q.shape[0], heads, q, wide)
-    return out, None if lora_a is None else F.linear(out, cast(lora_a, out.dtype)), lse
-
-
-def _end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The parts one after the other, [rows, width]; zeros where rows without a key are the only ones."""
-    if not parts:
-        return like.new_zeros(rows, width, dtype=dtype)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _attend_backward(d_out, q, kv, out, lse, samples, heads, wants_out, *seen):
-    """d_q, d_kv (None where kv is) and out (None unless wanted) of samples of equal length."""
-    views = _heads(q, kv, samples, heads)
-    by_head = samples, -1, heads, views[0].shape[3]
-    d_out = d_out.view(by_head).transpose(1, 2)
-    if out is None:
-        dq, dk, dv, *again = matmul_backward(d_out, *views, *seen, wants_out=wants_out)
-        out = again[0].transpose(1, 2).reshape(q.shape[0], -1) if wants_out else None
-    else:
-        own_out, own_lse = out.view(by_head).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
-        dq, dk, dv = _flash_backward(d_out, *views, own_out, own_lse, *seen)
-    dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)  # [samples, S, H, Dh]
-    if kv is None:
-        return torch.stack((dq, dk, dv), 2).view(q.shape), None, out
-    return dq.reshape(q.shape), torch.stack((dk, dv), 2).view(kv.shape), out
-
-
-def backward_aten(d_out, d_s, q, kv, lora_a, out, lse, heads, groups, lengths, suffix, causal):
-    """d_q, d_kv (None where kv is) and dA (None without lora_a). `out` and `lse`: of flash attention."""
-    groups, wants_out = _groups(groups), d_s is not None
-    if wants_out:
-        a = cast(lora_a, d_s.dtype)
-        d_out = d_s @ a if d_out is None else torch.addmm(d_out, d_s, a)
-    seen = heads, wants_out, lengths, suffix, causal
-    if len(groups) == 1 and min(groups[0]) > 0:
-        d_q, d_kv, out = _attend_backward(d_out, q, kv, out, lse, groups[0][0], *seen)
-    else:
-        recomputed, of_rows = out is None, (d_out, q, out, lse)
-        each = [
-            _attend_backward(own_d_out, own_q, own_kv, own_out, own_lse, samples, *seen)
-            for samples, own_d_out, own_q, own_out, own_lse, own_kv in _parts(groups, of_rows, (kv,))
-        ]
-        d_q = _end_to_end([t[0] for t in each], *q.shape, q)
-        d_kv = None if kv is None else _end_to_end([t[1] for t in each], *kv.shape, kv)
-        out = _end_to_end([t[2] for t in each], *d_out.shape, q) if recomputed and wants_out else out
-    return d_q, d_kv, cast(d_s.t() @ out, lora_a.dtype) if wants_out else None
-
-
 # -------------------------------------------------------------------------------------------------------- registration
-def recomputes(q: Tensor, groups: Sequence[Group]) -> bool:
-    """Whether the groups run as matmul + softmax, whose backward computes the probabilities again."""
-    return q.dtype == torch.bfloat16 and all(group[2] <= MATMUL_KEYS for group in groups)
-
-
-def _groups(flat: Sequence[int]) -> list[Sequence[int]]:
-    return [flat] if len(flat) == 3 else [flat[i : i + 3] for i in range(0, len(flat), 3)]
-
-
-def _fake(q, kv, lora_a, heads, groups, lengths, suffix, causal):
-    out = q.new_empty(q.shape[0], q.shape[1] // 3 if kv is None else q.shape[1])
+def _fake(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads, window, positions):
+    out = q.new_empty(q.shape[0], heads * head_width(q, kv, heads, kv_heads))
     s = None if lora_a is None else q.new_empty(q.shape[0], lora_a.shape[0])
-    lse = None if recomputes(q, _groups(groups)) else q.new_empty(q.shape[0], heads, dtype=backend.wide(q.dtype))
+    lse = None if recomputes(q, by_three(groups)) else q.new_empty(q.shape[0], heads, dtype=backend.wide(q.dtype))
     return out, s, lse
 
 
 attention_rows_forward = backend.Op(
     "attention_rows(Tensor q, Tensor? kv, Tensor? lora_a, int heads, SymInt[] groups, Tensor? lengths, SymInt suffix, "
-    "bool causal) -> (Tensor, Tensor, Tensor)",
+    "bool causal, int kv_heads, int? window, Tensor? positions) -> (Tensor, Tensor, Tensor)",
     aten=forward_aten,
     fake=_fake,
 )
 attention_rows_backward = backend.Op(
     "attention_rows_backward(Tensor? d_out, Tensor? d_s, Tensor q, Tensor? kv, Tensor? lora_a, Tensor? out, "
-    "Tensor? lse, int heads, SymInt[] groups, Tensor? lengths, SymInt suffix, bool causal) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? lse, int heads, SymInt[] groups, Tensor? lengths, SymInt suffix, bool causal, int kv_heads, int? window, "
+    "Tensor? positions) -> (Tensor, Tensor, Tensor)",
     aten=backward_aten,
     fake=lambda d_out, d_s, q, kv, lora_a, *_: (
         torch.empty_like(q),
@@ -217,32 +79,35 @@ attention_rows_backward = backend.Op(
 
 
 # ------------------------------------------------------------------------------------------ of a Function of many steps
-def attend(qkv, heads, groups, lengths, suffix, causal, differentiable):
+def attend(qkv, heads, groups, lengths, suffix, causal, kv_heads, window, positions, differentiable):
     """out [N, D]; log-sum-exp or None; and where autograd differentiates attention its graph, `(qkv, out)`."""
+    kv_heads, one_length = kv_heads or heads, not isinstance(groups, Ends) and len(groups) == 3 and groups[0] > 0
     if _on_cpu(qkv) and not isinstance(groups, Ends):
-        out, _, lse = attention_rows_forward(qkv, None, None, heads, groups, lengths, suffix, causal)
+        operands = qkv, None, None, heads, groups, lengths, suffix, causal, kv_heads, window, positions
+        out, _, lse = attention_rows_forward(*operands)
         return out, lse, None
-    if (
-        not isinstance(groups, Ends)
-        and len(groups) == 3
-        and groups[0]
-        and uses_triton((views := _heads(qkv, None, groups[0], heads))[0], causal)
-    ):
-        out, lse = attention_forward(*views, lengths, suffix, causal)
-        return out.transpose(1, 2).reshape(qkv.shape[0], -1), lse, None
+    seen = lengths, suffix, causal, window, positions
+    if one_length:
+        views, own = by_head(qkv, None, groups[0], heads, kv_heads), in_effect(*groups[1:], *seen)
+        if uses_triton(*views[:2], *own[2:4]):
+            out, lse = attention_forward(*views, *own)
+            return out.transpose(1, 2).reshape(qkv.shape[0], -1), lse, None
     with torch.set_grad_enabled(differentiable):
         # Three leaves: autograd would put the gradients of views of one together in two passes, and not by rows.
-        leaves = [t.detach().requires_grad_(differentiable) for t in _apart(qkv, None)]
-        groups = groups if isinstance(groups, Ends) else _groups(groups)
-        out = _each_group(*leaves, heads, groups, lengths, suffix, causal)
+        leaves = [t.detach().requires_grad_(differentiable) for t in _apart(qkv, None, heads, kv_heads)]
+        groups = groups if isinstance(groups, Ends) else by_three(groups)
+        out = _each_group(*leaves, heads, kv_heads, groups, *seen)
     return out.detach(), None, (leaves, out) if differentiable else None
 
 
-def attend_backward(d_out, d_s, qkv, lora_a, out, lse, graph, heads, groups, lengths, suffix, causal):
+def attend_backward(
+    d_out, d_s, qkv, lora_a, out, lse, graph, heads, groups, lengths, suffix, causal, kv_heads, window, positions
+):
     """d_qkv, and dA of the product S = out A^T whose gradient is d_s (None without one). d_out is written over."""
+    kv_heads = kv_heads or heads
     if _on_cpu(qkv) and graph is None:
-        operands = d_out, d_s, qkv, None, lora_a, out, lse, heads, groups, lengths, suffix, causal
-        d_qkv, _, d_a = attention_rows_backward(*operands)
+        seen = lengths, suffix, causal, kv_heads, window, positions
+        d_qkv, _, d_a = attention_rows_backward(d_out, d_s, qkv, None, lora_a, out, lse, heads, groups, *seen)
         return d_qkv, d_a
     if graph is not None:
         leaves, out = graph
@@ -251,10 +116,11 @@ def attend_backward(d_out, d_s, qkv, lora_a, out, lse, graph, heads, groups, len
     if graph is not None:  # whether it is needed again is not for this Function to say
         d_qkv = torch.cat(torch.autograd.grad(out, leaves, d_out, retain_graph=True), 1)
     else:
-        q, k, v = _heads(qkv, None, groups[0], heads)
+        q, k, v = by_head(qkv, None, groups[0], heads, kv_heads)
         d_out, own_out = (t.view(*groups[:2], *q.shape[1::2]).transpose(1, 2) for t in (d_out, out))
-        grads = attention_backward(d_out, q, k, v, lengths, own_out, lse, suffix, causal)
-        d_qkv = torch.stack([t.transpose(1, 2) for t in grads], 2).view(qkv.shape)
+        _, *seen = in_effect(*groups[1:], lengths, suffix, causal, window, positions)
+        grads = attention_backward(d_out, q, k, v, lengths, own_out, lse, *seen)
+        d_qkv = torch.cat([t.transpose(1, 2) for t in grads], 2).view(qkv.shape)
     return d_qkv, None if d_s is None else cast(d_s.t() @ out.detach(), lora_a.dtype)
 
 
@@ -262,55 +128,60 @@ def _on_cpu(q: Tensor) -> bool:
     return q.is_cpu and backend.get_backend() != "triton"
 
 
-def _apart(q, kv):
-    """q [Nq, D], k and v [N, D]: views of q [N, 3 D], or of q [Nq, D] and kv [N, 2 D]."""
-    if kv is None:
-        return q.unflatten(1, (3, -1)).unbind(1)
-    return q, *kv.unflatten(1, (2, -1)).unbind(1)
+def _apart(q, kv, heads, kv_heads):
+    """q [Nq, H * Dh], k and v [N, kv_heads * Dh]: views of q, k and v side by side, or of q and of k and v."""
+    if kv is not None:
+        return q, *kv.chunk(2, 1)
+    width = head_width(q, None, heads, kv_heads)
+    return q.split((heads * width, kv_heads * width, kv_heads * width), 1)
 
 
-def _each_group(q, k, v, heads, groups, lengths, suffix, causal):
-    """out [Nq, D], group by group through `attention`; q [Nq, D], k and v [N, D]."""
-    varlen = not causal and fits_varlen(q, q.shape[1] // heads)
+def _each_group(q, k, v, heads, kv_heads, groups, *seen):
+    """out [Nq, D], group by group through `attention`; q [Nq, H * Dh], k and v [N, kv_heads * Dh]."""
+    lengths, suffix, causal, window, positions = seen
+    width, operands = q.shape[1] // heads, (q, k, v, heads, kv_heads)
     if isinstance(groups, Ends):
-        return by_varlen(varlen_function(), q, k, v, heads, groups) if varlen else by_mask(q, k, v, heads, groups)
-    if len(groups) > 1 and varlen:
-        return by_varlen(varlen_function(), q, k, v, heads, ends_of(tuple(map(tuple, groups)), q.device))
-    each = [
-        attention(*_by_head(parts, samples, heads), lengths, suffix=suffix, causal=causal)
-        for samples, *parts in _parts(groups, (q,), (k, v))
-    ]
+        lengths, _, causal, window, _ = in_effect(groups.most_queries, groups.most_keys, *seen)
+        if lengths is not None or causal or window is not None:
+            raise ValueError("Ends say all that attention sees of a sample: leave lengths, causal and window out")
+        return by_varlen(varlen_function(), *operands, groups) if fits_varlen(q, width) else by_mask(*operands, groups)
+    if len(groups) > 1 and (sides := sides_of(groups, *seen)) is not None and fits_varlen(q, width):
+        return by_varlen(varlen_function(), *operands, ends_of(tuple(map(tuple, groups)), q.device), sides)
+    each = []
+    for samples, *parts, at in parts_of(groups, (q,), (k, v, positions)):
+        at = None if at is None else at.view(samples, -1)
+        each.append(attention(*_by_width(parts, samples, width), lengths, suffix, 0, causal, window, at))
     each = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in each]  # [samples * Sq, D]
-    out = _end_to_end(each, *q.shape, q)
+    out = end_to_end(each, *q.shape, q)
     return out if each else out + 0 * (q.sum() + k.sum() + v.sum())  # of nobody, but differentiable
 
 
-def _by_head(parts, samples, heads):
-    """[samples * S, D] -> [samples, H, S, Dh], views."""
-    return [t.view(samples, -1, heads, t.shape[1] // heads).transpose(1, 2) for t in parts]
+def _by_width(parts, samples, width):
+    """[samples * S, heads * Dh] -> [samples, heads, S, Dh], views."""
+    return [t.view(samples, -1, t.shape[1] // width, width).transpose(1, 2) for t in parts]
 
 
 class _AttentionRows(torch.autograd.Function):
     """(out, s)"""
 
     @staticmethod
-    def forward(ctx, q, kv, lora_a, heads, groups, lengths, suffix, causal):
-        out, s, lse = attention_rows_forward(q, kv, lora_a, heads, groups, lengths, suffix, causal)
-        ctx.options = heads, groups, suffix, causal
+    def forward(ctx, q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads, window, positions):
+        seen = suffix, causal, kv_heads, window
+        out, s, lse = attention_rows_forward(q, kv, lora_a, heads, groups, lengths, *seen, positions)
+        ctx.options = heads, groups, seen
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, kv, lora_a, lengths, None if lse is None else out, lse)
+        ctx.save_for_backward(q, kv, lora_a, None if lse is None else out, lse, lengths, positions)
         return out, s
 
     @staticmethod
     @backend.outside_autocast
     def backward(ctx, d_out, d_s):
         if d_out is None and d_s is None:
-            return (None,) * 8
-        q, kv, lora_a, lengths, out, lse = ctx.saved_tensors
-        heads, groups, suffix, causal = ctx.options
-        operands = d_out, d_s, q, kv, lora_a, out, lse, heads, groups, lengths, suffix, causal
-        grads = attention_rows_backward(*operands)
-        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), *[None] * 5
+            return (None,) * 11
+        *operands, lengths, positions = ctx.saved_tensors
+        heads, groups, seen = ctx.options
+        grads = attention_rows_backward(d_out, d_s, *operands, heads, groups, lengths, *seen, positions)
+        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), *[None] * 8
 
 
 # -------------------------------------------------------------------------------------------------------------- public
@@ -323,54 +194,75 @@ def attention_rows(
     lengths: Tensor | None = None,
     suffix: int = 0,
     causal: bool = False,
+    kv_heads: int | None = None,
+    window: int | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention within each of many samples whose rows lie end to end.
 
     Args:
-        q: [Nq, H * Dh]; or [N, 3 * H * Dh], q, k and v side by side, without `kv`.
-        kv: [N, 2 * H * Dh], k and v side by side.
+        q: [Nq, H * Dh]; or [N, (H + 2 * kv_heads) * Dh], q, k and v side by side, without `kv`.
+        kv: [N, 2 * kv_heads * Dh], k and v side by side.
         heads: H.
         groups: how the rows are divided among samples, see `Group`; in order, and all of them. `Ends` instead, where
-            the lengths lie on the device: not with `lengths` nor `causal`.
+            the lengths lie on the device: not with `lengths`, `causal` or a window shorter than the samples.
         lora_a: [R, H * Dh], cast to the compute dtype; None: no product.
-        lengths, suffix: of a single group, as in `attention`: keys that padding hides from a graph of fixed shape.
-        causal: row i sees rows up to i of its sample only.
+        lengths: of a single group, as in `attention`: keys that padding hides from a graph of fixed shape.
+        suffix: the last rows of each sample, which neither `lengths` nor `window` hides.
+        causal: a row sees none after itself. The queries of a sample are its last rows: the last sees all keys.
+        kv_heads: heads of k and v, a divisor of H; head i of q reads head i // (H // kv_heads). None: H.
+        window: token rows see token rows at a distance of at most `window`; suffix rows see and are seen as without.
+            Every row must ask. A sample no longer than window + 1 costs nothing, a longer one a mask [S, S].
+        positions: int64 [N], what distances are of, a mask for each sample; None: the order of the rows.
 
     Returns:
         out [Nq, H * Dh] and s [Nq, R] (None without `lora_a`).
 
     Raises:
-        ValueError: groups that do not add up to the rows.
+        ValueError: groups that do not add up to the rows, widths that do not divide into the heads, a window where not
+            all rows ask.
 
     >>> v = torch.tensor([[1.0], [3.0], [50.0]])  # two samples, of two rows and of one
     >>> qkv = torch.cat([torch.zeros(3, 2), v], dim=1)
     >>> attention_rows(qkv, None, 1, [Group(1, 2, 2), Group(1, 1, 1)])[0].flatten()
     tensor([ 2.,  2., 50.])
     """
-    chosen = backend.resolve(q, kv, lora_a, lengths)
+    chosen = backend.resolve(q, kv, lora_a, lengths, positions)
     q, kv = backend.in_autocast_dtype(q), None if kv is None else backend.in_autocast_dtype(kv)
-    _check(q, kv, heads, groups, lengths, causal)
+    kv_heads = heads if kv_heads is None else kv_heads
+    _check(q, kv, heads, kv_heads, groups, lengths, causal)
+    if window is not None:
+        rows = q.shape[:1] if kv is None else kv.shape[:1]
+        check_window(window, positions, rows, isinstance(groups, Ends) or all(g.queries == g.keys for g in groups))
     if q.is_cpu and chosen == "torch" and not isinstance(groups, Ends):
         flat = [size for group in groups for size in group]
-        operands = q, kv, lora_a, heads, flat, lengths, suffix, causal
+        operands = q, kv, lora_a, heads, flat, lengths, suffix, causal, kv_heads, window, positions
         if backend.needs_grad(q, kv, lora_a):
             return _AttentionRows.apply(*operands)
         return attention_rows_forward(*operands)[:2]
-    out = _each_group(*_apart(q, kv), heads, groups, lengths, suffix, causal)
+    seen = lengths, suffix, causal, window, positions
+    out = _each_group(*_apart(q, kv, heads, kv_heads), heads, kv_heads, groups, *seen)
     return out, None if lora_a is None else F.linear(out, lora_a.to(out.dtype))
 
 
-def _check(q, kv, heads, groups, lengths, causal):
-    width = q.shape[1] // 3 if kv is None else q.shape[1]
-    rows = q.shape[0] if kv is None else kv.shape[0]
-    if q.dim() != 2 or width % heads or (q.shape[1] != 3 * width if kv is None else kv.shape[1:] != (2 * width,)):
+def _check(q, kv, heads, kv_heads, groups, lengths, causal):
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"kv_heads must divide the {heads} heads of q, not be {kv_heads}: choose a divisor, or None")
+    rows, of_row = q.shape[0] if kv is None else kv.shape[0], heads + 2 * kv_heads if kv is None else heads
+    width = q.shape[1] // of_row if q.dim() == 2 else 0
+    if q.dim() != 2 or q.shape[1] != of_row * width or (kv is not None and kv.shape[1:] != (2 * kv_heads * width,)):
         shapes = list(q.shape), None if kv is None else list(kv.shape)
-        raise ValueError(f"q must be [N, 3 * D], or [Nq, D] beside kv [N, 2 * D], D of {heads} heads, not {shapes}")
+        raise ValueError(
+            f"q must be [N, {heads + 2 * kv_heads} * Dh], or [Nq, {heads} * Dh] beside kv [N, {2 * kv_heads} * Dh], "
+            f"for {heads} heads and {kv_heads} of k and v, not {shapes}"
+        )
     if isinstance(groups, Ends):
-        if lengths is not None or causal:
-            raise ValueError("Ends say all that attention sees of a sample: leave lengths and causal out")
         return
     if sum(g.samples * g.queries for g in groups) != q.shape[0] or sum(g.samples * g.keys for g in groups) != rows:
         raise ValueError(f"groups {list(groups)} do not add up to {q.shape[0]} rows of q and {rows} of k and v")
     if lengths is not None and len(groups) != 1:
         raise ValueError(f"lengths hide keys of a single group, not of {len(groups)}: leave the padding out instead")
+    if causal and any(g.queries > g.keys for g in groups):
+        raise ValueError(
+            f"the queries of a causal sample are its last rows, so no more than keys, unlike in {list(groups)}"
+        )

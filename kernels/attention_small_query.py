@@ -3,7 +3,8 @@
 Keys pass by in blocks with a running softmax; hidden keys and values are not read. The backward computes the
 probabilities again from the row log-sum-exp, and as no other program has the pair's keys, dK and dV are written once.
 
-q [B, H, Sq, Dh], k and v [B, H, S, Dh] with any strides but the last, which is 1; lse [B * H, Sq].
+q [B, H, Sq, Dh], k and v [B, H, S, Dh] with any strides but the last, which is 1; lse [B * H, Sq]. Where q has more
+heads than k and v, the launchers lay those of one key head end to end, as rows of it: few rows, cheap to copy.
 """
 
 from __future__ import annotations
@@ -168,9 +169,22 @@ def _tile(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def few_queries(q: Tensor) -> bool:
-    """Whether the kernels take q [B, H, Sq, Dh]."""
-    return q.shape[2] <= 64 and _tile(q.shape[2]) * _tile(q.shape[3]) <= MOST_ELEMENTS
+def few_queries(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernels take q [B, H, Sq, Dh] beside k [B, kv_heads, S, Dh]."""
+    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    return rows <= 64 and _tile(rows) * _tile(q.shape[3]) <= MOST_ELEMENTS
+
+
+def _by_key_head(t: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, Sq, Dh] -> [B, kv_heads, H // kv_heads * Sq, Dh]."""
+    return t if t.shape[1] == kv_heads else t.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _by_query_head(t: Tensor, like: Tensor) -> Tensor:
+    """The way back, to the shape of `like`, laid out as [B, Sq, H, Dh]."""
+    if t.shape == like.shape:
+        return t
+    return rows_first(like).copy_(t.unflatten(2, (-1, like.shape[2])).flatten(1, 2))
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
@@ -179,8 +193,9 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def forward_triton(q, k, v, lengths, suffix):
-    """out, laid out as [B, Sq, H, Dh], and the row log-sum-exp."""
-    q, k, v = _unit_stride(q, k, v)
+    """out, laid out as [B, Sq, H, Dh], and the row log-sum-exp [B * H, Sq]."""
+    given = q
+    q, k, v = _unit_stride(_by_key_head(q, k.shape[1]), k, v)
     (b, h, rows, d), keys = q.shape, k.shape[2]
     out, lse = rows_first(q), q.new_empty(b * h, rows, dtype=backend.wide(q.dtype))
     backend.launch(
@@ -205,11 +220,13 @@ def forward_triton(q, k, v, lengths, suffix):
         BD=_tile(d),
         **FORWARD_TILE,
     )
-    return out, lse
+    return _by_query_head(out, given), lse.view(-1, given.shape[2])
 
 
 def backward_triton(d_out, q, k, v, lengths, out, lse, suffix):
     """dq, dk, dv, laid out as [B, S, H, Dh]."""
+    given, kv_heads = q, k.shape[1]
+    d_out, q, out = (_by_key_head(t, kv_heads) for t in (d_out, q, out))
     d_out, q, k, v = _unit_stride(d_out, q, k, v)
     (b, h, rows, d), keys = q.shape, k.shape[2]
     dq, dk, dv = rows_first(q), rows_first(k), rows_first(v)
@@ -241,4 +258,4 @@ def backward_triton(d_out, q, k, v, lengths, out, lse, suffix):
         BD=_tile(d),
         **tile,
     )
-    return dq, dk, dv
+    return _by_query_head(dq, given), dk, dv

@@ -23,11 +23,15 @@ from .assemble_backward import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
 from .attention_small_query import backward_triton as attention_backward_triton
 from .attention_small_query import forward_triton as attention_forward_triton
+from .gated import backward_triton as gated_backward_triton
+from .gated import forward_triton as gated_forward_triton
 from .linear_backward import launch_input, linear_backward_triton
 from .linear_lowrank import linear_lowrank_triton
 from .lora_linear import project_triton
 from .norm_joined import ROOM
 from .quantize import launch_quantize_rows
+from .rotary import backward_triton as rotary_backward_triton
+from .rotary import forward_triton as rotary_forward_triton
 from .substitute import backward_triton as substitute_backward_triton
 from .substitute import forward_triton as substitute_forward_triton
 
@@ -79,10 +83,10 @@ def _weight(meta: Callable, n: int, k: int, int8: bool) -> tuple[Tensor, Tensor 
     return (meta(n, k, dtype=torch.int8), meta(n, dtype=torch.float32)) if int8 else (meta(n, k), None)
 
 
-def _adapter(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
+def _adapter(shape: Shape, rank: int, lead: int = 1) -> tuple[Tensor, Tensor]:
     meta = shape.meta
     a = meta(GROUPS * rank, shape.width, dtype=torch.float32)
-    return a, meta(GROUPS * shape.width, rank, dtype=torch.float32)
+    return a, meta((GROUPS + lead - 1) * shape.width, rank, dtype=torch.float32)
 
 
 def frozen_linear(shape: Shape) -> tuple[int, int]:
@@ -91,22 +95,23 @@ def frozen_linear(shape: Shape) -> tuple[int, int]:
     return 2 * (m * k + n * k + n + m * n), 2 * m * n * k
 
 
-def linear_lowrank_forward(shape: Shape, rank: int, int8: bool = False, quantized: bool = False):
+def linear_lowrank_forward(shape: Shape, rank: int, int8: bool = False, quantized: bool = False, lead: int = 1):
     meta = shape.meta
-    k, n = shape.width, GROUPS * shape.width
+    k, n = shape.width, (GROUPS + lead - 1) * shape.width
     weight, scale = _weight(meta, n, k, int8)
-    s, lora_b = meta(shape.rows, GROUPS * rank), _adapter(shape, rank)[1]
+    s, lora_b = meta(shape.rows, GROUPS * rank), _adapter(shape, rank, lead)[1]
     h = meta(shape.rows, k)
     rows = (meta(shape.rows, k, dtype=torch.int8), meta(shape.rows, dtype=torch.float32)) if quantized else (None, None)
-    linear_lowrank_triton(h, weight, meta(n), s, lora_b, 2.0, scale, GROUPS, quantized, *rows)
+    linear_lowrank_triton(h, weight, meta(n), s, lora_b, 2.0, scale, GROUPS, lead, quantized, *rows)
 
 
-def linear_lowrank_backward(shape: Shape, rank: int, int8: bool = False):
+def linear_lowrank_backward(shape: Shape, rank: int, int8: bool = False, lead: int = 1):
     meta = shape.meta
-    n = GROUPS * shape.width
+    n = (GROUPS + lead - 1) * shape.width
     weight, scale = _weight(meta, n, shape.width, int8)
-    s, lora_b = meta(shape.rows, GROUPS * rank), _adapter(shape, rank)[1]
-    linear_backward_triton(meta(shape.rows, n), None, weight, scale, s, None, lora_b, 2.0, GROUPS, 0.0, None, True)
+    s, lora_b = meta(shape.rows, GROUPS * rank), _adapter(shape, rank, lead)[1]
+    dy, groups = meta(shape.rows, n), (GROUPS, lead)
+    linear_backward_triton(dy, None, weight, scale, s, None, lora_b, 2.0, *groups, 0.0, None, True)
 
 
 def quantize_rows(shape: Shape, rank: int):
@@ -123,7 +128,7 @@ def lora_linear_backward(shape: Shape, rank: int):
     meta = shape.meta
     n, adapter = GROUPS * shape.width, _adapter(shape, rank)
     dy, x, s = meta(shape.rows, n), meta(shape.rows, shape.width), meta(shape.rows, GROUPS * rank)
-    linear_backward_triton(dy, x, meta(n, shape.width), None, s, *adapter, 2.0, GROUPS, 0.0, None, False)
+    linear_backward_triton(dy, x, meta(n, shape.width), None, s, *adapter, 2.0, GROUPS, 1, 0.0, None, False)
 
 
 def dropped_input_grad(shape: Shape, rank: int):
@@ -142,17 +147,19 @@ def _joined(shape: Shape) -> int:
     return PROMPTS + shape.tokens + 1
 
 
-def assemble_forward(shape: Shape, rank: int, joined: bool = False, quantize: bool = False, pitch: int | None = None):
-    """LayerNorm and S of a block's input; `joined`: of the first block's, with learned rows and absent samples."""
+def assemble_forward(
+    shape: Shape, rank: int, joined: bool = False, quantize: bool = False, pitch: int | None = None, rms: bool = False
+):
+    """The norm and S of a block's input; `joined`: of the first block's, with learned rows and absent samples."""
     meta = shape.meta
     k, f = shape.width, torch.float32
     prefix, suffix, mask_token = (meta(*s, dtype=f) if joined else None for s in ((PROMPTS, k), (1, k), (k,)))
     present = meta(shape.batch, dtype=torch.bool) if joined else None
     lora_a = _adapter(shape, rank)[0]
-    norm = meta(k), meta(k)
+    norm = meta(k), None if rms else meta(k)
     tokens = meta(shape.batch, shape.tokens, k)
     assemble_forward_triton(
-        tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, shape.dtype, quantize, pitch
+        tokens, prefix, suffix, present, mask_token, *norm, lora_a, 1e-6, rms, shape.dtype, quantize, pitch
     )
 
 
@@ -172,13 +179,13 @@ def quantized_forward_bytes(shape: Shape, rank: int) -> int:
     return shape.rows * (3 * shape.width + 2 * GROUPS * rank + 12)
 
 
-def assemble_backward(shape: Shape, rank: int, adapter: bool = True, everything: bool = False):
+def assemble_backward(shape: Shape, rank: int, adapter: bool = True, everything: bool = False, rms: bool = False):
     """`everything`: learned rows and absent samples, and a norm that trains (BitFit)."""
     meta = shape.meta
     k, t, f = shape.width, _joined(shape) if everything else shape.tokens, torch.float32
     d_rows, d_h, rows = (meta(shape.batch, t, k) for _ in range(3))
     d_s = meta(shape.batch, t, GROUPS * rank) if adapter else None
-    stats = meta(shape.batch * t, dtype=f), meta(shape.batch * t, dtype=f)
+    stats = (None if rms else meta(shape.batch * t, dtype=f)), meta(shape.batch * t, dtype=f)
     present = meta(shape.batch, dtype=torch.bool) if everything else None
     first = PROMPTS if everything else 0
     needs = Leaves(True, *[everything] * 5, adapter)
@@ -227,6 +234,38 @@ def attention_backward(shape: Shape, rank: int):
     attention_backward_triton(torch.empty_like(q), q, k, v, lengths, torch.empty_like(q), lse, PROMPTS)
 
 
+def _angles_and_weight(shape: Shape):
+    """Of q and k: heads, cos, sin, QK-norm's weight, eps."""
+    angles = (shape.meta(shape.rows, HEADS // 2, dtype=torch.float32) for _ in range(2))
+    heads = 2 * shape.width // HEADS
+    return heads, *angles, shape.meta(heads, HEADS), 1e-6
+
+
+def rotary_forward(shape: Shape, rank: int):
+    rotary_forward_triton(shape.meta(shape.rows, GROUPS * shape.width), *_angles_and_weight(shape))
+
+
+def rotary_backward(shape: Shape, rank: int):
+    kept = shape.meta(shape.rows, 2 * shape.width)
+    rotary_backward_triton(shape.meta(shape.rows, GROUPS * shape.width), kept, *_angles_and_weight(shape))
+
+
+def _hidden(shape: Shape, columns: int) -> Tensor:
+    return shape.meta(shape.rows, 4 * shape.width * columns)
+
+
+def gated_forward(shape: Shape, rank: int):
+    gated_forward_triton(_hidden(shape, 2), "silu")
+
+
+def gated_backward(shape: Shape, rank: int):
+    gated_backward_triton(_hidden(shape, 1), _hidden(shape, 2), "gelu")
+
+
+def gated_bytes(shape: Shape, rank: int, columns: int) -> int:
+    return 2 * shape.rows * 4 * shape.width * columns
+
+
 def plain(function: str, phase: str, run: Callable, minimum_bytes: Callable | None = None) -> list[Case]:
     """For every target, in the one half precision or in the other."""
     return [
@@ -253,6 +292,8 @@ CASES = [
     *int8("linear_lowrank", "forward", "int8 x int8", partial(linear_lowrank_forward, int8=True, quantized=True)),
     *plain("linear_lowrank", "backward", linear_lowrank_backward),
     *int8("linear_lowrank", "backward", "int8", partial(linear_lowrank_backward, int8=True), TIGHTEST),
+    Case("linear_lowrank", "forward", "wide q", partial(linear_lowrank_forward, lead=4), **LARGER),
+    Case("linear_lowrank", "backward", "wide q", partial(linear_lowrank_backward, lead=4), **LARGER),
     Case("quantize_rows", "forward", "bf16", quantize_rows, PLAIN),
     *plain("assemble_norm_project", "forward", assemble_forward, assemble_forward_bytes),
     Case(
@@ -265,16 +306,22 @@ CASES = [
         *("assemble_norm_project", "forward", "int8", partial(assemble_forward, quantize=True), PLAIN),
         minimum_bytes=quantized_forward_bytes,
     ),
+    Case("assemble_norm_project", "forward", "RMSNorm", partial(assemble_forward, rms=True), PLAIN),
     *plain("assemble_norm_project", "backward", assemble_backward),
     Case(
         *("assemble_norm_project", "backward", "no adapter", partial(assemble_backward, adapter=False), PLAIN),
         minimum_bytes=assemble_backward_bytes,
     ),
     Case("assemble_norm_project", "backward", "all", partial(assemble_backward, everything=True), **LARGER),
+    Case("assemble_norm_project", "backward", "RMSNorm", partial(assemble_backward, adapter=False, rms=True), PLAIN),
     Case("substitute", "forward", "bf16", substitute_forward, PLAIN),
     Case("substitute", "backward", "bf16", substitute_backward, PLAIN),
     Case("attention", "forward", "few queries", attention_forward, **LARGER),
     Case("attention", "backward", "few queries", attention_backward, **LARGER),
+    Case("rotary", "forward", "QK-norm", rotary_forward, PLAIN),
+    Case("rotary", "backward", "QK-norm", rotary_backward, PLAIN),
+    Case("gated", "forward", "silu", gated_forward, PLAIN, minimum_bytes=partial(gated_bytes, columns=3)),
+    Case("gated", "backward", "gelu", gated_backward, PLAIN, minimum_bytes=partial(gated_bytes, columns=5)),
 ]
 
 
@@ -282,10 +329,14 @@ def _padded(a: dict) -> int:
     return -(-a["R"] // a["BR"]) * a["BR"] if a["R"] else 0
 
 
+def _columns(a: dict) -> int:
+    return (a["GROUPS"] + a["LEAD"] - 1) * a["WIDTH"]
+
+
 FLOPS = {
-    "linear_lowrank_forward": lambda a: 2 * a["M"] * a["GROUPS"] * a["WIDTH"] * (a["K"] + _padded(a)),
+    "linear_lowrank_forward": lambda a: 2 * a["M"] * _columns(a) * (a["K"] + _padded(a)),
     "lora_linear_project": lambda a: 2 * a["M"] * a["K"] * _padded(a),
-    "lora_linear_backward_low_rank": lambda a: 4 * a["M"] * a["GROUPS"] * a["WIDTH"] * _padded(a),
+    "lora_linear_backward_low_rank": lambda a: 4 * a["M"] * _columns(a) * _padded(a),
     "lora_linear_backward_input": lambda a: 2 * a["M"] * a["K"] * (a["N"] + _padded(a)),
     "reduce_rows": lambda a: 2 * a["M"] * a["C"] * _padded(a),
     "sum_parts": lambda a: a["split"] * a["n"],
@@ -297,6 +348,10 @@ FLOPS = {
     "substitute_backward": lambda a: 4 * a["M"] ** 2 * a["B"] * a["D"],
     "attention_small_query_forward": lambda a: 4 * VIT_B.batch * a["H"] * a["BQ"] * a["S"] * a["DH"],
     "attention_small_query_backward": lambda a: 10 * VIT_B.batch * a["H"] * a["BQ"] * a["S"] * a["DH"],
+    "rotary_forward": lambda a: 7 * a["N"] * a["HEADS"] * 2 * a["HALF"],
+    "rotary_backward": lambda a: 12 * a["N"] * a["HEADS"] * 2 * a["HALF"],
+    "gated_forward_kernel": lambda a: 6 * a["M"] * a["F"],
+    "gated_backward_kernel": lambda a: 12 * a["M"] * a["F"],
 }
 GEMMS = {"linear_lowrank_forward", "lora_linear_backward_input"}  # matrix units, wide pipelined loads, 2 blocks per SM
 MATRIX_UNITS = GEMMS | {"lora_linear_project", "lora_linear_backward_low_rank", "reduce_rows"}  # and wide loads

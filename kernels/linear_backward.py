@@ -3,8 +3,9 @@
     G = s dY B            dX = dY W + mask (G A)            dA = G^T (mask x)            dB = s dY^T S
 
 dY [M, N], W [N, K] (floating, or int8 with scales [N]), A [groups * r, K], B [N, r], x [M, K], S and G [M, groups * r];
-G is the gradient of S. One pass over dY makes G and dB together. The scales of an int8 W lie along the summed dimension
-of dX, so the tile of W is scaled. A GEMM starts from the low-rank product, which alone is masked.
+G is the gradient of S; blocks of B as in linear_lowrank.py. One pass over dY makes G and dB together. The scales of an
+int8 W lie along the summed dimension of dX, so the tile of W is scaled. A GEMM starts from the low-rank product, which
+alone is masked.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from .backend import cast, jit, tl
 from .dropout import kept, kept_tile, threshold
 from .quantize import dequantize_rows_aten
 from .reduce import launch_reduce_rows, launch_sum_parts, splits
-from .tiling import accumulator, dot_precision, gemm_tile, rank_tile, tile_index
+from .tiling import accumulator, dot_precision, gemm_tile, group_of, rank_tile, tile_index
 
-# Ranks up to here (bf16: twice this) take less time in one product with all groups, most of it in vain, than in a
-# batched one; measured on a CPU at 2,178 rows of width 768.
+# Ranks up to here (bf16: twice this) take less time in one product with all groups, most of it in vain, than in one for
+# each; measured on a CPU at 2,178 rows of width 768.
 MOST_SKINNY = 8
 LOW_RANK_TILE = {"BM": 64, "num_warps": 8, "num_stages": 3}
 
@@ -28,16 +29,17 @@ LOW_RANK_TILE = {"BM": 64, "num_warps": 8, "num_stages": 3}
 # -------------------------------------------------------------------------------------------------------------- Triton
 @jit(varying=("M", "SPLIT"))
 def lora_linear_backward_low_rank(
-    DY,  # [M, GROUPS * WIDTH]
+    DY,  # [M, N], N = (GROUPS + LEAD - 1) * WIDTH
     S,  # [M, GROUPS * R] or None: no dB then
-    B,  # [GROUPS * WIDTH, R]
-    G_PARTS,  # [column tiles of a group, M, GROUPS * R] fp32
-    DB_PARTS,  # [SPLIT, GROUPS * WIDTH, R] fp32, or None
+    B,  # [N, R]
+    G_PARTS,  # [column tiles of the widest group, M, GROUPS * R] fp32
+    DB_PARTS,  # [SPLIT, N, R] fp32, or None
     M,
     WIDTH,
     SPLIT,
     R: tl.constexpr,
     GROUPS: tl.constexpr,
+    LEAD: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -45,11 +47,15 @@ def lora_linear_backward_low_rank(
     BR: tl.constexpr,
 ):
     """Parts of dY B and of dY^T S from one reading of dY: a program owns BN columns, BR ranks and a range of rows."""
+    BLOCKS: tl.constexpr = GROUPS + LEAD - 1
     tiles = tl.cdiv(WIDTH, BN)
-    group, part, split = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    block, part, split = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    group = group_of(block, LEAD)
     column = part * BN + tl.arange(0, BN)
     nok = column < WIDTH
-    rn = group * WIDTH + column
+    rn = block * WIDTH + column
+    if LEAD > 1:
+        part += tl.where(group == 0, block * tiles, 0)
     rr = tl.program_id(2) * BR + tl.arange(0, BR)
     rok = rr < R
     rm = tl.arange(0, BM)
@@ -60,7 +66,7 @@ def lora_linear_backward_low_rank(
     for m in range(split * rows, min((split + 1) * rows, M), BM):
         row = (m + rm).to(tl.int64)
         mok = m + rm < M
-        dy_at = DY + row[:, None] * (GROUPS * WIDTH) + rn[None, :]
+        dy_at = DY + row[:, None] * (BLOCKS * WIDTH) + rn[None, :]
         dy = tl.load(dy_at, mask=mok[:, None] & nok[None, :], other=0.0)
         low = row[:, None] * (GROUPS * R) + group * R + rr[None, :]
         mask = mok[:, None] & rok[None, :]
@@ -70,7 +76,7 @@ def lora_linear_backward_low_rank(
             s = tl.load(S + low, mask=mask, other=0.0)
             db = tl.dot(tl.trans(dy), s, db, out_dtype=ACC, input_precision=PRECISION)
     if S is not None:
-        db_at = DB_PARTS + split.to(tl.int64) * (GROUPS * WIDTH * R) + rn[:, None] * R + rr[None, :]
+        db_at = DB_PARTS + split.to(tl.int64) * (BLOCKS * WIDTH * R) + rn[:, None] * R + rr[None, :]
         tl.store(db_at, db, mask=nok[:, None] & rok[None, :])
 
 
@@ -128,27 +134,30 @@ def lora_linear_backward_input(
     tl.store(DX + row * K + rk[None, :], acc.to(DX.dtype.element_ty), mask=mok[:, None] & kok[None, :])
 
 
-def launch_low_rank(dy, s, lora_b, scaling, groups):
+def launch_low_rank(dy, s, lora_b, scaling, groups, lead):
     """(G [M, groups * r], dB [N, r] or None): dy [M, N], s [M, groups * r] or None, lora_b [N, r]."""
     (m, n), r = dy.shape, lora_b.shape[1]
     block, split = rank_tile(r), splits(m, 2 * r)
     columns = 256 if block == 16 else 128
-    tiles = -(-n // groups // columns)
-    g_parts = dy.new_empty(tiles, m, groups * r, dtype=backend.wide(dy.dtype))
+    blocks = groups + lead - 1
+    tiles = -(-n // blocks // columns)
+    new = dy.new_empty if lead == 1 else dy.new_zeros  # the narrower groups have fewer parts
+    g_parts = new(lead * tiles, m, groups * r, dtype=backend.wide(dy.dtype))
     db_parts = None if s is None else g_parts.new_empty(split, n, r)
     backend.launch(
         lora_linear_backward_low_rank,
-        (groups * tiles, split, -(-r // block)),
+        (blocks * tiles, split, -(-r // block)),
         DY=dy,
         S=s,
         B=lora_b,
         G_PARTS=g_parts,
         DB_PARTS=db_parts,
         M=m,
-        WIDTH=n // groups,
+        WIDTH=n // blocks,
         SPLIT=split,
         R=r,
         GROUPS=groups,
+        LEAD=lead,
         ACC=accumulator(dy.dtype),
         PRECISION=dot_precision(dy.dtype),
         BN=columns,
@@ -188,14 +197,16 @@ def launch_input(dy, weight, weight_scale, g, lora_a, dropout, seed):
     return dx
 
 
-def linear_backward_triton(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
+def linear_backward_triton(
+    dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, lead, dropout, seed, wants_ds
+):
     """As `linear_backward_aten`."""
     rows = flat(dy).contiguous()
     x, weight, weight_scale, s = backend.contiguous(flat(x), weight, weight_scale, flat(s))
     lora_a, lora_b = backend.contiguous(lora_a, lora_b)
     dx = g = da = db = None
     if lora_b is not None:
-        g, db = launch_low_rank(rows, s, lora_b, scaling, groups)
+        g, db = launch_low_rank(rows, s, lora_b, scaling, groups, lead)
     if weight is not None and weight_scale is None and seed is None:
         # The library's GEMM and a second pass over dX for G A: on an H200 40 us where one GEMM of ours takes 56.
         dx = rows @ as_float(weight, None, dy.dtype)
@@ -213,12 +224,14 @@ def as_float(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) ->
     return cast(weight, dtype) if weight_scale is None else dequantize_rows_aten(weight, weight_scale, dtype)
 
 
-def linear_backward_aten(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
+def linear_backward_aten(
+    dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, lead, dropout, seed, wants_ds
+):
     """dX [..., K], dS = G [..., groups * r], dA, dB; None where its operand (weight, wants_ds, x, s) is not given."""
     rows, dx, g, da, db, mask = flat(dy), None, None, None, None, None
     if lora_b is not None:
         wants_g = wants_ds or lora_a is not None
-        g, db = low_rank_backward(rows, None if s is None else flat(s), lora_b, scaling, groups, wants_g)
+        g, db = low_rank_backward(rows, None if s is None else flat(s), lora_b, scaling, groups, lead, wants_g)
         g = g.mul_(scaling) if wants_g else None
     if lora_a is not None and seed is not None:
         mask = kept(rows.shape[0], lora_a.shape[1], dropout, seed)
@@ -237,28 +250,40 @@ def linear_backward_aten(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling
     return _like_rows(dy, dx), _like_rows(dy, g) if wants_ds else None, da, db
 
 
-def low_rank_backward(dy, s, lora_b, scaling, groups, wants_g=True):
+def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
     """G = dY B [M, groups * r] and dB = scaling dY^T S [N, r], block by block; None: not wanted, or no S given."""
-    b, g, db = cast(lora_b, dy.dtype), None, None
+    b, g, db, widths = cast(lora_b, dy.dtype), None, None, group_widths(dy.shape[1], groups, lead)
     if groups == 1:
         g = dy @ b if wants_g else None
         db = None if s is None else torch.addmm(b, dy.t(), s, beta=0, alpha=scaling)  # b is not read
     elif b.shape[1] <= (MOST_SKINNY if dy.dtype == torch.float32 else 2 * MOST_SKINNY):
-        (n, r), width = b.shape, b.shape[0] // groups
         if wants_g:
-            g = dy @ torch.block_diag(*b.view(groups, width, r).unbind())
+            g = dy @ torch.block_diag(*b.split(widths))
         if s is not None:
-            products = torch.mm(dy.t(), s).view(groups, width, groups, r)
-            db = products.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(n, r).mul_(scaling)
+            db = of_own_group(dy.t() @ s, groups, lead).mul_(scaling)
     else:
-        (rows, n), r = dy.shape, b.shape[1]
-        blocks, b = dy.view(rows, groups, n // groups).transpose(0, 1), b.view(groups, -1, r)
+        parts, b = dy.split(widths, 1), b.split(widths)
         if wants_g:
-            g = torch.bmm(blocks, b).transpose(0, 1).flatten(1)
+            g = torch.cat([part @ own for part, own in zip(parts, b, strict=True)], 1)
         if s is not None:
-            s = s.view(rows, groups, r).transpose(0, 1)
-            db = torch.baddbmm(b, blocks.transpose(1, 2), s, beta=0, alpha=scaling).flatten(0, 1)
+            each = zip(b, parts, s.chunk(groups, 1), strict=True)
+            db = torch.cat([torch.addmm(own, part.t(), low, beta=0, alpha=scaling) for own, part, low in each])
     return g, None if db is None else cast(db, lora_b.dtype)
+
+
+def group_widths(n: int, groups: int, lead: int) -> list[int]:
+    """Columns of each group: the first is `lead` times as wide as each other."""
+    width = n // (groups + lead - 1)
+    return [lead * width] + [width] * (groups - 1)
+
+
+def of_own_group(products: Tensor, groups: int, lead: int) -> Tensor:
+    """[N, groups * r] -> [N, r]: of each row the columns of its group."""
+    r, width = products.shape[1] // groups, len(products) // (groups + lead - 1)
+    more = (lead - 1) * width  # rows of the first group before its last block, from where on all groups are alike
+    last = products[more:].view(groups, width, groups, r)
+    own = last.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(groups * width, r)
+    return torch.cat([products[:more, :r], own]) if more else own
 
 
 def a_grad(g: Tensor, h: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
@@ -277,11 +302,11 @@ def _like_rows(dy: Tensor, t: Tensor | None) -> Tensor | None:
     return t if t is None or dy.dim() == 2 else t.view(*dy.shape[:-1], t.shape[1])
 
 
-def _fake(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropout, seed, wants_ds):
-    lead = dy.shape[:-1]
+def _fake(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, lead, dropout, seed, wants_ds):
+    rows = dy.shape[:-1]
     return (
-        None if weight is None else dy.new_empty(*lead, weight.shape[1]),
-        dy.new_empty(*lead, groups * lora_b.shape[1]) if wants_ds else None,
+        None if weight is None else dy.new_empty(*rows, weight.shape[1]),
+        dy.new_empty(*rows, groups * lora_b.shape[1]) if wants_ds else None,
         None if x is None else lora_a.new_empty(lora_a.shape),
         None if s is None else lora_b.new_empty(lora_b.shape),
     )
@@ -289,7 +314,7 @@ def _fake(dy, x, weight, weight_scale, s, lora_a, lora_b, scaling, groups, dropo
 
 linear_backward = backend.Op(
     "linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? weight_scale, Tensor? s, Tensor? lora_a, "
-    "Tensor? lora_b, float scaling, int groups, float dropout, Tensor? seed, bool wants_ds) "
+    "Tensor? lora_b, float scaling, int groups, int lead, float dropout, Tensor? seed, bool wants_ds) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     aten=linear_backward_aten,
     triton=linear_backward_triton,
@@ -325,8 +350,8 @@ def gradients(ctx, dy):
     if need_x or need_low or need_b:
         x_for_da = x if need_low and lora_a is not None else None
         operands = (dy, x_for_da, weight, weight_scale, s, lora_a, lora_b)
-        wants_ds = need_low and ctx.s_is_input
-        dx, ds, da, db = linear_backward(*operands, ctx.scaling, ctx.groups, ctx.dropout, seed, wants_ds)
+        options = ctx.scaling, ctx.groups, ctx.lead, ctx.dropout, seed, need_low and ctx.s_is_input
+        dx, ds, da, db = linear_backward(*operands, *options)
         dlow = ds if ctx.s_is_input else da
     if need_w:
         dweight = (flat(dy).t() @ flat(x)).to(ctx.weight_dtype)

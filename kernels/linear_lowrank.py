@@ -3,8 +3,9 @@
     y = h W^T + b + s S B^T
 
 h [M, K], W [N, K] (floating, or int8 with scales [N]), b [N], S [M, groups * r], B [N, r], s a number; M counts all
-leading dimensions of h. With `groups` projections side by side (q, k, v), block g of the N / groups outputs uses block
-g of S: B is block-diagonal and only its diagonal is stored. The backward is in linear_backward.py.
+leading dimensions of h. With `groups` projections side by side (q, k, v), those of group g use block g of S: B is
+block-diagonal and only its diagonal is stored. The first group may be `lead` times as wide as each other (q has more
+heads than k and v): N = (groups + lead - 1) * width. The backward is in linear_backward.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import backend
 from .backend import cast, jit, tl
-from .linear_backward import as_float, flat, gradients, save
+from .linear_backward import as_float, flat, gradients, group_widths, save
 from .quantize import (
     TINY,
     QuantizedRows,
@@ -25,7 +26,7 @@ from .quantize import (
     quantize_rows_aten,
     row_chunks,
 )
-from .tiling import accumulator, check_rows, dot_precision, gemm_tile, rank_tile, tile_index
+from .tiling import accumulator, check_rows, dot_precision, gemm_tile, group_of, rank_tile, tile_index
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -43,14 +44,13 @@ def frozen_linear_reference(h, weight, bias, weight_scale, quantize_input):
     return (y if bias is None else y + bias.to(wide)).to(h.dtype)
 
 
-def linear_lowrank_reference(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
+def linear_lowrank_reference(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input):
     """h [..., K], s [..., groups * r] -> [..., N]"""
     y = frozen_linear_reference(h, weight, bias, weight_scale, quantize_input)
     if lora_b is None:
         return y
-    s = s.unflatten(-1, (groups, lora_b.shape[1]))
-    b = lora_b.to(h.dtype).unflatten(0, (groups, -1))
-    return y + scaling * torch.einsum("...gr,gnr->...gn", s, b).flatten(-2)
+    blocks = lora_b.to(h.dtype).split(group_widths(len(lora_b), groups, lead))
+    return y + scaling * torch.cat([F.linear(*own) for own in zip(s.chunk(groups, -1), blocks, strict=True)], -1)
 
 
 # -------------------------------------------------------------------------------------------------------------- Triton
@@ -66,11 +66,12 @@ def linear_lowrank_forward(
     Y,  # [M, N]
     scaling,
     M,
-    WIDTH,  # N / GROUPS
+    WIDTH,  # N / (GROUPS + LEAD - 1)
     K,
     PITCH,
     R: tl.constexpr,
     GROUPS: tl.constexpr,
+    LEAD: tl.constexpr,
     ACC: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -80,21 +81,23 @@ def linear_lowrank_forward(
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """The low-rank product and the bias are the last steps of the GEMM. A tile of columns lies within one group.
+    """The low-rank product and the bias are the last steps of the GEMM. A tile of columns lies within a block of WIDTH.
 
     Rows and columns past the end read the first ones and are not stored: the loop then needs no mask but K's.
     """
+    BLOCKS: tl.constexpr = GROUPS + LEAD - 1
     tiles = tl.cdiv(WIDTH, BN)
-    pm, pn = tile_index(tl.program_id(0), tl.cdiv(M, BM), GROUPS * tiles)
-    group = pn // tiles
+    pm, pn = tile_index(tl.program_id(0), tl.cdiv(M, BM), BLOCKS * tiles)
+    block = pn // tiles
+    group = group_of(block, LEAD)
     rm = pm * BM + tl.arange(0, BM)
     column = (pn % tiles) * BN + tl.arange(0, BN)
-    rn = group * WIDTH + column
+    rn = block * WIDTH + column
     rk = tl.arange(0, BK)
     mok = rm < M
     nok = column < WIDTH
     hp = H + (rm % M)[:, None].to(tl.int64) * K + rk[None, :]
-    wp = W + (group * WIDTH + column % WIDTH)[None, :] * PITCH + rk[:, None]
+    wp = W + (block * WIDTH + column % WIDTH)[None, :] * PITCH + rk[:, None]
     acc = tl.zeros((BM, BN), ACC)
     for k in range(0, K, BK):
         if EVEN:  # without a mask these loads are copied asynchronously, 16 bytes each
@@ -121,14 +124,15 @@ def linear_lowrank_forward(
             y = tl.dot(s, (b * scaling).to(s.dtype), y, out_dtype=WIDE, input_precision=PRECISION)
     if BIAS is not None:
         y += tl.load(BIAS + rn, mask=nok, other=0.0).to(WIDE)[None, :]
-    y_at = Y + rm[:, None].to(tl.int64) * (GROUPS * WIDTH) + rn[None, :]
+    y_at = Y + rm[:, None].to(tl.int64) * (BLOCKS * WIDTH) + rn[None, :]
     tl.store(y_at, y.to(Y.dtype.element_ty), mask=mok[:, None] & nok[None, :])
 
 
-def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
+def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input, q, scale):
     """h [..., K], s [..., groups * r] or None -> [..., N]; q [..., K] and scale [M]: h, quantised already."""
     if lora_b is None and weight_scale is None:  # nothing to fuse: the library's GEMM
-        return linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale)
+        low = s, lora_b, scaling, weight_scale, groups, lead
+        return linear_lowrank_aten(h, weight, bias, *low, quantize_input, q, scale)
     rows, dtype = flat(h), h.dtype
     (m, k), n, r = rows.shape, weight.shape[0], 0 if lora_b is None else lora_b.shape[1]
     check_rows(m)
@@ -139,10 +143,10 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
     if weight.stride(1) != 1 or n * weight.stride(0) >= 2**31:  # a joined one has room between its rows
         weight = weight.contiguous()
     bias, s, lora_b = backend.contiguous(bias, flat(s), lora_b)
-    tile = gemm_tile(rows.dtype)
+    tile, blocks = gemm_tile(rows.dtype), groups + lead - 1
     backend.launch(
         linear_lowrank_forward,
-        (-(-m // tile["BM"]) * groups * -(-n // groups // tile["BN"]),),
+        (-(-m // tile["BM"]) * blocks * -(-n // blocks // tile["BN"]),),
         H=rows,
         HS=h_scale,
         W=weight,
@@ -153,11 +157,12 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
         Y=y,
         scaling=scaling,
         M=m,
-        WIDTH=n // groups,
+        WIDTH=n // blocks,
         K=k,
         PITCH=weight.stride(0),
         R=r,
         GROUPS=groups,
+        LEAD=lead,
         ACC=accumulator(rows.dtype),
         WIDE=accumulator(dtype),
         PRECISION=dot_precision(dtype),
@@ -201,7 +206,7 @@ def linear_aten(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(h, weight, bias)
 
 
-def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
+def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input, q, scale):
     """As `linear_lowrank_triton`; the low-rank products are added in place."""
     rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
     if quantize_input:
@@ -211,23 +216,24 @@ def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, group
         bias = None if bias is None else cast(bias, h.dtype)
         y = linear_aten(rows, as_float(weight, weight_scale, h.dtype), bias)
     if lora_b is not None:
-        add_lowrank(y, flat(s), cast(lora_b, y.dtype), scaling, groups)
+        add_lowrank(y, flat(s), cast(lora_b, y.dtype), scaling, groups, lead)
     return y if rows is h else y.view(*h.shape[:-1], y.shape[1])
 
 
-def add_lowrank(y, s, lora_b, scaling, groups):
+def add_lowrank(y, s, lora_b, scaling, groups, lead):
     """y [M, N] += scaling * s B^T, block by block: s [M, groups * r], B = lora_b [N, r]."""
     if groups == 1:
         y.addmm_(s, lora_b.t(), alpha=scaling)
         return
-    for part, own, b in zip(y.chunk(groups, 1), s.chunk(groups, 1), lora_b.t().chunk(groups, 1), strict=True):
+    widths = group_widths(y.shape[1], groups, lead)
+    for part, own, b in zip(y.split(widths, 1), s.chunk(groups, 1), lora_b.t().split(widths, 1), strict=True):
         part.addmm_(own, b, alpha=scaling)
 
 
 # -------------------------------------------------------------------------------------------------------- registration
 linear_lowrank_op = backend.Op(
     "linear_lowrank(Tensor h, Tensor weight, Tensor? bias, Tensor? s, Tensor? lora_b, float scaling, "
-    "Tensor? weight_scale, int groups, bool quantize_input, Tensor? q, Tensor? scale) -> Tensor",
+    "Tensor? weight_scale, int groups, int lead, bool quantize_input, Tensor? q, Tensor? scale) -> Tensor",
     aten=linear_lowrank_aten,
     triton=linear_lowrank_triton,
     fake=lambda h, weight, *_: h.new_empty(*h.shape[:-1], weight.shape[0]),
@@ -236,19 +242,19 @@ linear_lowrank_op = backend.Op(
 
 class _LinearLowrank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale):
-        ctx.scaling, ctx.groups, ctx.dropout = scaling, groups, 0.0
+    def forward(ctx, h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, *rows):
+        ctx.scaling, ctx.groups, ctx.lead, ctx.dropout = scaling, groups, lead, 0.0
         save(ctx, h, weight, bias, weight_scale, s, None, lora_b, None)
-        return linear_lowrank_op(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input, q, scale)
+        return linear_lowrank_op(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, *rows)
 
     @staticmethod
     @backend.outside_autocast
     def backward(ctx, dy):
-        return *gradients(ctx, dy), None, None, None, None, None, None
+        return *gradients(ctx, dy), *[None] * 7
 
 
 # ------------------------------------------------------------------------------------------------------------- public
-def check(x, weight, bias, lora_a, lora_b, weight_scale, groups, quantize_input):
+def check(x, weight, bias, lora_a, lora_b, weight_scale, groups, lead, quantize_input):
     """Refuse what `linear_lowrank` and `lora_linear` cannot compute."""
     for name, operand in (
         ("the input", x),
@@ -279,8 +285,11 @@ def check(x, weight, bias, lora_a, lora_b, weight_scale, groups, quantize_input)
             raise ValueError(f"{name} must be [{n}] like the weight's rows, not {tuple(vector.shape)}")
     if lora_b is not None and (lora_b.dim() != 2 or lora_b.shape[0] != n):
         raise ValueError(f"lora_b must be [{n}, r] like the weight's rows, not {tuple(lora_b.shape)}")
-    if groups < 1 or n % groups:
-        raise ValueError(f"groups must divide the weight's {n} rows, and {groups} does not")
+    if groups < 1 or lead < 1 or n % (groups + lead - 1):
+        raise ValueError(
+            f"groups must divide the weight's {n} rows, the first counting `lead` times, and {groups} "
+            f"{'does' if lead == 1 else f'with a lead of {lead} do'} not"
+        )
 
 
 def is_plain(x, weight, bias) -> bool:
@@ -297,6 +306,7 @@ def linear_lowrank(
     scaling: float,
     weight_scale: Tensor | None = None,
     groups: int = 1,
+    lead: int = 1,
     quantize_input: bool = False,
 ) -> Tensor:
     """`lora_linear` with S given: `h W^T + b + scaling S B^T`, [..., N] in the dtype of h or of autocast.
@@ -307,10 +317,11 @@ def linear_lowrank(
         weight: [N, K], floating, or int8 with `weight_scale` (w = int8 * scale).
         bias: [N] or None.
         s: [..., groups * r], h A^T without the scaling; None together with `lora_b`: the frozen product alone.
-        lora_b: [N, r]; block g of its rows uses block g of the columns of `s`.
+        lora_b: [N, r]; group g of its rows uses block g of the columns of `s`.
         scaling: multiplies the low-rank product.
         weight_scale: [N] fp32.
         groups: projections side by side in N, 3 for q, k, v.
+        lead: how many times as wide as each other the first of them is.
         quantize_input: multiply int8 rows of h by the int8 weight (W8A8); the backward dequantises the weight.
 
     Gradients reach h, bias, s, lora_b and a floating weight.
@@ -324,7 +335,7 @@ def linear_lowrank(
     q = scale = None
     if isinstance(h, QuantizedRows):
         (h, q, scale), quantize_input = h, True
-    check(h, weight, bias, None, lora_b, weight_scale, groups, quantize_input)
+    check(h, weight, bias, None, lora_b, weight_scale, groups, lead, quantize_input)
     if (s is None) != (lora_b is None):
         raise ValueError("s and lora_b go together: give both or neither")
     if s is not None and s.shape != (*h.shape[:-1], groups * lora_b.shape[1]):
@@ -333,7 +344,7 @@ def linear_lowrank(
         )
     h = backend.in_autocast_dtype(h)
     s = None if s is None else s.to(h.dtype)
-    operands = (h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
+    operands = (h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input)
     if backend.resolve(h, weight, bias, s, lora_b, weight_scale) == "reference":
         return linear_lowrank_reference(*operands)
     if lora_b is None and is_plain(h, weight, bias):

@@ -3,9 +3,9 @@
     S = dropout(x) A^T        y = x W^T + b + s S B^T
 
 x [M, K], W [N, K] (floating, or int8 with scales [N]), b [N], A [groups * r, K], B [N, r], s a number; M counts all
-leading dimensions of x. With `groups` projections side by side, block g of the N / groups outputs uses block g of the
-rows of A. S carries the dtype of x and is kept for backward; x is kept only for dA. The second product is
-linear_lowrank.py, the backward linear_backward.py.
+leading dimensions of x. With `groups` projections side by side, the first `lead` times as wide as each other, group g
+of the outputs uses block g of the rows of A. S carries the dtype of x and is kept for backward; x is kept only for dA.
+The second product is linear_lowrank.py, the backward linear_backward.py.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PROJECT_TILE = {"BM": 64, "BK": 128, "num_warps": 4, "num_stages": 3}
 
 # ----------------------------------------------------------------------------------------------------------- reference
 def lora_linear_reference(
-    x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input
+    x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, lead, dropout, seed, quantize_input
 ):
     """x [..., K] -> [..., N]"""
     if lora_a is None:
         return frozen_linear_reference(x, weight, bias, weight_scale, quantize_input)
     dropped = x if seed is None else drop(x, dropout, seed) / (1 - dropout)
     s = F.linear(dropped, lora_a.to(x.dtype))
-    return linear_lowrank_reference(x, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
+    return linear_lowrank_reference(x, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input)
 
 
 # -------------------------------------------------------------------------------------------------------------- Triton
@@ -115,10 +115,10 @@ def project_aten(x, lora_a, dropout, seed):
 
 # -------------------------------------------------------------------------------------------------------- registration
 def _with(project, linear_lowrank):
-    def forward(x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input):
+    def forward(x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, lead, dropout, seed, quantize_input):
         """y [..., N] and S [..., groups * r], None without an adapter."""
         s = None if lora_a is None else project(flat(x), lora_a, dropout, seed).view(*x.shape[:-1], lora_a.shape[0])
-        operands = (x, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
+        operands = (x, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input)
         return linear_lowrank(*operands, None, None), s
 
     return forward
@@ -131,7 +131,7 @@ def _fake(x, weight, bias, lora_a, *_):
 
 _lora_linear = backend.Op(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling, "
-    "Tensor? weight_scale, int groups, float dropout, Tensor? seed, bool quantize_input) -> (Tensor, Tensor)",
+    "Tensor? weight_scale, int groups, int lead, float dropout, Tensor? seed, bool quantize_input) -> (Tensor, Tensor)",
     aten=_with(project_aten, linear_lowrank_aten),
     triton=_with(project_triton, linear_lowrank_triton),
     fake=_fake,
@@ -140,17 +140,17 @@ _lora_linear = backend.Op(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input):
-        operands = (x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input)
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, lead, dropout, seed, int8):
+        operands = (x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, lead, dropout, seed, int8)
         y, s = _lora_linear(*operands)
-        ctx.scaling, ctx.groups, ctx.dropout = scaling, groups, dropout
+        ctx.scaling, ctx.groups, ctx.lead, ctx.dropout = scaling, groups, lead, dropout
         save(ctx, x, weight, bias, weight_scale, s, lora_a, lora_b, seed)
         return y
 
     @staticmethod
     @backend.outside_autocast
     def backward(ctx, dy):
-        return *gradients(ctx, dy), None, None, None, None, None, None
+        return *gradients(ctx, dy), *[None] * 7
 
 
 # -------------------------------------------------------------------------------------------------------------- public
@@ -163,6 +163,7 @@ def lora_linear(
     scaling: float,
     weight_scale: Tensor | None = None,
     groups: int = 1,
+    lead: int = 1,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
     quantize_input: bool = False,
@@ -174,10 +175,11 @@ def lora_linear(
         weight: [N, K], floating, or int8 with `weight_scale` (w = int8 * scale).
         bias: [N] or None.
         lora_a: [groups * r, K]; None together with `lora_b` leaves the frozen linear alone.
-        lora_b: [N, r]; block g of its rows uses block g of the rows of `lora_a`.
+        lora_b: [N, r]; group g of its rows uses block g of the rows of `lora_a`.
         scaling: multiplies the low-rank product.
         weight_scale: [N] fp32.
         groups: projections side by side in N, 3 for q, k, v.
+        lead: how many times as wide as each other the first of them is.
         dropout: probability that an element of x is dropped on its way to `lora_a`.
         seed: what the dropout mask is drawn from; None: a fresh seed from torch's generator. The mask is not stored.
         quantize_input: multiply int8 rows of x by the int8 weight (W8A8); the backward dequantises the weight.
@@ -187,7 +189,7 @@ def lora_linear(
     >>> lora_linear(torch.ones(1, 2), torch.eye(2), None, torch.ones(1, 2), torch.ones(2, 1), scaling=0.5)
     tensor([[2., 2.]])
     """
-    check(x, weight, bias, lora_a, lora_b, weight_scale, groups, quantize_input)
+    check(x, weight, bias, lora_a, lora_b, weight_scale, groups, lead, quantize_input)
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b go together: give both or neither")
     if lora_a is not None and lora_a.shape != (groups * lora_b.shape[1], x.shape[-1]):
@@ -207,7 +209,7 @@ def lora_linear(
     else:
         seed = seed.to(torch.int64)  # of fewer bits, its halves would be no halves
     x = backend.in_autocast_dtype(x)
-    operands = (x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input)
+    operands = (x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, lead, dropout, seed, quantize_input)
     if backend.resolve(x, weight, bias, lora_a, lora_b, weight_scale, seed) == "reference":
         return lora_linear_reference(*operands)
     if lora_a is None and is_plain(x, weight, bias):

@@ -2,7 +2,8 @@
 
     u = fc1(norm(x))          z = norm'(x + scale * fc2(act(u)))          x [M, D], u [M, F]
 
-norm (before), norm' (after) and scale (LayerScale's, [D]) may each be missing. u is kept, act(u) is computed again.
+norm (before), norm' (after) and scale (LayerScale's, [D]) may each be missing. u is kept, act(u) is computed again. Of
+a gated MLP u is [gate, up], [M, 2 F], and act(u) = act(gate) * up, as in gated.py.
 """
 
 from __future__ import annotations
@@ -11,35 +12,28 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import ACTIVATIONS
+from .gated import gated_backward, gated_forward
 from .operands import Half, add_update, add_update_backward, bias_grad, kept_as
 
 KEPT = 9  # tensors that the forward keeps
 
-gelu_backward = torch.ops.aten.gelu_backward.default
-silu_backward = torch.ops.aten.silu_backward.default
-threshold_backward = torch.ops.aten.threshold_backward.default
 
-# name: (act(u), the gradient of u from that of act(u))
-ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
-    "gelu": (F.gelu, gelu_backward),
-    "gelu_tanh": (
-        lambda u: F.gelu(u, approximate="tanh"),
-        lambda d, u: gelu_backward(d, u, approximate="tanh"),
-    ),
-    "quick_gelu": (lambda u: F.silu(1.702 * u) / 1.702, lambda d, u: silu_backward(d, 1.702 * u)),
-    "relu": (F.relu, lambda d, u: threshold_backward(d, u, 0)),
-    "silu": (F.silu, silu_backward),
-}
+def _gated(name: str) -> tuple[Callable, Callable]:
+    return lambda u: gated_forward(u, name), lambda d, u: gated_backward(d, u, name)
+
+
+# name: (act(u), the gradient of u from that of act(u)); "gated_silu" and the like for a gated MLP
+BETWEEN = ACTIVATIONS | {f"gated_{name}": _gated(name) for name in ACTIVATIONS}
 
 
 def forward(x: Tensor, half: Half, activation: str, dtype: torch.dtype, steps: ModuleType):
     """z [M, D], and what backward needs."""
     norm, fc1, fc2, scale, after = half
     u, s, mean, rstd = steps.enter_project(x, norm, fc1, dtype)
-    update, s2 = steps.project(ACTIVATIONS[activation][0](u), fc2)
+    update, s2 = steps.project(BETWEEN[activation][0](u), fc2)
     z, *left = add_update(x, update, scale, after)
     kept = kept_as(x, dtype) if norm[0] is not None or fc1[2] is not None else None
     return z, (kept, mean, rstd, s, u, s2, *left)
@@ -50,7 +44,7 @@ def backward(dz: Tensor, kept, half: Half, activation: str, needs, steps: Module
     norm, fc1, fc2, scale, after = half
     x, mean, rstd, s, u, s2, *left = kept
     need_x, need_gamma, need_beta, need_bias, need_a, need_b, need_bias2, need_a2, need_b2 = needs
-    act, act_backward = ACTIVATIONS[activation]
+    act, act_backward = BETWEEN[activation]
     dx, d_update, d_norm = add_update_backward(dz, *left, scale, after, u.dtype, need_gamma, need_beta)
     hidden, s2 = act(u) if need_a2 else None, s2 if need_b2 else None
     d_hidden, _, d_a2, d_b2 = steps.project_backward(d_update, hidden, s2, fc2)

@@ -3,9 +3,9 @@
     S = dropout(x) A^T        y = x W^T + b + s S B^T        w = level of its 4 bits * absmax of its 64 neighbours
 
 x [M, K], W [N, K], b [N], A [groups * r, K], B [N, r], s a number; M counts all leading dimensions of x. With `groups`
-projections side by side, block g of the N / groups outputs uses block g of S. W is unpacked for the forward and again
-for dX, so that nothing of its size is kept. Levels and packing are bitsandbytes' NormalFloat. S is plain PyTorch and
-differentiated by it: beside the unpacking it costs little.
+projections side by side, the first `lead` times as wide as each other, group g of the outputs uses block g of S. W is
+unpacked for the forward and again for dX, so that nothing of its size is kept. Levels and packing are bitsandbytes'
+NormalFloat. S is plain PyTorch and differentiated by it: beside the unpacking it costs little.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import backend
 from .dropout import drop
+from .linear_backward import group_widths
 from .linear_lowrank import linear_lowrank
 
 NF4_BLOCK = 64  # weights that share an absmax
@@ -65,12 +66,13 @@ class _Nf4Lowrank(torch.autograd.Function):
     """`linear_lowrank` over a packed weight, which is kept as it is."""
 
     @staticmethod
-    def forward(ctx, x, packed, absmax, shape, bias, s, lora_b, scaling, groups):
-        ctx.shape, ctx.scaling, ctx.groups = shape, scaling, groups
+    def forward(ctx, x, packed, absmax, shape, bias, s, lora_b, scaling, groups, lead):
+        ctx.shape, ctx.scaling, ctx.widths = shape, scaling, group_widths(shape[0], groups, lead)
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_s, needs_b = ctx.needs_input_grad[5:7]
         ctx.save_for_backward(packed, absmax, s if needs_b else None, lora_b if needs_s else None)
-        return linear_lowrank(x, unpack_nf4(packed, absmax, shape, x.dtype), bias, s, lora_b, scaling, groups=groups)
+        weight = unpack_nf4(packed, absmax, shape, x.dtype)
+        return linear_lowrank(x, weight, bias, s, lora_b, scaling, groups=groups, lead=lead)
 
     @staticmethod
     @backend.outside_autocast
@@ -78,19 +80,19 @@ class _Nf4Lowrank(torch.autograd.Function):
         """dX = dY W, dS = s dY B, dB = s dY^T S, the last two block by block."""
         packed, absmax, s, lora_b = ctx.saved_tensors
         needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-        blocks, ds, db = dy.chunk(ctx.groups, dim=-1), None, None
+        blocks, ds, db = dy.split(ctx.widths, dim=-1), None, None
         if lora_b is not None:
-            factors = lora_b.to(dy.dtype).chunk(ctx.groups)
+            factors = lora_b.to(dy.dtype).split(ctx.widths)
             ds = torch.cat([g @ b for g, b in zip(blocks, factors, strict=True)], dim=-1).mul_(ctx.scaling)
         if s is not None:
-            parts = s.chunk(ctx.groups, dim=-1)
+            parts = s.chunk(len(blocks), dim=-1)
             each = [torch.einsum("...n,...r->nr", g, part) for g, part in zip(blocks, parts, strict=True)]
             db = torch.cat(each).mul_(ctx.scaling)
         return (
             dy @ unpack_nf4(packed, absmax, ctx.shape, dy.dtype) if needs_x else None,
             *[None] * 3,
             dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
-            *(ds, db, None, None),
+            *(ds, db, None, None, None),
         )
 
 
@@ -105,6 +107,7 @@ def nf4_linear(
     lora_b: Tensor | None = None,
     scaling: float = 1.0,
     groups: int = 1,
+    lead: int = 1,
     dropout: float = 0.0,
 ) -> Tensor:
     """`x W^T + b + scaling S B^T` over a 4-bit weight, `[..., N]` in the dtype of x or of autocast.
@@ -120,6 +123,7 @@ def nf4_linear(
         lora_b: `[N, r]`; None: the frozen product alone.
         scaling: multiplies the low-rank product.
         groups: projections side by side in N, 3 for q, k, v.
+        lead: how many times as wide as each other the first of them is.
         dropout: probability that an element of x is dropped on its way to `lora_a`; the seed is torch's generator's.
 
     Gradients reach x, bias, s, lora_a and lora_b.
@@ -143,8 +147,9 @@ def nf4_linear(
     if lora_b is not None:
         s = F.linear(_dropped(x, dropout), lora_a.to(x.dtype)) if s is None else s.to(x.dtype)
     if backend.resolve(x, packed, absmax, bias, s, lora_b) == "reference":
-        return linear_lowrank(x, unpack_nf4(packed, absmax, shape, x.dtype), bias, s, lora_b, scaling, groups=groups)
-    return _Nf4Lowrank.apply(x, packed, absmax, shape, bias, s, lora_b, scaling, groups)
+        weight = unpack_nf4(packed, absmax, shape, x.dtype)
+        return linear_lowrank(x, weight, bias, s, lora_b, scaling, groups=groups, lead=lead)
+    return _Nf4Lowrank.apply(x, packed, absmax, shape, bias, s, lora_b, scaling, groups, lead)
 
 
 def _dropped(x: Tensor, p: float) -> Tensor:

@@ -1,21 +1,45 @@
-"""LayerNorm by ATen with fp32 statistics and fp32 sums (fp64 for fp64), whatever rows and parameters come in.
+"""LayerNorm and RMSNorm by ATen with fp32 statistics and sums (fp64 for fp64), whatever rows and parameters come in.
 
-h = (x - mean) / sqrt(var + eps) * weight + bias            x [..., D], mean and 1 / sqrt(var + eps) [...]
+h = (x - mean) / sqrt(var + eps) * weight + bias            x [..., D], mean and rstd = 1 / sqrt(var + eps) [...]
+h = x / sqrt(mean(x^2) + eps) * weight                      RMSNorm: no mean, rstd = 1 / sqrt(mean(x^2) + eps)
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
+from .backend import cast
 
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 CHUNK_ROWS = 256  # rows taken in fp32 at a time: a second-level cache holds them
+CHUNK = 1 << 17  # elements of RMSNorm that a thread takes at a time, for the same reason
 
 
-def norm_aten(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, mean, 1 / standard deviation)"""
+def norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """h in fp32 at least, by plain PyTorch."""
+    x, weight, bias = (None if t is None else t.to(backend.wide(x.dtype)) for t in (x, weight, bias))
+    if rms:
+        refuse_bias(bias)
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def refuse_bias(bias: Tensor | None) -> None:
+    if bias is not None:
+        raise ValueError(f"RMSNorm has no bias, but one of {list(bias.shape)} was given: leave it out")
+
+
+def norm_aten(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(h, mean, rstd); with `rms` no mean."""
+    if rms:
+        refuse_bias(bias)
+        h, rstd = _rms_norm(x, weight, eps)
+        return h, None, rstd
     if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
         return torch.native_layer_norm(x, weight.shape, weight, bias, eps)
     dtype, own = _dtypes(x, weight, bias)
@@ -36,10 +60,12 @@ def _dtypes(x: Tensor, *parameters: Tensor | None) -> tuple[torch.dtype, torch.d
 
 
 def norm_backward_aten(dh, x, mean, rstd, weight, bias, mask):
-    """Gradients of x, weight and bias, those that `mask` asks for.
+    """Gradients of x, weight and bias, those that `mask` asks for; without a mean, RMSNorm's.
 
     ATen adds up the parameters' gradients in the dtype of the rows; where one is asked for, it gets the rows in fp32.
     """
+    if mean is None:
+        return *_rms_backward(dh, x, rstd, weight, mask[:2]), None
     if dh.dtype == x.dtype == weight.dtype and x.dtype.itemsize >= 4:
         return _backward(dh, x, mean, rstd, weight, mask)
     dtype, own = _dtypes(x, weight, bias)
@@ -70,3 +96,49 @@ def _backward_in_chunks(dh, x, mean, rstd, weight, mask):
             if total is not None:
                 total.add_(term)
     return None if dx is None else dx.view(x.shape), *sums
+
+
+# ------------------------------------------------------------------------------------------------------------- RMSNorm
+def _rms_norm(x, weight, eps):
+    """(h, rstd). ATen has one pass for it on a GPU; on a CPU it has several over all of memory."""
+    if x.is_cuda:
+        dtype, own = _dtypes(x, weight)
+        return torch.ops.aten._fused_rms_norm(x.to(dtype), weight.shape, weight.to(own), eps)
+    rows, weight = x.reshape(-1, x.shape[-1]), cast(weight, backend.wide(x.dtype))
+    h, rstd = rows.new_empty(rows.shape), rows.new_empty(len(rows), 1, dtype=weight.dtype)
+    for s in _chunks(rows):
+        part = cast(rows[s], weight.dtype)
+        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
+        rstd[s] = norm.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+        h[s] = (part * norm).mul_(weight)
+    return h.view(x.shape), rstd.view(*x.shape[:-1], 1)
+
+
+def _rms_backward(dh, x, rstd, weight, mask):
+    """Gradients of x and weight: dx = rstd (g - x rstd^2 mean(g x)) with g = dh * weight."""
+    wide = backend.wide(x.dtype)
+    if x.is_cuda:
+        dtype, own = (wide, wide) if mask[1] else _dtypes(x, weight)
+        operands = dh.to(dtype), x.to(dtype), weight.shape, rstd.view(*x.shape[:-1], 1), weight.to(own), mask
+        return torch.ops.aten._fused_rms_norm_backward(*operands)
+    rows, dh = (t.reshape(-1, t.shape[-1]) for t in (x, dh))
+    rstd, weight = rstd.view(-1, 1), cast(weight, wide)
+    dx = rows.new_empty(rows.shape) if mask[0] else None
+    d_weight = torch.zeros_like(weight) if mask[1] else None
+    for s in _chunks(rows):
+        part, g, r = cast(rows[s], wide), cast(dh[s], wide), rstd[s]
+        if mask[1]:
+            d_weight.add_((part * g).mul_(r).sum(0))
+        if mask[0]:
+            g = g * weight
+            along = torch.linalg.vecdot(g, part)[:, None] * r.square() / -rows.shape[1]
+            dx[s] = g.addcmul_(part, along).mul_(r)
+    return None if dx is None else dx.view(x.shape), d_weight
+
+
+def _chunks(rows: Tensor) -> list[slice]:
+    """Rows [M, D] in pieces that stay in cache from one op to the next; a compiler makes one pass by itself."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    size = max(1, CHUNK * torch.get_num_threads() // rows.shape[1])
+    return [slice(start, start + size) for start in range(0, len(rows), size)]

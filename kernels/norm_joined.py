@@ -1,6 +1,6 @@
-"""LayerNorm and linear layer with LoRA in one product of the library, for weights that have room beside them.
+"""A norm and the linear layer with LoRA after it in one product of the library, for weights that have room beside them.
 
-    y = [h, S] [W, scaling B]^T + b                 h = LayerNorm(x) or x [M, K], S = h A^T [M, groups * r]
+    y = [h, S] [W, scaling B]^T + b                 h = norm(x) or x [M, K], S = h A^T [M, groups * r]
     [dH, G] = dY [W, scaling B]                     dH += G A, dA = G^T h, dB = scaling dY^T S; B block-diagonal
 
 The pass that normalises writes S behind h, in rows of `pitch` elements, and B is written beside W before each use: as
@@ -17,6 +17,7 @@ from .assemble_aten import Leaves
 from .assemble_backward import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
 from .backend import cast
+from .linear_backward import of_own_group
 from .linear_lowrank import linear_aten
 from .operands import Linear, Norm
 
@@ -33,18 +34,22 @@ def joined_weight(weight: Tensor, ranks: int) -> Tensor:
 
 def write_factor(linear: Linear) -> Tensor:
     """`joined` with scaling * B in its last columns, block by block; the rest of them stays zero."""
-    joined, b, groups = linear.joined, linear.lora_b, linear.groups
-    (n, r), pitch, place = b.shape, linear.joined.stride(0), joined.storage_offset() + linear.weight.shape[1]
-    width = n // groups
+    joined, b, groups, lead = linear.joined, linear.lora_b, linear.groups, linear.lead
+    (n, r), (pitch, _), k = b.shape, joined.stride(), linear.weight.shape[1]
+    width = n // (groups + lead - 1)
+    more = (lead - 1) * width  # rows before the last block of the first group, as in `of_own_group`
+    place = joined.storage_offset() + more * pitch + k
     blocks = joined.as_strided((groups, width, r), (width * pitch + r, pitch, 1), place)
-    torch.mul(b.view(groups, width, r), linear.scaling, out=blocks)
+    torch.mul(b[more:].view(groups, width, r), linear.scaling, out=blocks)
+    if more:
+        torch.mul(b[:more], linear.scaling, out=joined[:more, k : k + r])
     return joined
 
 
 def joined_forward(x: Tensor, norm: Norm, linear: Linear):
-    """y [M, N], S, mean and 1 / standard deviation, as `norm_linear.forward_triton`."""
+    """y [M, N], S, mean (None: RMSNorm) and rstd, as `norm_linear.forward_triton`."""
     joined = write_factor(linear)
-    operands = x[None], *(None,) * 4, norm[0], norm[1], linear.lora_a, norm[2], joined.dtype, False
+    operands = x[None], *(None,) * 4, norm[0], norm[1], linear.lora_a, *norm[2:], joined.dtype, False
     _, h, s, mean, rstd, _, _ = assemble_forward_triton(*operands, pitch=joined.shape[1])
     bias = None if linear.bias is None else cast(linear.bias, joined.dtype)
     return linear_aten(h[0], joined, bias), s[0], *(None if t is None else t[:, None] for t in (mean, rstd))
@@ -52,9 +57,7 @@ def joined_forward(x: Tensor, norm: Norm, linear: Linear):
 
 def factor_grad(dy: Tensor, s: Tensor, linear: Linear) -> Tensor:
     """dB = scaling dY^T S [N, r]: of the product with all groups, each its own."""
-    (n, r), groups = linear.lora_b.shape, linear.groups
-    products = torch.mm(dy.t(), s).view(groups, n // groups, groups, r)
-    own = products.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(n, r)
+    own = of_own_group(dy.t() @ s, linear.groups, linear.lead)
     return cast(own, linear.lora_b.dtype).mul_(linear.scaling)
 
 

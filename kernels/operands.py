@@ -1,4 +1,4 @@
-"""What a linear with LoRA, a LayerNorm and half a transformer block consist of, for ops that take several of them."""
+"""What a linear with LoRA, a norm and half a transformer block consist of, for ops that take several of them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Linear(NamedTuple):
     weight_scale: Tensor | None = None  # [N] fp32, with int8
     scaling: float = 1.0
     groups: int = 1
+    lead: int = 1  # the first group is that many times as wide as each other
     quantize_input: bool = False
     joined: Tensor | None = None  # [N, K + P]: `weight` is a view of it, with room for scaling * B; P >= groups * r
 
 
 class Norm(NamedTuple):
-    """A LayerNorm; without a weight there is none.
+    """A LayerNorm or, with `rms`, an RMSNorm, which has no bias; without a weight there is none.
 
     >>> Norm().weight is None, Norm(torch.ones(2), None, 1e-6).eps
     (True, 1e-06)
@@ -39,6 +40,7 @@ class Norm(NamedTuple):
     weight: Tensor | None = None  # [D]
     bias: Tensor | None = None  # [D]
     eps: float = 1e-5
+    rms: bool = False
 
 
 class Half(NamedTuple):
@@ -68,7 +70,7 @@ class Half(NamedTuple):
 
 
 def add_update(x: Tensor, update: Tensor, scale: Tensor | None, norm: Norm):
-    """norm(x + scale * update); where it is normalised also the sum, its mean and 1 / standard deviation."""
+    """norm(x + scale * update); where it is normalised also the sum, its mean (None: RMSNorm) and rstd."""
     total = x + update if scale is None else torch.addcmul(x, update, scale)
     if norm[0] is None:
         return total, None, None, None

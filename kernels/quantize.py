@@ -44,9 +44,9 @@ def dequantize_rows_reference(q: Tensor, scale: Tensor, dtype: torch.dtype) -> T
     return (q * scale.to(backend.wide(dtype))[:, None]).to(dtype)
 
 
-def row_chunks(t: Tensor) -> list[slice]:
+def row_chunks(t: Tensor, elements: int = CHUNK) -> list[slice]:
     """Slices of the rows of t [M, N] to go through in turn; on a GPU one of all rows."""
-    step = max(1, CHUNK // max(1, t.shape[1])) if t.device.type == "cpu" else max(1, t.shape[0])
+    step = max(1, elements // max(1, t.shape[1])) if t.device.type == "cpu" else max(1, t.shape[0])
     return [slice(i, i + step) for i in range(0, t.shape[0], step)]
 
 

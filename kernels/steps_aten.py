@@ -19,7 +19,7 @@ from .operands import Linear, Norm
 
 
 def enter_project(x: Tensor, norm: Norm, linear: Linear, dtype: torch.dtype):
-    """(y, S) as `project` gives them, computed in `dtype`; mean and 1 / standard deviation, None without a norm."""
+    """(y, S) as `project` gives them, computed in `dtype`; mean (None: RMSNorm) and rstd, None without a norm."""
     if norm[0] is None:
         return *project(cast(x, dtype), linear), None, None
     h, mean, rstd = norm_aten(x, *norm)
@@ -28,25 +28,25 @@ def enter_project(x: Tensor, norm: Norm, linear: Linear, dtype: torch.dtype):
 
 def project(h: Tensor, linear: Linear):
     """y, and S [M, groups * r], None without an adapter."""
-    weight, bias, a, b, weight_scale, scaling, groups, int8, _ = linear
+    weight, bias, a, b, weight_scale, scaling, groups, lead, int8, _ = linear
     if weight.dtype == h.dtype and (bias is None or bias.dtype == h.dtype):
         y = linear_aten(h, weight, bias)
     else:
-        y = linear_lowrank_aten(h, weight, bias, None, None, 1.0, weight_scale, 1, int8, None, None)
+        y = linear_lowrank_aten(h, weight, bias, None, None, 1.0, weight_scale, 1, 1, int8, None, None)
     if a is None:
         return y, None
     s = F.linear(h, cast(a, h.dtype))
-    add_lowrank(y, s, cast(b, h.dtype), scaling, groups)
+    add_lowrank(y, s, cast(b, h.dtype), scaling, groups, lead)
     return y, s
 
 
 def project_backward(dy: Tensor, h: Tensor | None, s: Tensor | None, linear: Linear, apart: bool = False):
     """dH, dS, dA and dB. h and s: None where dA and dB are not asked for; `apart`: dS is not part of dH yet."""
-    weight, _, a, b, weight_scale, scaling, groups, *_ = linear
+    weight, _, a, b, weight_scale, scaling, groups, lead, *_ = linear
     dh = dy @ (weight if weight.dtype == dy.dtype else as_float(weight, weight_scale, dy.dtype))
     if b is None:
         return dh, None, None, None
-    g, d_b = low_rank_backward(dy, s, b, scaling, groups)
+    g, d_b = low_rank_backward(dy, s, b, scaling, groups, lead)
     if apart:
         return dh, g.mul_(scaling), None, d_b
     dh.addmm_(g, cast(a, g.dtype), alpha=scaling)

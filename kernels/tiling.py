@@ -17,6 +17,12 @@ def tile_index(pid, NM, NN):
     return first + (pid % (8 * NN)) % rows, (pid % (8 * NN)) // rows
 
 
+@jit
+def group_of(block, LEAD: tl.constexpr):
+    """The group of a block of columns: LEAD blocks are the first group, each further one a group of its own."""
+    return block if LEAD == 1 else tl.maximum(block - (LEAD - 1), 0)
+
+
 def gemm_tile(dtype: torch.dtype) -> dict[str, int]:
     """Tile and pipeline of a GEMM over operands of `dtype`: 128 bytes of each row per step, at most 96 KB of them."""
     return {"BM": 128, "BN": 128, "BK": 128 // dtype.itemsize, "num_warps": 8, "num_stages": 3}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import attention_half, backend, mlp_half, steps_aten, steps_triton
-from .attention_half import KEPT, Attention
+from .attention_half import KEPT, Attention, Turn
 from .operands import Half
 
 TRAINED = 8  # entries of `Half.trained`
@@ -27,8 +27,9 @@ class _TransformerBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, operands, dtype, steps, x, *leaves):
-        attention, mlp, see, activation, _ = ctx.operands = operands
-        z, kept, ctx.graph = attention_half.forward(x.reshape(-1, x.shape[2]), attention, see, dtype, steps, True)
+        attention, mlp, see, activation, turn, _ = ctx.operands = operands
+        rows = x.reshape(-1, x.shape[2])
+        z, kept, ctx.graph = attention_half.forward(rows, attention, see, turn, dtype, steps, True)
         y, kept_by_mlp = mlp_half.forward(z, mlp, activation, dtype, steps)
         ctx.steps = steps
         ctx.save_for_backward(*kept, *kept_by_mlp, *leaves)
@@ -37,28 +38,31 @@ class _TransformerBlock(torch.autograd.Function):
     @staticmethod
     @backend.outside_autocast
     def backward(ctx, dy):
-        kept, steps, (attention, mlp, see, activation, needs) = ctx.saved_tensors, ctx.steps, ctx.operands
+        kept, steps, (attention, mlp, see, activation, turn, needs) = ctx.saved_tensors, ctx.steps, ctx.operands
         of_attention, of_mlp = (ctx.needs_input_grad[3], *needs[:TRAINED]), needs[TRAINED:]
         below, dx = True in of_attention, None
         kept, kept_by_mlp = kept[:KEPT], kept[KEPT : KEPT + mlp_half.KEPT]
         rows = dy.reshape(-1, dy.shape[2])
         dz, *grads = mlp_half.backward(rows, kept_by_mlp, mlp, activation, (below, *of_mlp), steps)
         if below:
-            dx, *others = attention_half.backward(dz, kept, ctx.graph, attention, see, of_attention, steps)
+            dx, *others = attention_half.backward(dz, kept, ctx.graph, attention, see, turn, of_attention, steps)
             grads = [*others, *grads]
         leaves = [g for g, need in zip(grads, needs[-len(grads) :], strict=True) if need]
         return *[None] * 3, None if dx is None else dx.view(dy.shape), *leaves
 
 
-def transformer_block(x: Tensor, attention: Half, mlp: Half, see: Attention, activation: str) -> Tensor:
+def transformer_block(
+    x: Tensor, attention: Half, mlp: Half, see: Attention, activation: str, turn: Turn | None = None
+) -> Tensor:
     """Self-attention and MLP, each with its norm, projections and residual connection.
 
     Args:
         x: [B, T, D].
-        attention: `first` is q, k, v side by side, D -> 3 D; `second` is D -> D.
-        mlp: `first` is D -> F; `second` is F -> D.
+        attention: `first` is q, k, v side by side, D -> (heads + 2 kv_heads) Dh; `second` is heads Dh -> D.
+        mlp: `first` is D -> F, of a gated MLP D -> 2 F, gate and up side by side; `second` is F -> D.
         see: heads, how the B * T rows are divided among samples, and which keys they see.
-        activation: a name in `mlp_half.ACTIVATIONS`.
+        activation: a name in `activations.ACTIVATIONS`; of a gated MLP with "gated_" before it.
+        turn: the positions and norms of queries and keys; None: they meet as they are.
 
     Returns:
         [B, T, D] in the dtype of x.
@@ -81,6 +85,6 @@ def transformer_block(x: Tensor, attention: Half, mlp: Half, see: Attention, act
         needs = [t is not None and t.requires_grad for t in trained]
         if x.requires_grad or True in needs:
             leaves = [t for t, need in zip(trained, needs, strict=True) if need]
-            return _TransformerBlock.apply((attention, mlp, see, activation, needs), dtype, steps, x, *leaves)
-    z, *_ = attention_half.forward(x.reshape(-1, x.shape[2]), attention, see, dtype, steps, False)
+            return _TransformerBlock.apply((attention, mlp, see, activation, turn, needs), dtype, steps, x, *leaves)
+    z, *_ = attention_half.forward(x.reshape(-1, x.shape[2]), attention, see, turn, dtype, steps, False)
     return mlp_half.forward(z, mlp, activation, dtype, steps)[0].view(x.shape)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from assemble_cases import LEARNED, SHAPES, clone, operands, outputs_and_gradients, weight_of
+from assemble_cases import LEARNED, SHAPES, clone, is_leaf, operands, outputs_and_gradients, weight_of
 from int8_rows import assert_same_rows
 from running import CPU, moved, on, running
 from tolerance import assert_as_exact_as
@@ -48,7 +48,7 @@ def test_float64_equals_plain_pytorch(name, implementation, device):
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["everything", "packed", "no learned rows", "no norm", "wide rank"])
+@pytest.mark.parametrize("name", ["everything", "packed", "no learned rows", "no norm", "wide rank", "RMSNorm"])
 def test_low_precision_is_as_exact_as_plain_low_precision(name, dtype, implementation, device):
     given = operands(name, dtype, absent=7.0)
     low, exact = plain(given, dtype, device), plain(given, torch.float64)
@@ -94,10 +94,9 @@ def test_packed_tokens_give_the_same_as_unpacked(implementation, device):
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
 def test_non_contiguous_input_gives_the_same(implementation, device):
     given = operands("everything", torch.float32, absent=9.0)
-    strided = {
-        n: t if t is None else t.detach().mT.contiguous().mT if t.ndim > 1 else t.detach() for n, t in given.items()
-    }
-    strided = {n: t if t is None or n == "present" else t.requires_grad_() for n, t in strided.items()}
+    leaves = {n: t.detach() for n, t in given.items() if is_leaf(t)}
+    strided = {n: t.mT.contiguous().mT if t.ndim > 1 else t for n, t in leaves.items()}
+    strided = given | {n: t.requires_grad_() for n, t in strided.items()}
     assert not strided["tokens"].is_contiguous()
     with running(implementation, device, SANITIZERS):
         got = outputs_and_gradients(strided, on(device, assemble_norm_project))
@@ -156,19 +155,21 @@ def test_equal_results_are_one_tensor(implementation, device):
     assert rows.data_ptr() == tokens.data_ptr()
 
 
-def test_backward_keeps_no_normalised_rows(device):
-    """Bytes kept: the assembled rows, eight per row of statistics, and the parameters."""
-    given = moved(operands("everything", torch.bfloat16, absent=0.0), device)
+@pytest.mark.parametrize("name, statistics", [("everything", 8), ("RMSNorm", 4)])
+def test_backward_keeps_no_normalised_rows(name, statistics, device):
+    """Bytes kept: the assembled rows, their statistics, and the parameters."""
+    given = moved(operands(name, torch.bfloat16, absent=0.0), device)
     set_backend("torch")
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         _, s, rows = assemble_norm_project(**given)
-    parameters = sum(t.nbytes for n, t in given.items() if n in ("norm_weight", "norm_bias", "lora_a", "present"))
-    assert sum(t.nbytes for t in kept.values()) == rows.nbytes + 8 * s.shape[0] * s.shape[1] + parameters
+    parameters = [given[n] for n in ("norm_weight", "norm_bias", "lora_a", "present")]
+    parameters = sum(t.nbytes for t in parameters if t is not None)
+    assert sum(t.nbytes for t in kept.values()) == rows.nbytes + parameters + statistics * s.shape[0] * s.shape[1]
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-@pytest.mark.parametrize("name, sizes", [("everything", (1, 6)), ("no norm", (1, 2, 3))])
+@pytest.mark.parametrize("name, sizes", [("everything", (1, 6)), ("no norm", (1, 2, 3)), ("RMSNorm", (1,))])
 def test_frozen_inputs_get_no_gradient(name, sizes, implementation, device):
     """Subsets of what may train, by their sizes."""
     full = operands(name, torch.float64, absent=0.0)
@@ -190,7 +191,7 @@ def arguments(name, dtype, out_dtype=None, quantize=False):
     """Of the op, from the public function's."""
     t = operands(name, dtype, absent=0.0)
     order = ("tokens", "prefix", "suffix", "present", "mask_token", "norm_weight", "norm_bias", "lora_a")
-    return *(None if t[n] is None else t[n].detach() for n in order), 1e-5, out_dtype or dtype, quantize
+    return *(None if t[n] is None else t[n].detach() for n in order), 1e-5, t["rms"], out_dtype or dtype, quantize
 
 
 @pytest.mark.slow
@@ -212,14 +213,16 @@ def test_opcheck_of_mixed_dtypes_and_of_backward(device):
     tail = *(t.detach() for t in given[5:8]), given[3], 4, 2, 7, 1e-5, torch.float32
     low = torch.randn(4, 10, 6)
     opcheck(backward, (g, g.clone(), low, g.clone(), stats, stats + 1, *tail, [True] * 7))
+    rms = g, g.clone(), low, g.clone(), None, stats + 1, given[5].detach(), None, *tail[2:]
+    opcheck(backward, (*rms, [True] * 5 + [False, True]))
     opcheck(backward, (g, *[None] * 9, 4, 0, 10, 1e-5, torch.float32, [True] + [False] * 6))
 
 
-@pytest.mark.parametrize("name", ["everything", "packed", "no norm", "no rank"])
+@pytest.mark.parametrize("name", ["everything", "packed", "no norm", "no rank", "RMSNorm"])
 def test_gradcheck(name, device):
     set_backend("torch")
     given = operands(name, torch.float64, absent=0.0)
-    leaves = {n: t for n, t in given.items() if t is not None and t.requires_grad}
+    leaves = {n: t for n, t in given.items() if is_leaf(t)}
 
     def outputs(*values):
         results = on(device, assemble_norm_project)(**given | dict(zip(leaves, values, strict=True)))
@@ -229,7 +232,7 @@ def test_gradcheck(name, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["everything", "no learned rows"])
+@pytest.mark.parametrize("name", ["everything", "no learned rows", "RMSNorm"])
 def test_compile_and_export_see_one_op(name, device):
     set_backend("torch")
     given = clone(moved(operands(name, torch.float32, absent=0.0), device))
@@ -275,6 +278,7 @@ def test_autocast_leaves_the_residual_alone(dtype, implementation, device):
         ({"present": torch.ones(3)}, TypeError, "bool"),
         ({"present": torch.tensor([True, True, True])}, ValueError, "2 samples, which is neither all 3"),
         ({"norm_bias": torch.ones(8)}, ValueError, "without norm_weight"),
+        ({"norm_weight": torch.ones(8), "norm_bias": torch.ones(8), "rms": True}, ValueError, "RMSNorm has no bias"),
         ({"lora_a": torch.ones(0, 8)}, ValueError, "lora_a must have"),
     ],
 )

@@ -9,11 +9,11 @@ from running import CPU, on, running
 from tolerance import assert_as_exact_as
 
 from u2a_fast.kernels import Ends, Group, attention, attention_rows
-from u2a_fast.kernels.attention_varlen import by_varlen, ends_of
+from u2a_fast.kernels.attention_varlen import ends_of
 from u2a_fast.memory import saved_bytes
 
 module = importlib.import_module("u2a_fast.kernels.attention_rows")  # the package's name is the function
-HEADS, WIDTH, RANK = 2, 48, 3  # varlen functions of GPUs take multiples of 8
+HEADS, WIDTH, RANK = 4, 24, 3  # varlen functions of GPUs take multiples of 8
 
 # groups, and options; with "apart" q has rows of its own
 CASES = {
@@ -25,15 +25,31 @@ CASES = {
     "few queries, apart": ([Group(2, 1, 5), Group(1, 1, 8)], {}),
     "few queries, lengths, apart": ([Group(3, 2, 9)], {"lengths": (7, 0, 3), "suffix": 2}),
     "nobody": ([Group(0, 9, 9)], {}),
+    "shared keys": ([Group(2, 3, 3), Group(1, 8, 8), Group(3, 1, 1)], {"kv_heads": 2}),
+    "shared keys, causal": ([Group(2, 7, 7)], {"kv_heads": 1, "causal": True}),
+    "shared keys, lengths, suffix": ([Group(3, 9, 9)], {"kv_heads": 2, "lengths": (7, 0, 3), "suffix": 2}),
+    "shared keys, lengths, causal": ([Group(3, 9, 9)], {"kv_heads": 2, "lengths": (9, 1, 4), "causal": True}),
+    "shared keys, few queries, apart": ([Group(2, 1, 5), Group(1, 3, 8)], {"kv_heads": 1}),
+    "shared keys, nobody": ([Group(0, 9, 9)], {"kv_heads": 2}),
+    "few queries, causal, apart": ([Group(2, 1, 5), Group(1, 3, 8)], {"causal": True, "kv_heads": 2}),
+    "few queries, causal, lengths, apart": ([Group(3, 3, 9)], {"causal": True, "lengths": (7, 0, 3), "suffix": 2}),
+    "window": ([Group(2, 3, 3), Group(2, 12, 12), Group(3, 1, 1)], {"window": 2}),
+    "window, causal": ([Group(2, 3, 3), Group(2, 12, 12)], {"window": 2, "causal": True, "kv_heads": 2}),
+    "window, apart": ([Group(2, 9, 9)], {"window": 0}),
+    "window, suffix": ([Group(2, 3, 3), Group(2, 11, 11)], {"window": 3, "suffix": 2, "kv_heads": 1}),
+    "window, lengths, causal": ([Group(3, 9, 9)], {"window": 1, "lengths": (7, 0, 3), "suffix": 2, "causal": True}),
+    "window, positions": ([Group(2, 3, 3), Group(2, 11, 11)], {"window": 3, "suffix": 1, "kv_heads": 2}),
+    "window, positions, lengths": ([Group(3, 9, 9)], {"window": 3, "lengths": (9, 0, 4)}),
+    "window, nobody": ([Group(0, 9, 9)], {"window": 2}),
 }
 
 
 def operands(case, dtype):
     """q, kv or None, A, and a weight for either result; non-zero mean."""
-    g, (groups, _) = torch.Generator().manual_seed(0), CASES[case]
+    g, (groups, given) = torch.Generator().manual_seed(0), CASES[case]
     queries, keys = (sum(group.samples * rows(group) for group in groups) for rows in (lambda g: g[1], lambda g: g[2]))
-    width = HEADS * WIDTH
-    shapes = [(queries, width if "apart" in case else 3 * width), (keys, 2 * width), (RANK, width)]
+    width, of_kv = HEADS * WIDTH, 2 * given.get("kv_heads", HEADS) * WIDTH
+    shapes = [(queries, width if "apart" in case else width + of_kv), (keys, of_kv), (RANK, width)]
     q, kv, a, d_out, d_s = (
         (torch.randn(s, generator=g, dtype=torch.float64) + 0.3).to(dtype)
         for s in (*shapes, (queries, width), (queries, RANK))
@@ -46,6 +62,9 @@ def options(case):
     given = dict(CASES[case][1])
     if "lengths" in given:
         given["lengths"] = torch.tensor(given["lengths"])
+    if "positions" in case:  # with holes
+        rows = sum(group.samples * group.keys for group in CASES[case][0])
+        given["positions"] = torch.randint(1, 4, (rows,), generator=torch.Generator().manual_seed(2)).cumsum(0)
     return given
 
 
@@ -67,16 +86,22 @@ def results(f, q, kv, a, d_out, d_s, case):
     return [(out * mask).detach(), (s * mask).detach(), *grads]
 
 
-def sample_by_sample(q, kv, heads, groups, a, lengths=None, **options):
+def apart(q, kv, kv_heads):
+    """q, k and v by themselves."""
+    return (q, *kv.chunk(2, 1)) if kv is not None else q.split((HEADS * WIDTH, kv_heads * WIDTH, kv_heads * WIDTH), 1)
+
+
+def sample_by_sample(q, kv, heads, groups, a, lengths=None, kv_heads=None, positions=None, **options):
     """`attention` on every sample of every group alone."""
-    q, k, v = q.chunk(3, 1) if kv is None else (q, *kv.chunk(2, 1))
+    q, k, v = apart(q, kv, kv_heads or heads)
     each, q_at, k_at, number = [q[:0]], 0, 0, 0
     for samples, queries, keys in groups:
         for _ in range(samples):
             rows = (q[q_at : q_at + queries], k[k_at : k_at + keys], v[k_at : k_at + keys])
-            views = (t.unflatten(1, (heads, -1)).transpose(0, 1)[None] for t in rows)
-            own = None if lengths is None else lengths[number : number + 1]
-            each.append(attention(*views, own, **options)[0].transpose(0, 1).flatten(1))
+            views = (t.unflatten(1, (-1, WIDTH)).transpose(0, 1)[None] for t in rows)
+            own = {} if lengths is None else {"lengths": lengths[number : number + 1]}
+            own |= {} if positions is None else {"positions": positions[None, k_at : k_at + keys]}
+            each.append(attention(*views, **own, **options)[0].transpose(0, 1).flatten(1))
             q_at, k_at, number = q_at + queries, k_at + keys, number + 1
     out = torch.cat(each) + 0 * (k.sum() + v.sum())
     return out, out @ a.t()
@@ -115,11 +140,21 @@ def test_gradcheck(case, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["one group", "lengths, suffix", "several lengths", "few queries, apart"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "one group",
+        "lengths, suffix",
+        "several lengths",
+        "few queries, apart",
+        "shared keys, lengths, causal",
+        "window, positions",
+    ],
+)
 def test_opcheck(case, dtype):
     """Of ops for a CPU: on a GPU attention_rows calls others."""
     q, kv, a, d_out, d_s = (None if t is None else t.detach() for t in operands(case, dtype))
-    given = {"lengths": None, "suffix": 0, "causal": False} | options(case)
+    given = dict(lengths=None, suffix=0, causal=False, kv_heads=HEADS, window=None, positions=None) | options(case)
     flat = [size for group in CASES[case][0] for size in group]
     torch.library.opcheck(module.attention_rows_forward.registered, (q, kv, a, HEADS, flat, *given.values()))
     out, _, lse = module.attention_rows_forward(q, kv, a, HEADS, flat, *given.values())
@@ -157,49 +192,95 @@ def test_groups_that_do_not_fit_are_refused(groups, lengths, message):
         attention_rows(q, None, HEADS, groups, lengths=lengths)
 
 
-@pytest.mark.parametrize("also", [{"lengths": torch.tensor([4, 5])}, {"causal": True}])
+@pytest.mark.parametrize(
+    "groups, also, message",
+    [
+        ([Group(3, 10, 9)], {"causal": True}, "no more than keys"),
+        ([Group(3, 1, 9)], {"window": 2}, "q of the same rows as k and v"),
+        ([Group(3, 9, 9)], {"window": -2}, "0 or more, not -2"),
+        ([Group(3, 9, 9)], {"window": 2, "positions": torch.arange(9)}, r"int64 \[27\], not torch.int64 \[9\]"),
+    ],
+)
+def test_what_causality_and_windows_cannot_mean_is_refused(groups, also, message):
+    samples, queries, keys = groups[0]
+    q, kv = torch.ones(samples * queries, HEADS * WIDTH), torch.ones(samples * keys, 2 * HEADS * WIDTH)
+    with pytest.raises(ValueError, match=message):
+        attention_rows(q, kv, HEADS, groups, **also)
+
+
+@pytest.mark.parametrize(
+    "kv_heads, message",
+    [(3, "kv_heads must divide the 4 heads of q, not be 3"), (0, "not be 0"), (1, r"q must be \[N, 6 \* Dh\]")],
+)
+def test_heads_that_do_not_fit_are_refused(kv_heads, message):
+    q = torch.ones(3, 3 * HEADS * 5)
+    with pytest.raises(ValueError, match=message):
+        attention_rows(q[:, :-1] if kv_heads == 1 else q, None, HEADS, [Group(1, 3, 3)], kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("also", [{"lengths": torch.tensor([4, 5])}, {"causal": True}, {"window": 5}])
 def test_ends_leave_nothing_else_to_say_of_samples(also):
     q, *_ = operands("one group", torch.float32)
     ends = torch.tensor([0, len(q)], dtype=torch.int32)
-    with pytest.raises(ValueError, match="leave lengths and causal out"):
-        attention_rows(q, None, HEADS, Ends(ends, ends, len(q), len(q)), **also)
+    ends = Ends(ends, ends, len(q), len(q))
+    with pytest.raises(ValueError, match="leave lengths, causal and window out"):
+        attention_rows(q, None, HEADS, ends, **also)
+    see = {"lengths": None, "suffix": 0, "causal": False, "kv_heads": None, "window": None, "positions": None} | also
+    with pytest.raises(ValueError, match="leave lengths, causal and window out"):
+        module.attend(q.detach(), HEADS, ends, *see.values(), differentiable=False)
+    wide, _ = attention_rows(q, None, HEADS, ends, window=len(q) - 1)  # hides nothing
+    assert torch.equal(wide, attention_rows(q, None, HEADS, ends)[0])
 
 
-@pytest.mark.parametrize("case", ["several lengths", "few queries, apart"])
+BY_ENDS = ["several lengths", "few queries, apart", "shared keys", "shared keys, few queries, apart"]
+
+
+@pytest.mark.parametrize("case", BY_ENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_ends_on_the_device_say_what_groups_say(case, dtype, device):
     q, kv, *_ = operands(case, dtype)
-    groups = CASES[case][0]
+    groups, given = CASES[case]
 
     def by_ends(q, kv):
-        return attention_rows(q, kv, HEADS, ends_of(tuple(groups), q.device))[0]
+        return attention_rows(q, kv, HEADS, ends_of(tuple(groups), q.device), **given)[0]
 
-    expected, _ = on(device, attention_rows)(q, kv, HEADS, groups)
+    expected, _ = on(device, attention_rows)(q, kv, HEADS, groups, **given)
     limit = 1e-9 if dtype == torch.float64 else 2e-2
     torch.testing.assert_close(on(device, by_ends)(q, kv), expected, rtol=limit, atol=limit)
 
 
-@pytest.mark.parametrize("case", ["several lengths", "few queries, apart"])
-def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case, device):
-    """A stand-in for the libraries' functions, which need a GPU: attention of each sample by itself."""
+# cases of several groups, and whether a varlen function can say what they see
+BY_VARLEN = dict.fromkeys([*BY_ENDS, "several lengths, causal", "few queries, causal, apart"], True)
+BY_VARLEN |= {"window": True, "window, causal": True, "window, suffix": False, "window, positions": False}
 
-    def varlen(q, k, v, q_ends, k_ends, most_q, most_k):
+
+@pytest.mark.parametrize("case", BY_VARLEN)
+def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case, monkeypatch):
+    """A stand-in for the libraries' functions, which need a GPU: attention of each sample by itself."""
+    calls = []
+
+    def varlen(q, k, v, q_ends, k_ends, most_q, most_k, window_size=(-1, -1), enable_gqa=False):
         assert q_ends.dtype == k_ends.dtype == torch.int32 and q_ends.is_contiguous() and k_ends.is_contiguous()
         assert most_q == q_ends.diff().max() and most_k == k_ends.diff().max()
+        assert enable_gqa == (k.shape[1] < q.shape[1])
+        left, right = window_size
+        assert right in (-1, 0, left)
+        see = {"causal": right == 0 and left != 0, "window": None if left == -1 else left}
         out = torch.zeros_like(q)
         for (start, end), (first, last) in zip(*map(itertools.pairwise, (q_ends, k_ends)), strict=True):
             one = (q[start:end], k[first:last], v[first:last])
-            out[start:end] = attention(*(t.transpose(0, 1)[None] for t in one))[0].transpose(0, 1)
+            out[start:end] = attention(*(t.transpose(0, 1)[None] for t in one), **see)[0].transpose(0, 1)
+        calls.append(window_size)
         return out
 
     q, kv, *_ = operands(case, torch.float64)
-    expected, _ = attention_rows(q, kv, HEADS, CASES[case][0])
-
-    def computed(q, kv):
-        parts = q.unflatten(1, (3, -1)).unbind(1) if kv is None else (q, *kv.unflatten(1, (2, -1)).unbind(1))
-        return by_varlen(varlen, *parts, HEADS, ends_of(tuple(CASES[case][0]), q.device))
-
-    torch.testing.assert_close(on(device, computed)(q, kv), expected)
+    groups, given = CASES[case][0], options(case)
+    expected, _ = attention_rows(q, kv, HEADS, groups, **given)
+    monkeypatch.setattr(module, "fits_varlen", lambda *_: True)
+    monkeypatch.setattr(module, "varlen_function", lambda: varlen)
+    with running("reference", CPU):
+        torch.testing.assert_close(attention_rows(q, kv, HEADS, groups, **given)[0], expected)
+    assert len(calls) == BY_VARLEN[case]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,6 +19,7 @@ from u2a_fast.kernels.linear_lowrank import linear_lowrank_triton
 
 COLUMNS = {"kernel", "target", "regs", "spills", "shared_bytes", "mma", "vec16_loads", "occupancy", "bytes", "flops"}
 FUNCTIONS = {"lora_linear", "linear_lowrank", "quantize_rows", "assemble_norm_project", "substitute", "attention"}
+FUNCTIONS |= {"rotary", "gated"}
 HERE_AND_THERE = {"lora_linear_backward_input", "attention_small_query_forward", "attention_small_query_backward"}
 
 
@@ -95,7 +96,7 @@ def compiled(m, k, n, target="sm_90"):
     meta = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
     (launch,) = compile_report.record(
         lambda: linear_lowrank_triton(
-            meta(m, k), meta(n, k), None, meta(m, 16), meta(n, 16), 1.0, None, 1, False, None, None
+            meta(m, k), meta(n, k), None, meta(m, 16), meta(n, 16), 1.0, None, 1, 1, False, None, None
         )
     )
     return compile_report.compile_launch(launch, target)

@@ -33,11 +33,13 @@ class Operands:
 
     def linear(self, k):
         """q, k and v with LoRA."""
-        weight, scale = torch.randn(3 * WIDTH, k, dtype=self.dtype), None
-        if self.weights != "float":
+        lead = 2 if self.weights == "float, wide q" else 1
+        weight, scale = torch.randn((2 + lead) * WIDTH, k, dtype=self.dtype), None
+        if "int8" in self.weights:
             weight, scale = kernels.quantize_rows(weight)
-        low = self.leaf(3 * RANK, k), self.leaf(3 * WIDTH, RANK)
-        return Linear(weight, self.leaf(3 * WIDTH), *low, scale, 0.7, 3, self.weights == "int8 x int8")
+        rows = len(weight)
+        low = self.leaf(3 * RANK, k), self.leaf(rows, RANK)
+        return Linear(weight, self.leaf(rows), *low, scale, 0.7, 3, lead, self.weights == "int8 x int8")
 
 
 def transformer_block(given):
@@ -51,22 +53,30 @@ def transformer_block(given):
 
 
 def norm_linear(given):
-    weight, bias, a, b, weight_scale, scaling, groups, quantize, _ = given.linear(WIDTH)
-    low = a, b, scaling, weight_scale, groups, quantize
-    return kernels.norm_linear(given.leaf(BATCH, TOKENS, WIDTH), *given.norm(), weight, bias, *low)
+    weight, bias, a, b, weight_scale, scaling, groups, lead, quantize, _ = given.linear(WIDTH)
+    low = a, b, scaling, weight_scale, groups, lead, quantize
+    return kernels.norm_linear(given.leaf(BATCH, TOKENS, WIDTH), *given.norm()[:3], weight, bias, *low)
+
+
+def rms_norm_linear(given):
+    norm, (weight, bias, a, b, _, scaling, groups, *_) = given.norm(), given.linear(WIDTH)
+    low = a, b, scaling, None, groups
+    return kernels.norm_linear(
+        given.leaf(BATCH, TOKENS, WIDTH), norm.weight, None, norm.eps, weight, bias, *low, rms=True
+    )
 
 
 def lora_linear(given):
     """With dropout, whose mask is made in the tiles, and whole steps of the K loop."""
-    weight, bias, a, b, weight_scale, scaling, groups, quantize, _ = given.linear(EVEN)
-    dropout = dict(dropout=0.1, seed=1, quantize_input=quantize)
-    return kernels.lora_linear(given.leaf(TOKENS, EVEN), weight, bias, a, b, scaling, weight_scale, groups, **dropout)
+    weight, bias, a, b, weight_scale, scaling, groups, lead, quantize, _ = given.linear(EVEN)
+    options = dict(groups=groups, lead=lead, dropout=0.1, seed=1, quantize_input=quantize)
+    return kernels.lora_linear(given.leaf(TOKENS, EVEN), weight, bias, a, b, scaling, weight_scale, **options)
 
 
 def assemble(given):
     """Learned rows on either side, and a sample that is absent."""
     learned = {"prefix": given.leaf(2, WIDTH), "suffix": given.leaf(3, WIDTH), "mask_token": given.leaf(WIDTH)}
-    norm = dict(zip(("norm_weight", "norm_bias", "eps"), given.norm(), strict=True))
+    norm = dict(zip(("norm_weight", "norm_bias", "eps", "rms"), given.norm(), strict=True))
     present, tokens = torch.tensor([True, False, True]), given.leaf(BATCH, TOKENS, WIDTH)
     low = {"lora_a": given.leaf(3 * RANK, WIDTH), "quantize": given.weights == "int8 x int8"}
     h, s, rows = kernels.assemble_norm_project(tokens=tokens, present=present, **learned, **norm, **low)
@@ -84,10 +94,22 @@ def substitute(given):
     return kernels.substitute(given.leaf(3, BATCH, WIDTH), given.leaf(3, 3, BATCH, WIDTH), present)
 
 
-EVERYTHING = transformer_block, norm_linear, lora_linear, assemble, attention, substitute
+def rotary(given):
+    """With QK-norm, q and k of an odd number of heads each."""
+    angles = (torch.randn(TOKENS, WIDTH // HEADS // 2) for _ in range(2))
+    rows = given.leaf(TOKENS, 3 * WIDTH) * 1
+    return kernels.rotary(rows, 2 * HEADS, *angles, torch.ones(2 * HEADS, WIDTH // HEADS, dtype=given.dtype))
+
+
+def gated(given):
+    return kernels.gated(given.leaf(TOKENS, 2 * WIDTH), "gelu"), kernels.gated(given.leaf(TOKENS, 2 * EVEN), "silu")
+
+
+EVERYTHING = transformer_block, norm_linear, lora_linear, assemble, attention, substitute, rotary, gated
 TYPES = {  # activations and what trains; autocast; frozen weights; the functions whose binaries differ from bf16's
-    "bf16": (torch.bfloat16, None, "float", EVERYTHING),
+    "bf16": (torch.bfloat16, None, "float", (*EVERYTHING, rms_norm_linear)),
     "fp16": (torch.float16, None, "float", (lora_linear,)),
+    "bf16, wide q": (torch.bfloat16, None, "float, wide q", (lora_linear,)),
     "fp32": (torch.float32, None, "float", EVERYTHING),
     "autocast": (torch.float32, torch.bfloat16, "float", (norm_linear, lora_linear)),
     "int8": (torch.bfloat16, None, "int8", (lora_linear,)),

@@ -74,7 +74,7 @@ def test_float16_is_as_exact_as_plain_float16(implementation, device):
     assert_right(computed(lora_linear, given, implementation, device), given, torch.float16, device=device)
 
 
-@pytest.mark.parametrize("name", ["q, k, v", "dropout", "int8", "w8a8"])
+@pytest.mark.parametrize("name", ["q, k, v", "q twice as wide", "dropout", "int8", "w8a8"])
 def test_no_two_programs_of_a_launch_meet_at_an_address(name):
     case = CASES[name]
     given = operands(case, torch.float32)
@@ -84,7 +84,7 @@ def test_no_two_programs_of_a_launch_meet_at_an_address(name):
 
 @pytest.mark.slow
 def test_triton_results_are_bitwise_equal_for_every_order_of_programs(device):
-    given = operands(Case(lead=(150,), k=72, n=300, r=8, groups=3), torch.float32)
+    given = operands(Case(lead=(150,), k=72, n=600, r=8, groups=3, wide=2), torch.float32)
     runs = [computed(lora_linear, given, "triton", device, ("order",), seed) for seed in (1, 2, 3)]
     for name in runs[0]:
         assert torch.equal(runs[0][name], runs[1][name]) and torch.equal(runs[0][name], runs[2][name]), name
@@ -142,17 +142,18 @@ def check_gradients(function, given, leaves, implementation, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropped", [0.0, 0.4])
+@pytest.mark.parametrize("dropped, wide", [(0.0, 1), (0.0, 3), (0.4, 1)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, dropped, device):
-    given = operands(Case(lead=(2, 2), k=3, n=4, r=2, groups=2, dropout=dropped), torch.float64)
+def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, dropped, wide, device):
+    given = operands(Case(lead=(2, 2), k=3, n=4, r=2, groups=2, wide=wide, dropout=dropped), torch.float64)
     check_gradients(lora_linear, given, ("x", "weight", "bias", "lora_a", "lora_b"), implementation, device)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wide", [1, 3])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_linear_lowranks_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, device):
-    given = lowrank_operands(Case(lead=(3,), k=3, n=4, r=2, groups=2), torch.float64)
+def test_linear_lowranks_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, wide, device):
+    given = lowrank_operands(Case(lead=(3,), k=3, n=4, r=2, groups=2, wide=wide), torch.float64)
     check_gradients(linear_lowrank, given, ("h", "weight", "bias", "s", "lora_b"), implementation, device)
 
 
@@ -219,7 +220,7 @@ def test_no_operand_changes(implementation, device):
 def op_arguments(case, dtype=torch.float32):
     given = operands(case, dtype)
     seed = torch.tensor(SEED) if case.dropout else None
-    names = ("x", "weight", "bias", "lora_a", "lora_b", "scaling", "weight_scale", "groups", "dropout")
+    names = ("x", "weight", "bias", "lora_a", "lora_b", "scaling", "weight_scale", "groups", "lead", "dropout")
     return (*(detached(given[n]) for n in names), seed, given["quantize_input"])
 
 
@@ -228,16 +229,18 @@ def detached(value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["q, k, v", "no rows", "no adapter", "strided", "dropout", "int8", "w8a8"])
+@pytest.mark.parametrize(
+    "name", ["q, k, v", "q twice as wide", "no rows", "no adapter", "strided", "dropout", "int8", "w8a8"]
+)
 def test_opcheck_passes_for_lora_linear(name, device):
     on(device, torch.library.opcheck)(OPS.lora_linear, op_arguments(CASES[name]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["q, k, v", "no rows", "strided", "int8", "w8a8"])
+@pytest.mark.parametrize("name", ["q, k, v", "q twice as wide", "no rows", "strided", "int8", "w8a8"])
 def test_opcheck_passes_for_linear_lowrank(name, device):
     given = lowrank_operands(CASES[name], torch.float32)
-    names = ("h", "weight", "bias", "s", "lora_b", "scaling", "weight_scale", "groups", "quantize_input")
+    names = ("h", "weight", "bias", "s", "lora_b", "scaling", "weight_scale", "groups", "lead", "quantize_input")
     given, opcheck = {n: detached(t) for n, t in given.items()}, on(device, torch.library.opcheck)
     q, scale = quantize_rows(given["h"].flatten(0, -2)) if given["quantize_input"] else (None, None)
     opcheck(OPS.linear_lowrank, (*(given[n] for n in names), None, None))
@@ -245,18 +248,19 @@ def test_opcheck_passes_for_linear_lowrank(name, device):
         opcheck(OPS.linear_lowrank, (*(given[n] for n in names), q.view(given["h"].shape), scale))
 
 
+@pytest.mark.parametrize("lead", [1, 2])
 @pytest.mark.parametrize("without", [(), ("x",), ("weight",), ("s",), ("x", "weight", "lora_a")])
-def test_opcheck_passes_for_the_backward(without, device):
+def test_opcheck_passes_for_the_backward(without, lead, device):
     x, weight, _, a, b, scaling, *_ = op_arguments(CASES["q, k, v"])
     operands = {"x": x, "weight": weight, "s": torch.randn(2, 19, 18), "lora_a": a, "lora_b": b}
     operands = {n: None if n in without else t.detach() for n, t in operands.items()}
     leading = (torch.randn(2, 19, 96), operands["x"], operands["weight"], None)
     low_rank = (operands["s"], operands["lora_a"], operands["lora_b"])
-    given = *leading, *low_rank, scaling, 3, 0.3, torch.tensor(SEED), True
+    given = *leading, *low_rank, scaling, 3, lead, 0.3, torch.tensor(SEED), True
     on(device, torch.library.opcheck)(OPS.linear_backward, given)
 
 
-@pytest.mark.parametrize("name", ["q, k, v", "dropout", "w8a8"])
+@pytest.mark.parametrize("name", ["q, k, v", "q twice as wide", "dropout", "w8a8"])
 def test_compiles_as_one_graph_forward_and_backward(name, device):
     given = operands(CASES[name], torch.float32)
     eager = with_gradients(on(device, lora_linear), given)
@@ -315,7 +319,9 @@ WRONG = {
     "A of integers": ({"lora_a": torch.ones(6, 40, dtype=torch.int64)}, TypeError, "lora_a must be floating"),
     "B of integers": ({"lora_b": torch.ones(24, 6, dtype=torch.int64)}, TypeError, "lora_b must be floating"),
     "bias": ({"bias": torch.ones(25)}, ValueError, r"bias must be \[24\]"),
-    "groups": ({"groups": 5}, ValueError, "groups must divide the weight's 24 rows"),
+    "groups": ({"groups": 5}, ValueError, "groups must divide the weight's 24 rows, .* and 5 does not"),
+    "a lead": ({"groups": 3, "lead": 3}, ValueError, "weight's 24 rows, .* 3 with a lead of 3 do not"),
+    "no lead": ({"lead": 0}, ValueError, "with a lead of 0 do not"),
     "rows of A": ({"lora_a": torch.ones(7, 40)}, ValueError, r"lora_a must be \[6, 40\]"),
     "rows of B": ({"lora_b": torch.ones(23, 6)}, ValueError, r"lora_b must be \[24, r\]"),
     "A without B": ({"lora_b": None}, ValueError, "go together"),

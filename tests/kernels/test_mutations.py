@@ -19,6 +19,7 @@ SANITIZERS = ("bounds", "races", "order")
 SMALL = Case(lead=(2, 19), k=72, n=96, groups=3)
 INT8 = Case(lead=(2, 19), k=72, n=96, groups=3, weight="int8")
 W8A8 = Case(lead=(2, 19), k=72, n=96, groups=3, weight="w8a8")
+WIDE_Q = Case(lead=(2, 19), k=72, n=96, groups=2, wide=3)
 DROPPED = Case(lead=(2, 19), k=72, n=96, groups=3, dropout=DROPOUT)
 WIDE_DROPPED = Case(k=140, dropout=DROPOUT)
 TILES = Case(lead=(150,), k=140, n=300, r=70, groups=2)  # several tiles of rows and columns, two steps of ranks
@@ -61,6 +62,7 @@ MUTANTS = {
     ),
     "every group uses the first S": Mutant(LINEAR, "group * R + rr[None, :]", "rr[None, :]", linear(SMALL)),
     "columns counted over all groups": Mutant(LINEAR, "nok = column < WIDTH", "nok = rn < WIDTH", linear(SMALL)),
+    "first group a block too wide": Mutant("tiling.py", "block - (LEAD - 1)", "block - LEAD", linear(WIDE_Q)),
     "last group of row tiles too high": Mutant("tiling.py", "(8 * NN)) % rows", "(8 * NN)) % 8", TILED),
     "every rank block projects the first": Mutant(
         PROJECT, "rr = tl.program_id(1) * BR + tl.arange", "rr = tl.arange", TILED
@@ -88,6 +90,7 @@ MUTANTS = {
     "input's scale forgotten": Mutant(LINEAR, "if HS is not None", "if HS is None", linear(W8A8)),
     # reductions
     "parts of G in one slot": Mutant(BACKWARD, "part.to(tl.int64) * M", "0 * M", TILED),
+    "parts of G of a wide group in one slot": Mutant(BACKWARD, "block * tiles, 0)", "0, 0)", linear(WIDE_Q)),
     "dB's row ranges overlap": Mutant(BACKWARD, "(split + 1) * rows, M", "(split + 1) * rows + 1, M", linear(SPLITS)),
     "dA's row ranges overlap": Mutant(REDUCE, "(split + 1) * rows, M", "(split + 1) * rows + 1, M", linear(SPLITS)),
     "every range writes slot 0": Mutant(REDUCE, "split.to(tl.int64) * R * C", "0 * R * C", linear(SPLITS)),

@@ -22,18 +22,18 @@ def operands(dtype, projected):
     return draw(2, 5, 80), *pack_nf4(torch.randn(SHAPE)), options
 
 
-def plain(x, packed, absmax, bias, lora_b, s=None, lora_a=None, dropout=0.0):
+def plain(x, packed, absmax, lead, bias, lora_b, s=None, lora_a=None, dropout=0.0):
     weight = unpack_nf4(packed, absmax, SHAPE, x.dtype)
     if s is not None:
-        return linear_lowrank(x, weight, bias, s, lora_b, SCALING, groups=GROUPS)
-    return lora_linear(x, weight, bias, lora_a, lora_b, SCALING, groups=GROUPS, dropout=dropout)
+        return linear_lowrank(x, weight, bias, s, lora_b, SCALING, groups=GROUPS, lead=lead)
+    return lora_linear(x, weight, bias, lora_a, lora_b, SCALING, groups=GROUPS, lead=lead, dropout=dropout)
 
 
 @pytest.mark.parametrize("implementation", ["torch", "reference"])
-@pytest.mark.parametrize("projected, dropout", [(False, 0.0), (False, 0.4), (True, 0.0)])
+@pytest.mark.parametrize("projected, dropout, lead", [(False, 0.0, 1), (False, 0.4, 2), (True, 0.0, 1), (True, 0.0, 2)])
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_values_and_gradients_are_those_of_the_unpacked_weight(
-    dtype, limit, projected, dropout, implementation, device
+    dtype, limit, projected, dropout, lead, implementation, device
 ):
     x, packed, absmax, options = operands(dtype, projected)
     dropped = {} if projected else {"dropout": dropout}
@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_the_unpacked_weight(
         torch.manual_seed(1)
         extra = {"shape": SHAPE, "scaling": SCALING, "groups": GROUPS} if function is nf4_linear else {}
         with running(implementation, device):
-            y = on(device, function)(x, packed, absmax, **extra, **options, **dropped)
+            y = on(device, function)(x, packed, absmax, lead=lead, **extra, **options, **dropped)
             results.append([y, *torch.autograd.grad(y.square().sum(), [x, *options.values()])])
     for got, expected in zip(*results, strict=True):
         assert got.dtype == expected.dtype

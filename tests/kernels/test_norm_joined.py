@@ -12,18 +12,20 @@ from u2a_fast.kernels import Linear, Norm, linear_lowrank, steps_aten, steps_tri
 from u2a_fast.kernels.norm_joined import joined_weight, write_factor
 from u2a_fast.lora import LoraLinear
 
-# width, outputs, groups, rank, norm, bias
+# width, outputs, groups, lead, rank, norm ("rms": RMSNorm), bias
 CASES = {
-    "q, k, v": (48, 96, 3, 5, True, True),
-    "no norm": (32, 24, 1, 5, False, True),
-    "rank of a tile": (32, 48, 2, 8, True, False),
-    "ranks of several tiles": (16, 24, 3, 30, True, True),
+    "q, k, v": (48, 96, 3, 1, 5, True, True),
+    "q twice as wide": (48, 96, 3, 2, 5, True, True),
+    "no norm": (32, 24, 1, 1, 5, False, True),
+    "rank of a tile": (32, 48, 2, 1, 8, True, False),
+    "ranks of several tiles": (16, 25, 3, 3, 30, True, True),
+    "RMSNorm": (48, 96, 3, 1, 5, "rms", True),
 }
 ROWS = 21
 
 
 def operands(case, dtype, seed=0):
-    width, outputs, groups, rank, norm, bias = CASES[case]
+    width, outputs, groups, lead, rank, norm, bias = CASES[case]
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape, mean=0.0, std=1.0):
@@ -34,9 +36,10 @@ def operands(case, dtype, seed=0):
     low = draw(groups * rank, width, std=0.2).to(wide), draw(outputs, rank).to(wide)
     joined = joined_weight(weight, groups * rank)
     linear = Linear(
-        joined[:, :width], draw(outputs).to(dtype) if bias else None, *low, None, 0.7, groups, False, joined
+        joined[:, :width], draw(outputs).to(dtype) if bias else None, *low, None, 0.7, groups, lead, False, joined
     )
-    given = Norm(draw(width, mean=1.0).to(wide), draw(width).to(wide), 1e-5) if norm else Norm()
+    gamma, beta = draw(width, mean=1.0).to(wide), draw(width).to(wide) if norm is True else None
+    given = Norm(gamma, beta, 1e-5, norm == "rms") if norm else Norm()
     return draw(ROWS, width, mean=0.5).to(dtype), given, linear
 
 
@@ -45,7 +48,7 @@ def results(steps, x, norm, linear, dtype):
     y, s, mean, rstd = steps.enter_project(x, norm, linear, dtype)
     g = torch.Generator().manual_seed(1)
     dy, dx = (torch.randn(t.shape, generator=g, dtype=torch.float64).to(x) for t in (y, x))
-    needs = (True, norm.weight is not None, norm.weight is not None, True, True)
+    needs = (True, norm.weight is not None, norm.bias is not None, True, True)
     grads = steps.enter_project_backward(dy, dx.clone(), (x, mean, rstd, s), norm, linear, needs)
     return [t for t in (y, *grads) if t is not None]
 
@@ -84,11 +87,12 @@ def test_a_product_of_its_own_reads_such_a_weight_where_it_lies(device):
     assert linear.weight.stride(0) > linear.weight.shape[1] and torch.equal(*results)
 
 
-def test_b_is_written_anew_before_each_use():
-    _, _, linear = operands("q, k, v", torch.float32)
+@pytest.mark.parametrize("case, rows", [("q, k, v", (32, 32, 32)), ("q twice as wide", (48, 24, 24))])
+def test_b_is_written_anew_before_each_use(case, rows):
+    _, _, linear = operands(case, torch.float32)
     linear.lora_b.mul_(2)
     beside = write_factor(linear)[:, linear.weight.shape[1] :]
-    assert torch.equal(beside[:, :15], linear.scaling * torch.block_diag(*linear.lora_b.chunk(3)))
+    assert torch.equal(beside[:, :15], linear.scaling * torch.block_diag(*linear.lora_b.split(rows)))
     assert not beside[:, 15:].any()
 
 

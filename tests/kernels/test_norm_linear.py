@@ -8,18 +8,20 @@ from tolerance import assert_as_exact_as
 from u2a_fast.kernels import assemble_norm_project, linear_lowrank, norm_linear, quantize_rows
 from u2a_fast.kernels.norm_linear import norm_linear_backward, norm_linear_forward
 
-# width, outputs, groups, rank (None: no adapter), norm, bias, int8 weight
+# width, outputs, groups, lead, rank (None: no adapter), norm ("rms": RMSNorm), bias, int8 weight
 CASES = {
-    "q, k, v": (40, 96, 3, 5, True, True, False),
-    "no norm": (40, 24, 1, 5, False, True, False),
-    "no adapter": (40, 24, 1, None, True, True, False),
-    "no bias": (24, 48, 2, 1, True, False, False),
-    "int8": (40, 96, 3, 5, True, True, True),
+    "q, k, v": (40, 96, 3, 1, 5, True, True, False),
+    "q twice as wide": (40, 96, 3, 2, 5, True, True, False),
+    "no norm": (40, 24, 1, 1, 5, False, True, False),
+    "no adapter": (40, 24, 1, 1, None, True, True, False),
+    "no bias": (24, 48, 2, 1, 1, True, False, False),
+    "int8": (40, 95, 3, 3, 5, True, True, True),
+    "RMSNorm": (40, 96, 3, 1, 5, "rms", True, False),
 }
 
 
 def operands(case, dtype, seed=0):
-    width, outputs, groups, rank, norm, bias, int8 = CASES[case]
+    width, outputs, groups, lead, rank, norm, bias, int8 = CASES[case]
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape, mean=0.0, std=1.0):
@@ -31,7 +33,7 @@ def operands(case, dtype, seed=0):
     return {
         "x": draw(2, 19, width, mean=0.5).to(dtype).requires_grad_(),
         "norm_weight": draw(width, mean=1.0, std=0.3).to(wide).requires_grad_() if norm else None,
-        "norm_bias": draw(width).to(wide).requires_grad_() if norm else None,
+        "norm_bias": draw(width).to(wide).requires_grad_() if norm is True else None,
         "eps": 1e-5,
         "weight": weight,
         "bias": draw(outputs).to(wide).requires_grad_() if bias else None,
@@ -40,13 +42,14 @@ def operands(case, dtype, seed=0):
         "scaling": 0.7,
         "weight_scale": scale,
         "groups": groups,
+        "lead": lead,
+        "rms": norm == "rms",
     }
 
 
-def one_after_the_other(x, norm_weight, norm_bias, eps, weight, bias, lora_a, lora_b, scaling, weight_scale, groups):
-    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "lora_a": lora_a}
-    h, s, rows = assemble_norm_project(tokens=x, **norm)
-    return linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups), rows
+def one_after_the_other(x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, lead, **norm):
+    h, s, rows = assemble_norm_project(tokens=x, lora_a=lora_a, **norm)
+    return linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead), rows
 
 
 def results(f, given):
@@ -81,7 +84,7 @@ def test_it_is_as_exact_as_plain_low_precision(implementation, case, dtype, devi
         assert_as_exact_as(got[name], plain[name], exact[name], 2 if name == "y" else 3, name)
 
 
-@pytest.mark.parametrize("case", ["q, k, v", "no norm", "no adapter", "no bias"])
+@pytest.mark.parametrize("case", ["q, k, v", "q twice as wide", "no norm", "no adapter", "no bias", "RMSNorm"])
 def test_gradcheck(case, device):
     given = operands(case, torch.float64)
     names = [n for n, t in given.items() if torch.is_tensor(t) and t.requires_grad]
@@ -98,12 +101,12 @@ def test_opcheck(case, device):
     given = {n: t.detach() if torch.is_tensor(t) else t for n, t in given.items()}
     x, norm = given["x"].flatten(0, 1), (given["norm_weight"], given["norm_bias"])
     low = given["lora_a"], given["lora_b"], given["weight_scale"]
-    options = given["eps"], 0.7, given["groups"]
-    operands_ = (x, *norm, given["weight"], given["bias"], *low, *options, False, torch.float32)
+    eps, options = given["eps"], (0.7, given["groups"], given["lead"])
+    operands_ = (x, *norm, given["weight"], given["bias"], *low, eps, given["rms"], *options, False, torch.float32)
     torch.library.opcheck(norm_linear_forward.registered, operands_)
     y, s, mean, rstd = norm_linear_forward(*operands_)
-    needs = [True, norm[0] is not None, norm[0] is not None, s is not None, s is not None]
-    operands_ = (torch.randn_like(y), x.clone(), x, mean, rstd, *norm, given["weight"], *low, s, *options)
+    needs = [True, norm[0] is not None, norm[1] is not None, s is not None, s is not None]
+    operands_ = (torch.randn_like(y), x.clone(), x, mean, rstd, *norm, given["weight"], *low, s, eps, *options)
     torch.library.opcheck(norm_linear_backward.registered, (*operands_, torch.float32, needs))
 
 

@@ -15,20 +15,22 @@ def leaf(*shape, mean=0.0, std=0.3):
     return (torch.randn(*shape, dtype=torch.float64) * std + mean).requires_grad_()
 
 
-def linear(n, k, groups=1, adapter=True, bias=True, int8=False):
+def linear(n, k, groups=1, lead=1, adapter=True, bias=True, int8=False):
     weight, scale = (torch.randn(n, k, dtype=torch.float64) * k**-0.5), None
     if int8:
         weight, scale = quantize_rows(weight)
     low = (leaf(groups * RANK, k), leaf(n, RANK)) if adapter else (None, None)
-    return Linear(weight, leaf(n) if bias else None, *low, scale, 0.7, groups)
+    return Linear(weight, leaf(n) if bias else None, *low, scale, 0.7, groups, lead)
 
 
-def halves(pre_norm=True, scale=False, **options):
-    norms = [Norm(leaf(WIDTH, mean=1.0), leaf(WIDTH), 1e-5) for _ in range(2)]
+def halves(pre_norm=True, scale=False, rms=False, gated=False, fc1=(1, 1), kv_heads=2, **options):
+    norms = [Norm(leaf(WIDTH, mean=1.0), None if rms else leaf(WIDTH), 1e-5, rms) for _ in range(2)]
     before, after = (norms, [Norm(), Norm()]) if pre_norm else ([Norm(), Norm()], norms)
     scales = [torch.rand(WIDTH, dtype=torch.float64) + 0.5 if scale else None for _ in range(2)]
-    attention = Half(before[0], linear(3 * WIDTH, WIDTH, 3, **options), linear(WIDTH, WIDTH), scales[0], after[0])
-    mlp = Half(before[1], linear(HIDDEN, WIDTH, **options), linear(WIDTH, HIDDEN, **options), scales[1], after[1])
+    qkv = linear((1 + kv_heads) * WIDTH, WIDTH, 3, 2 // kv_heads, **options)
+    attention = Half(before[0], qkv, linear(WIDTH, WIDTH), scales[0], after[0])
+    first = linear(2 * HIDDEN, WIDTH, 2, **options) if gated else linear(HIDDEN, WIDTH, *fc1, **options)
+    mlp = Half(before[1], first, linear(WIDTH, HIDDEN, **options), scales[1], after[1])
     return attention, mlp
 
 
@@ -38,11 +40,14 @@ def dense(x, linear):
     y = F.linear(x, weight, linear.bias)
     if linear.lora_a is None:
         return y
-    parts = zip(linear.lora_a.chunk(linear.groups), linear.lora_b.chunk(linear.groups), strict=True)
+    factors, blocks = linear.lora_a.chunk(linear.groups), linear.lora_b.chunk(linear.groups + linear.lead - 1)
+    parts = zip((*factors[:1] * linear.lead, *factors[1:]), blocks, strict=True)
     return y + linear.scaling * torch.cat([x @ a.t() @ b.t() for a, b in parts], dim=-1)
 
 
 def normed(x, norm):
+    if norm.rms:
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
     return x if norm.weight is None else F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
@@ -51,29 +56,49 @@ def written_out(x, attention, mlp, see, act):
         return normed(x + update * (1 if half.scale is None else half.scale), half.after)
 
     qkv = dense(normed(x, attention.norm), attention.first)
-    q, k, v = qkv.unflatten(-1, (3, see.heads, -1)).permute(2, 0, 3, 1, 4)
+    kv_heads = see.kv_heads or see.heads
+    q, k, v = qkv.unflatten(-1, (-1, WIDTH // see.heads)).transpose(1, 2).split((see.heads, kv_heads, kv_heads), 1)
+    k, v = (t.repeat_interleave(see.heads // kv_heads, 1) for t in (k, v))
     mask = torch.ones(BATCH, 1, ROWS, ROWS, dtype=torch.bool)
     if see.lengths is not None:
         position = torch.arange(ROWS)
         mask &= ((position < see.lengths[:, None]) | (position >= ROWS - see.suffix))[:, None, None]
     if see.causal:
         mask &= torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
+    if see.window is not None:
+        at = torch.arange(BATCH * ROWS) if see.positions is None else see.positions
+        at = at.view(BATCH, 1, ROWS)
+        mask &= (at[..., None] - at[:, :, None]).abs() <= see.window
     out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     x = ending(x, dense(out, attention.second), attention)
     return ending(x, dense(act(dense(normed(x, mlp.norm), mlp.first)), mlp.second), mlp)
 
 
-def see(lengths=None, suffix=0, causal=False):
-    return Attention(2, (BATCH, ROWS, ROWS), lengths, suffix, causal)
+def swiglu(u):
+    gate, up = u.chunk(2, -1)
+    return F.silu(gate) * up
 
 
+def see(lengths=None, suffix=0, causal=False, **more):
+    return Attention(2, (BATCH, ROWS, ROWS), lengths, suffix, causal, **more)
+
+
+FOURTHS = 4 * torch.arange(BATCH * ROWS)  # positions, of which one in four is a row
 CASES = {
     "pre-norm": ({}, see(), "gelu", F.gelu),
     "post-norm": ({"pre_norm": False}, see(), "gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
     "scaled": ({"scale": True}, see(), "quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
     "no biases, no adapters": ({"bias": False, "adapter": False}, see(causal=True), "relu", F.relu),
     "padded": ({}, see(torch.tensor([3, 4]), suffix=1), "silu", F.silu),
+    "two groups, one three times as wide": ({"fc1": (2, 3)}, see(), "gelu", F.gelu),
     "int8": ({"int8": True}, see(), "gelu", F.gelu),
+    "gated": ({"gated": True}, see(), "gated_silu", swiglu),
+    "gated, post-norm, int8": ({"gated": True, "int8": True, "pre_norm": False}, see(), "gated_silu", swiglu),
+    "RMSNorm": ({"rms": True}, see(causal=True), "silu", F.silu),
+    "RMSNorm after": ({"rms": True, "pre_norm": False}, see(), "gelu", F.gelu),
+    "shared keys": ({"kv_heads": 1}, see(kv_heads=1), "gelu", F.gelu),
+    "shared keys, window": ({"kv_heads": 1}, see(kv_heads=1, window=1), "gelu", F.gelu),
+    "window of positions": ({}, see(causal=True, window=5, positions=FOURTHS), "gelu", F.gelu),
 }
 
 
@@ -111,18 +136,20 @@ def test_every_subset_that_trains_gets_its_gradient_and_no_other(pre_norm, devic
         torch.testing.assert_close(got, expected)
 
 
-def test_nothing_is_kept_for_a_frozen_mlp_but_its_input_and_the_activations():
-    attention, mlp = halves(adapter=False)
+@pytest.mark.parametrize("gated", [False, True])
+def test_nothing_is_kept_for_a_frozen_mlp_but_its_input_and_the_activations(gated):
+    attention, mlp = halves(adapter=False, gated=gated)
     x = leaf(BATCH, ROWS, WIDTH)
     for t in (*attention.trained, *mlp.trained):
         if t is not None:
             t.requires_grad_(False)
     trained = attention.second.lora_a.requires_grad_()
     parameters = [t for half in (attention, mlp) for t in (*half.trained, *half.frozen) if t is not None]
-    kept = saved_bytes(lambda: transformer_block(x, attention, mlp, see(), "gelu"), [*parameters, trained])
+    activation, columns = ("gated_silu", 2) if gated else ("gelu", 1)
+    kept = saved_bytes(lambda: transformer_block(x, attention, mlp, see(), activation), [*parameters, trained])
     rows = BATCH * ROWS
     numbers = rows * (WIDTH + 2 + 3 * WIDTH + WIDTH + 2 + RANK)  # x, statistics, q, k, v, out, log-sum-exp, s
-    numbers += rows * (WIDTH + 2 + HIDDEN)  # the sum before the MLP, statistics, what enters the activation
+    numbers += rows * (WIDTH + 2 + columns * HIDDEN)  # the sum before the MLP, statistics, what enters the activation
     assert kept <= 8 * numbers
 
 
@@ -150,15 +177,17 @@ def _in(part, dtype):
     return type(part)(*(t.detach().to(dtype) if torch.is_tensor(t) else t for t in part)) if part is not None else None
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_as_one_graph(backend):
+@pytest.mark.parametrize(
+    "backend, options", [("aot_eager", {}), ("inductor", {}), ("inductor", {"rms": True, "gated": True})]
+)
+def test_compiles_as_one_graph(backend, options):
     """On a CPU: a graph cannot hold attention that autograd differentiates inside a Function, as on a GPU."""
     set_backend("torch")
-    x, (attention, mlp) = leaf(BATCH, ROWS, WIDTH), halves()
-    leaves = [x, *attention.trained, *mlp.trained]
+    x, (attention, mlp) = leaf(BATCH, ROWS, WIDTH), halves(**options)
+    leaves = [t for t in (x, *attention.trained, *mlp.trained) if t is not None]
 
     def f(x):
-        return transformer_block(x, attention, mlp, see(), "gelu")
+        return transformer_block(x, attention, mlp, see(), "gated_gelu" if options.get("gated") else "gelu")
 
     expected = torch.autograd.grad(f(x).square().sum(), leaves)
     got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend=backend)(x).square().sum(), leaves)

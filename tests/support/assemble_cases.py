@@ -16,6 +16,7 @@ SHAPES = {
     "no learned rows": (3, 7, 24, None, None, 1, "bias", None),
     "no norm": (3, 7, 136, 1, None, 24, None, "full"),
     "no rank": (3, 4, 290, None, 2, None, "no bias", None),
+    "RMSNorm": (4, 5, 290, 2, 3, 6, "rms", "full"),
     "wide rank": (2, 6, 72, 3, None, 70, "bias", None),
     "rows only": (3, 5, 20, 1, 2, None, None, "packed"),
     "prompts only": (2, 0, 16, 4, None, 3, "bias", None),
@@ -50,13 +51,18 @@ def operands(name, dtype, seed=0, absent=float("nan")):
         "norm_weight": draw(width, mean=1.0) if norm else None,
         "norm_bias": draw(width) if norm == "bias" else None,
         "lora_a": None if rank is None else draw(rank, width, mean=0.1),
+        "rms": norm == "rms",
     }
 
 
 def clone(given, dtype=None):
     """The same leaves, cast to `dtype`."""
-    cast = {n: t if t is None or n == "present" else t.detach().to(dtype or t.dtype) for n, t in given.items()}
-    return {n: t if t is None or n == "present" else t.clone().requires_grad_() for n, t in cast.items()}
+    leaves = {n: t.detach().to(dtype or t.dtype) for n, t in given.items() if is_leaf(t)}
+    return given | {n: t.clone().requires_grad_() for n, t in leaves.items()}
+
+
+def is_leaf(t):
+    return torch.is_tensor(t) and t.is_floating_point()
 
 
 def outputs_and_gradients(given, function=assemble_norm_project):
@@ -64,7 +70,7 @@ def outputs_and_gradients(given, function=assemble_norm_project):
     outputs = dict(zip(("h", "s", "rows"), function(**given, eps=1e-5), strict=True))
     outputs = {n: t for n, t in outputs.items() if t is not None}
     loss = sum((t.double() * weight_of(n, t)).sum() for n, t in outputs.items())
-    leaves = {n: t for n, t in given.items() if t is not None and t.requires_grad}
+    leaves = {n: t for n, t in given.items() if torch.is_tensor(t) and t.requires_grad}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {n: t.detach() for n, t in outputs.items()} | {f"d {n}": g for n, g in zip(leaves, grads, strict=True)}
 

@@ -1,4 +1,4 @@
-"""Planted slips in the kernels of assemble_norm_project, substitute and attention, and the probes to notice them."""
+"""Planted slips in the kernels that multiply no weight, and the probes to notice them."""
 
 import functools
 
@@ -70,8 +70,28 @@ def attended(kernels):
     same_as_reference(kernels, lambda which: with_gradients([which.attention(q, k, v, lengths, suffix=3)], (q, k, v)))
 
 
+def rotated(kernels):
+    """A probe: five heads of 70 columns, in rows that hold more, normalised and rotated."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(21, 400, generator=g).add_(0.3).requires_grad_()
+    angles = torch.randn(21, 35, generator=g)
+    frozen = angles.cos(), angles.sin(), torch.rand(5, 70, generator=g) + 0.5, 0.1
+    same_as_reference(kernels, lambda k: with_gradients([k.rotary(rows * 1, 5, *frozen)], [rows]))
+
+
+def gated(activation):
+    """A probe: more rows and columns than a tile."""
+    return functools.partial(_gated, activation)
+
+
+def _gated(activation, kernels):
+    h = torch.randn(9, 1100, generator=torch.Generator().manual_seed(0)).add_(0.3).requires_grad_()
+    same_as_reference(kernels, lambda k: with_gradients([k.gated(h, activation)], [h]))
+
+
 ASSEMBLE, BACKWARD = "assemble_norm_project.py", "assemble_backward.py"
 SUBSTITUTE, ATTENTION = "substitute.py", "attention_small_query.py"
+ROTARY, GATED, ACTIVATIONS = "rotary.py", "gated.py", "activations.py"
 JOINED, PACKED = assembled("everything"), assembled("packed")
 WIDE, WIDE_RANK = assembled("no rank"), assembled("wide rank")  # more than one piece of columns, of ranks
 SLIPS = {
@@ -98,6 +118,12 @@ SLIPS = {
         "rr = r + tl.arange(0, BR)\n        acc",
         "rr = tl.arange(0, BR)\n        acc",
         WIDE_RANK,
+    ),
+    "mean square of the last piece alone": (
+        ASSEMBLE,
+        "squares += tl.sum(x * x, 1)",
+        "squares = tl.sum(x * x, 1)",
+        assembled("RMSNorm"),
     ),
     "LayerNorm's backward without the mean": (BACKWARD, " + level[:, None]", "", JOINED),
     "dH without d_s A": (BACKWARD, "    if D_S is not None:", "    if D_S is None:", JOINED),
@@ -126,5 +152,62 @@ SLIPS = {
     "running sum not rescaled": (ATTENTION, "total * keep", "total", attended),
     "dS without the row sum": (ATTENTION, "(dp - delta[:, None])", "dp", attended),
     "dS not scaled": (ATTENTION, "delta[:, None]) * scale)", "delta[:, None]))", attended),
+    # rotary positions and QK-norm
+    "turned the wrong way": (
+        ROTARY,
+        "first * cos - second * sin, second",
+        "first * cos + second * sin, second",
+        rotated,
+    ),
+    "turned on instead of back": (ROTARY, "second * cos - first * sin", "second * cos + first * sin", rotated),
+    "neighbours instead of halves": (ROTARY, "tl.load(x + HALF,", "tl.load(x + 1,", rotated),
+    "one angle for all rows": (ROTARY, "tl.load(SIN + row * HALF +", "tl.load(SIN + 0 * row +", rotated),
+    "the first head alone": (ROTARY, "at = head * 2 * HALF", "at = 0 * head * 2 * HALF", rotated),
+    "the halves have norms of their own": (ROTARY, "first * first + second * second", "2 * first * first", rotated),
+    "eps forgotten": (ROTARY, "/ (2 * HALF) + eps)[", "/ (2 * HALF))[", rotated),
+    "kept after the norm": (
+        ROTARY,
+        "            tl.store(kept + HALF, second,",
+        "            tl.store(kept + HALF, first,",
+        rotated,
+    ),
+    "backward of a norm without its level": (ROTARY, "(second - x2 * along)", "second", rotated),
+    "padding columns of a head written": (
+        ROTARY,
+        "tl.store(x + HALF, second.to(X.dtype.element_ty), mask=mask)",
+        "tl.store(x + HALF, second.to(X.dtype.element_ty), mask=(rm < N)[:, None])",
+        rotated,
+    ),
+    # gated activation
+    "gate and up exchanged": (GATED, "hidden, _ = activate(gate,", "hidden, _ = activate(up,", gated("silu")),
+    "every column tile is the first": (
+        GATED,
+        "rf = tl.program_id(1) * BF + tl.arange",
+        "rf = tl.arange",
+        gated("silu"),
+    ),
+    "rows of dH an F apart": (GATED, "row * 2 * F", "row * F", gated("silu")),
+    "no tail mask on F": (GATED, "& (rf < F)[None, :]", "& (rf >= 0)[None, :]", gated("silu")),
+    "d_gate without its slope": (GATED, "dy * up * slope", "dy * up", gated("relu")),
+    "d_up of the bare gate": (GATED, "(dy * hidden)", "(dy * gate)", gated("relu")),
+    "GELU's slope without its second term": (
+        ACTIVATIONS,
+        "share + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)",
+        "share",
+        gated("gelu"),
+    ),
+    "SiLU's slope without its second term": (
+        ACTIVATIONS,
+        "share + u * slope * share * (1 - share)",
+        "share",
+        gated("silu"),
+    ),
+    "quick_gelu's slope is SiLU's": (ACTIVATIONS, "1.702 * u, 1.702", "1.702 * u, 1.0", gated("quick_gelu")),
+    "tanh-GELU's slope without its square": (
+        ACTIVATIONS,
+        "1.5957691216057308 * (1 + 0.134145 * u * u)",
+        "1.5957691216057308",
+        gated("gelu_tanh"),
+    ),
 }
 MUTANTS = {name: Mutant(*slip) for name, slip in SLIPS.items()}

@@ -19,6 +19,7 @@ class Case:
     n: int = 24
     r: int | None = 6  # None: no adapter
     groups: int = 1
+    wide: int = 1  # the first group is that many times as wide as each other: `lead` of the ops
     bias: bool = True
     weight: str = "float"  # or "int8", or "w8a8": int8 with the input quantised too
     dropout: float = 0.0
@@ -28,6 +29,10 @@ class Case:
 CASES = {
     "one projection, rank 1": Case(r=1),
     "q, k, v": Case(lead=(2, 19), k=72, n=96, groups=3),
+    "q twice as wide": Case(lead=(2, 19), k=72, n=96, groups=3, wide=2),
+    "q three times as wide, odd sizes": Case(lead=(7, 5), k=37, n=85, groups=3, wide=3),
+    "one wide group": Case(n=32, wide=2),
+    "wide q, several tiles and rank steps": Case(lead=(150,), k=200, n=540, r=70, groups=2, wide=2),
     "rank 24, no bias": Case(k=64, n=48, r=24, bias=False),
     "rank 64": Case(k=64, n=48, r=64),
     "several tiles and rank steps": Case(lead=(150,), k=200, n=540, r=70, groups=2),
@@ -39,6 +44,8 @@ CASES = {
     "int8": Case(lead=(2, 19), k=72, n=96, groups=3, weight="int8"),
     "int8, dropout": Case(weight="int8", dropout=DROPOUT, groups=2),
     "int8, several tiles": Case(lead=(150,), k=200, n=260, weight="int8"),
+    "int8, wide q": Case(lead=(2, 19), k=72, n=96, groups=2, wide=3, weight="int8"),
+    "w8a8, wide q, dropout": Case(lead=(2, 19), k=72, n=96, groups=3, wide=2, weight="w8a8", dropout=DROPOUT),
     "w8a8": Case(lead=(2, 19), k=72, n=96, groups=3, weight="w8a8"),
     "w8a8, no adapter, odd sizes": Case(k=37, n=51, r=None, weight="w8a8"),
     "w8a8, no rows": Case(lead=(0,), weight="w8a8"),
@@ -72,6 +79,7 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         "scaling": SCALING,
         "weight_scale": scale,
         "groups": case.groups,
+        "lead": case.wide,
         "dropout": case.dropout,
         "seed": SEED,
         "quantize_input": case.weight == "w8a8",
@@ -128,17 +136,20 @@ def _frozen(x, weight, bias, weight_scale, quantize_input):
     return rows @ w.t() + (0 if bias is None else bias)
 
 
-def _linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input):
-    low = zip(s.chunk(groups, -1), lora_b.chunk(groups), strict=True)
+def _linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input):
+    """Block by block of equal width: the first `lead` of them take the first ranks of S."""
+    blocks, ranks = lora_b.chunk(groups + lead - 1), s.chunk(groups, -1)
     y = _frozen(h, weight, bias, weight_scale, quantize_input)
-    return y + scaling * torch.cat([part @ b.t() for part, b in low], -1)
+    return y + scaling * torch.cat([ranks[max(0, i + 1 - lead)] @ b.t() for i, b in enumerate(blocks)], -1)
 
 
-def _lora_linear(x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, dropout, seed, quantize_input, kept):
+def _lora_linear(
+    x, weight, bias, lora_a, lora_b, scaling, weight_scale, groups, lead, dropout, seed, quantize_input, kept
+):
     if lora_a is None:
         return _frozen(x, weight, bias, weight_scale, quantize_input)
     s = (x if kept is None else torch.where(kept, x / (1 - dropout), 0)) @ lora_a.t()
-    return _linear_lowrank(x, weight, bias, s, lora_b, scaling, weight_scale, groups, quantize_input)
+    return _linear_lowrank(x, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input)
 
 
 def assert_right(got: dict, given: dict, dtype: torch.dtype, kept=None, device: torch.device = CPU):

@@ -307,6 +307,7 @@ def _bounds(tensors):
         last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
         spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size() * bool(t.numel())))
     first, end = np.array(sorted(spans), np.uint64).reshape(-1, 2).T
+    end = np.maximum.accumulate(end)  # views of one buffer overlap: of all that begin before, the one that ends last
 
     def check(kind):
         def inside(program, addresses, width):

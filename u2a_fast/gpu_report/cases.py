@@ -77,17 +77,17 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def lora_linear(o: Operands) -> Outputs:
-    low = o["lora_a"], o["lora_b"], SCALING, o["weight_scale"], o["groups"], o["dropout"], SEED, o["quantize"]
-    return {"y": kernels.lora_linear(o["x"], o["weight"], o["bias"], *low)}
+    low = o["lora_a"], o["lora_b"], SCALING, o["weight_scale"], o["groups"], o["lead"]
+    return {"y": kernels.lora_linear(o["x"], o["weight"], o["bias"], *low, o["dropout"], SEED, o["quantize"])}
 
 
 def linear_lowrank(o: Operands) -> Outputs:
-    low = o["s"], o["lora_b"], SCALING, o["weight_scale"], o["groups"], o["quantize"]
+    low = o["s"], o["lora_b"], SCALING, o["weight_scale"], o["groups"], o["lead"], o["quantize"]
     return {"y": kernels.linear_lowrank(o["x"], o["weight"], o["bias"], *low)}
 
 
 def norm_linear(o: Operands) -> Outputs:
-    low = o["lora_a"], o["lora_b"], SCALING, o["weight_scale"], o["groups"], o["quantize"]
+    low = o["lora_a"], o["lora_b"], SCALING, o["weight_scale"], o["groups"], o["lead"], o["quantize"]
     y, rows = kernels.norm_linear(o["x"], o["gamma"], o["beta"], EPS, o["weight"], o["bias"], *low)
     return {"y": y, "rows": rows}
 
@@ -113,11 +113,12 @@ def norm_linear_formula(o: Operands) -> Outputs:
 def linear_case(
     function: str,
     name: str,
-    lead: tuple[int, ...],
+    rows: tuple[int, ...],
     k: int,
     n: int,
     rank: int | None = 8,
     groups: int = 1,
+    lead: int = 1,
     int8: bool = False,
     quantize: bool = False,
     dropout: float = 0.0,
@@ -127,10 +128,10 @@ def linear_case(
     given_s = function == "linear_lowrank"
 
     def make(draw: Draw) -> Operands:
-        o = {"x": draw.low(*lead, k)} | draw.linear(n, k, rank, groups, int8)
-        o |= {"groups": groups, "quantize": quantize, "dropout": dropout}
+        o = {"x": draw.low(*rows, k)} | draw.linear(n, k, rank, groups, int8)
+        o |= {"groups": groups, "lead": lead, "quantize": quantize, "dropout": dropout}
         if given_s:
-            o |= {"s": draw.low(*lead, groups * (rank or 0)), "lora_a": None}
+            o |= {"s": draw.low(*rows, groups * (rank or 0)), "lora_a": None}
         if function == "norm_linear":
             o |= {"gamma": draw.learned(k, mean=1.0), "beta": draw.learned(k)}
         return o
@@ -155,6 +156,7 @@ LINEARS = [
     linear_case("linear_lowrank", "aligned", (2, 128), **ALIGNED),
     linear_case("linear_lowrank", "odd", (37,), rank=6, **ODD),
     linear_case("linear_lowrank", "rank 70", (150,), k=200, n=540, rank=70, groups=2),
+    linear_case("linear_lowrank", "wide q", (37,), k=256, n=640, groups=3, lead=3),
     linear_case("linear_lowrank", "int8", (37,), rank=6, int8=True, **ODD),
     linear_case("linear_lowrank", "int8 x int8", (37,), rank=6, int8=True, quantize=True, **ODD),
     linear_case("linear_lowrank", "no rows", (0,), **ALIGNED),
@@ -189,6 +191,7 @@ def assemble_case(
     presence: str | None = None,
     joins: bool = False,
     strided: bool = False,
+    rms: bool = False,
 ) -> Case:
     """`joins`: rows alone, without norm and product. Every third sample is absent where there is a presence."""
 
@@ -207,8 +210,8 @@ def assemble_case(
             "joins": joins,
         }
         if not joins:
-            o |= {"norm_weight": draw.learned(width, mean=1.0), "norm_bias": draw.learned(width)}
-            o |= {"lora_a": None if rank is None else draw.learned(rank, width, std=width**-0.5)}
+            o |= {"norm_weight": draw.learned(width, mean=1.0), "norm_bias": None if rms else draw.learned(width)}
+            o |= {"rms": rms, "lora_a": None if rank is None else draw.learned(rank, width, std=width**-0.5)}
         return o
 
     trained = ("tokens", "prefix", "suffix", "mask_token", "norm_weight", "norm_bias", "lora_a")
@@ -223,6 +226,7 @@ ASSEMBLIES = [
     assemble_case("strided, no rank", 3, 7, 130, None, 2, None, strided=True),
     assemble_case("rank 70", 2, 6, 72, 3, None, 70),
     assemble_case("one row", 1, 1, 256),
+    assemble_case("RMSNorm", 4, 33, 290, 4, rms=True),
     assemble_case("no rows", 0, 5, 256),
     assemble_case("everything", 4, 33, 256, 4, 1, presence="full", joins=True),
     assemble_case("packed, odd", 4, 5, 37, 2, 3, presence="packed", joins=True),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTModel
 
 from ..encoders.build import family_of
-from ..lora import LoraConfig
+from ..lora_config import LoraConfig
 from ..methods import U2A
 from .report import NoResult
 

@@ -102,7 +102,7 @@ def passes(report: Report) -> dict[str, Callable[[], Run]]:
 def assemble_forward(report: Report, x: Tensor, norm: tuple[Tensor, Tensor], finish: Callable[..., Run]) -> Run:
     forward = assemble_forward_aten if report.dry else assemble_forward_triton
     lora_a = torch.randn(RANKS, x.shape[2], device=x.device)
-    return finish(lambda: forward(x, None, None, None, None, *norm, lora_a, 1e-6, torch.bfloat16, False), x)
+    return finish(lambda: forward(x, None, None, None, None, *norm, lora_a, 1e-6, False, torch.bfloat16, False), x)
 
 
 def assemble_backward(

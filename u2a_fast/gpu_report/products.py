@@ -139,8 +139,8 @@ def with_room(o: Given) -> Given:
 
 
 def ours(o: Given) -> Tensor:
-    weight, bias, _, b, scale, scaling, groups, int8, _ = o.linear
-    return linear_lowrank_triton(o.x, weight, bias, o.s, b, scaling, scale, groups, int8, None, None)
+    weight, bias, _, b, scale, scaling, groups, lead, int8, _ = o.linear
+    return linear_lowrank_triton(o.x, weight, bias, o.s, b, scaling, scale, groups, lead, int8, None, None)
 
 
 # --------------------------------------------------------------------------------------------------- the device table

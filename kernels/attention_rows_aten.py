@@ -1,0 +1,170 @@
+"""`attention_rows` in ATen calls, group by group, forward and backward: what runs on a CPU.
+
+Each group runs as matmul + softmax, which backward computes again (bf16, up to 768 keys), or as ATen's flash attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend
+from .attention import MATMUL_KEYS
+from .attention import backward_aten as matmul_backward
+from .attention import forward_aten as matmul_forward
+from .attention_mask import blind_rows, hidden, in_effect, needs_mask
+from .backend import cast
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def head_width(q: Tensor, kv: Tensor | None, heads: int, kv_heads: int) -> int:
+    """Dh of rows of q alone, or of q, k and v side by side."""
+    return q.shape[1] // (heads if kv is not None else heads + 2 * kv_heads)
+
+
+def by_head(q: Tensor, kv: Tensor | None, samples: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [samples, H, Sq, Dh], k and v [samples, kv_heads, S, Dh]: views of rows [q, k, v], or of q and [k, v]."""
+    width = head_width(q, kv, heads, kv_heads)
+    if kv is None:
+        heads_of_rows = q.view(samples, -1, heads + 2 * kv_heads, width).transpose(1, 2)
+        return heads_of_rows.split((heads, kv_heads, kv_heads), 1)
+    k, v = kv.view(samples, -1, 2, kv_heads, width).permute(2, 0, 3, 1, 4).unbind()
+    return q.view(samples, -1, heads, width).transpose(1, 2), k, v
+
+
+def parts_of(
+    groups: Sequence[Sequence[int]], of_queries: Sequence[Tensor | None], of_keys: Sequence[Tensor | None]
+) -> Iterator:
+    """(samples, parts) of every group that has keys and queries: its rows of each tensor, those with a row for every
+    query first."""
+    q_at = k_at = 0
+    for samples, query_rows, key_rows in groups:
+        q_end, k_end = q_at + samples * query_rows, k_at + samples * key_rows
+        if q_end > q_at and k_end > k_at:
+            yield samples, *_from_to(of_queries, q_at, q_end), *_from_to(of_keys, k_at, k_end)
+        q_at, k_at = q_end, k_end
+
+
+def _from_to(tensors, start, end):
+    """Rows of each; of all of them no view, whose gradient would be copied between zeros."""
+    return [t if t is None or len(t) == end - start else t[start:end] for t in tensors]
+
+
+def _bias(q, k, *seen):
+    """What is added to the scores, [B or 1, 1, Sq or 1, Sk]: -inf where a key is not seen; and rows that see none."""
+    sizes = q.shape[2], k.shape[2]
+    unseen, blind = hidden(*sizes, q.device, *seen), blind_rows(*sizes, *seen)
+    if blind is not None:
+        unseen = unseen & ~blind
+    return torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, float("-inf")), blind
+
+
+def _flash(q, k, v, *seen):
+    """(out, log-sum-exp)"""
+    if not needs_mask(q.shape[2], k.shape[2], *seen):
+        return flash(q, k, v, 0.0, seen[2])
+    bias, blind = _bias(q, k, *seen)
+    out, lse = flash(q, k, v, 0.0, False, attn_mask=bias)
+    return out if blind is None else out.masked_fill_(blind, 0), lse
+
+
+def _flash_backward(d_out, q, k, v, out, lse, *seen):
+    """dq, dk, dv"""
+    if not needs_mask(q.shape[2], k.shape[2], *seen):
+        return flash_backward(d_out, q, k, v, out, lse, 0.0, seen[2])
+    bias, blind = _bias(q, k, *seen)
+    d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
+    return flash_backward(d_out, q, k, v, out, lse, 0.0, False, attn_mask=bias)
+
+
+def _seen(q, k, lengths, suffix, causal, window, positions):
+    """What is seen by samples of equal length; positions [samples * S]."""
+    positions = None if positions is None else positions.view(k.shape[0], -1)
+    return in_effect(q.shape[2], k.shape[2], lengths, suffix, causal, window, positions)
+
+
+def _attend(q, kv, positions, samples, heads, kv_heads, recomputed, *seen):
+    """out [rows of q, D] of samples of equal length, and log-sum-exp [rows of q, H], None where it is recomputed."""
+    q, k, v = by_head(q, kv, samples, heads, kv_heads)
+    seen = _seen(q, k, *seen, positions)
+    if recomputed:
+        out, lse = matmul_forward(q, k, v, *seen), None
+    else:
+        out, lse = _flash(q, k, v, *seen)
+        lse = lse.transpose(1, 2).reshape(-1, heads)
+    return out.transpose(1, 2).reshape(-1, heads * q.shape[3]), lse  # views: attention lays out its results by rows
+
+
+def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads, window, positions):
+    """out [Nq, D], s [Nq, R] or None, and flash attention's log-sum-exp [Nq, H] or None."""
+    groups = by_three(groups)
+    recomputed = recomputes(q, groups)
+    seen = heads, kv_heads, recomputed, lengths, suffix, causal, window
+    if len(groups) == 1 and min(groups[0]) > 0:
+        out, lse = _attend(q, kv, positions, groups[0][0], *seen)
+    else:
+        each = [_attend(*own, samples, *seen) for samples, *own in parts_of(groups, (q,), (kv, positions))]
+        width = heads * head_width(q, kv, heads, kv_heads)
+        out = end_to_end([out for out, _ in each], q.shape[0], width, q)
+        wide = backend.wide(q.dtype)
+        lse = None if recomputed else end_to_end([lse for _, lse in each], q.shape[0], heads, q, wide)
+    return out, None if lora_a is None else F.linear(out, cast(lora_a, out.dtype)), lse
+
+
+def end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The parts one after the other, [rows, width]; zeros where rows without a key are the only ones."""
+    if not parts:
+        return like.new_zeros(rows, width, dtype=dtype)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_backward(d_out, q, out, lse, kv, positions, samples, heads, kv_heads, wants_out, *seen):
+    """d_q, d_kv (None where kv is) and out (None unless wanted) of samples of equal length."""
+    views = by_head(q, kv, samples, heads, kv_heads)
+    seen = _seen(*views[:2], *seen, positions)
+    shape = samples, -1, heads, views[0].shape[3]
+    d_out = d_out.view(shape).transpose(1, 2)
+    if out is None:
+        dq, dk, dv, *again = matmul_backward(d_out, *views, *seen, wants_out=wants_out)
+        out = again[0].transpose(1, 2).reshape(q.shape[0], -1) if wants_out else None
+    else:
+        own_out, own_lse = out.view(shape).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
+        dq, dk, dv = _flash_backward(d_out, *views, own_out, own_lse, *seen)
+    dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)  # [samples, S, H, Dh]
+    if kv is None:
+        return torch.cat((dq, dk, dv), 2).view(q.shape), None, out
+    return dq.reshape(q.shape), torch.cat((dk, dv), 2).view(kv.shape), out
+
+
+def backward_aten(
+    d_out, d_s, q, kv, lora_a, out, lse, heads, groups, lengths, suffix, causal, kv_heads, window, positions
+):
+    """d_q, d_kv (None where kv is) and dA (None without lora_a). `out` and `lse`: of flash attention."""
+    groups, wants_out = by_three(groups), d_s is not None
+    if wants_out:
+        a = cast(lora_a, d_s.dtype)
+        d_out = d_s @ a if d_out is None else torch.addmm(d_out, d_s, a)
+    seen = heads, kv_heads, wants_out, lengths, suffix, causal, window
+    if len(groups) == 1 and min(groups[0]) > 0:
+        d_q, d_kv, out = _attend_backward(d_out, q, out, lse, kv, positions, groups[0][0], *seen)
+    else:
+        recomputed, of_rows = out is None, (d_out, q, out, lse)
+        each = [_attend_backward(*own, samples, *seen) for samples, *own in parts_of(groups, of_rows, (kv, positions))]
+        d_q = end_to_end([t[0] for t in each], *q.shape, q)
+        d_kv = None if kv is None else end_to_end([t[1] for t in each], *kv.shape, kv)
+        out = end_to_end([t[2] for t in each], *d_out.shape, q) if recomputed and wants_out else out
+    return d_q, d_kv, cast(d_s.t() @ out, lora_a.dtype) if wants_out else None
+
+
+def recomputes(q: Tensor, groups: Sequence[Sequence[int]]) -> bool:
+    """Whether the groups run as matmul + softmax, whose backward computes the probabilities again."""
+    return q.dtype == torch.bfloat16 and all(group[2] <= MATMUL_KEYS for group in groups)
+
+
+def by_three(flat: Sequence[int]) -> list[Sequence[int]]:
+    return [flat] if len(flat) == 3 else [flat[i : i + 3] for i in range(0, len(flat), 3)]
