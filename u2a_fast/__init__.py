@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .data import MissingPattern, MultimodalCollator
     from .evaluation import evaluate
     from .kernels import get_backend, set_backend
-    from .lora import LoraConfig
+    from .lora_config import LoraConfig
     from .methods import PMF, U2A, JointEmbedding, LateFusion, load_model
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ _HOME = {
     "U2A": "methods",
     "JointEmbedding": "methods",
     "LateFusion": "methods",
-    "LoraConfig": "lora",
+    "LoraConfig": "lora_config",
     "MissingPattern": "data",
     "MultimodalCollator": "data",
     "evaluate": "evaluation",

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from .comparison import CompareOptions, compare
 from .evaluation import evaluate
-from .lora import LoraConfig
+from .lora_config import LoraConfig
 from .memory import plan, print_plan
 from .methods import load_model
 from .methods.base import MultimodalModel

@@ -6,7 +6,8 @@ rows; then the next sample. Attention takes samples of one length as a dense vie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import host, kernels
 from .padding import Padding
+from .rotary import Rotation
 
 
 class _Joined(torch.autograd.Function):
@@ -42,6 +44,7 @@ class Places:
         rows: int64, of the same tokens their places among the N rows.
         learned: int64 `[B * Q]`, the places of the learned rows.
         starts, ends: int64 `[B]`, the places of each sample's first and last token.
+        has_holes: whether padding stands between the tokens of a sample.
     """
 
     samples: Tensor
@@ -50,6 +53,7 @@ class Places:
     learned: Tensor
     starts: Tensor
     ends: Tensor
+    has_holes: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,70 @@ class Layout:
         suffix: learned rows at the end of each sample.
         lengths: int64 `[B]`, real tokens, where padding stays and is hidden instead (static shapes).
         places: where they stand; None: as in `[B, S + Q]`.
+        length: S.
+        order: int64 `[B, S]`, the column that each token had before real ones were brought to the front; None: its own.
+        tables, rotations: by type of layers, the rotary angles of all places and of all rows.
     """
 
     groups: tuple[kernels.Group, ...] | kernels.Ends
     suffix: int = 0
     lengths: Tensor | None = None
     places: Places | None = None
+    length: int = 0
+    order: Tensor | None = None
+    tables: Mapping[str, Rotation] = field(default_factory=dict)
+    rotations: Mapping[str, Rotation] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
         return sum(group.samples for group in self.groups) if self.places is None else len(self.places.samples)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """int64 `[N]`: the column of each token among S; learned rows follow the last one of their sample."""
+        after, at = torch.arange(self.suffix, device=device), self.places
+        behind = self._behind(device)[:, None] + after  # [B, Q]
+        if at is None:
+            columns = torch.arange(self.length, device=device).expand(self.batch, -1)
+            return torch.cat([columns if self.order is None else self.order, behind], dim=1).flatten()
+        columns = at.tokens.new_empty(len(at.rows) + len(at.learned)).index_copy(0, at.rows, at.tokens % self.length)
+        return columns.index_copy(0, at.learned, behind[at.samples].flatten())
+
+    def _behind(self, device: torch.device) -> Tensor:
+        """int64 `[B]`, in the order of the batch: the position behind each sample's last token."""
+        if self.places is not None:
+            last = self.places.rows.new_empty(len(self.places.rows) + len(self.places.learned))
+            last = last.index_copy(0, self.places.rows, self.places.tokens % self.length)[self.places.ends]
+            return torch.empty_like(last).index_copy(0, self.places.samples, last) + 1
+        if self.lengths is None:
+            return torch.full((self.batch,), self.length, device=device)
+        last = (self.lengths[:, None] - 1).clamp(min=0)  # of a sample without a real token the first is one
+        return (last if self.order is None else self.order.gather(1, last))[:, 0] + 1
+
+    def uneven_positions(self, device: torch.device) -> Tensor | None:
+        """`positions` where they may not be those of neighbours: padding between the tokens of a sample."""
+        has_holes = self.order is not None if self.places is None else self.places.has_holes
+        return self.positions(device) if has_holes else None
+
+    def turned(self, tables: Mapping[str, Rotation]) -> Layout:
+        """The same with rotary angles. tables: by type of layers, of all places that a row of a sample can take."""
+        if not tables:
+            return self
+        positions = self.positions(next(iter(tables.values())).cos.device)
+        return replace(self, tables=tables, rotations={kind: table.at(positions) for kind, table in tables.items()})
+
+    def rotation_behind(self, kind: str, rows: int, first: int = 0, arranged: bool = False) -> Rotation:
+        """Angles `[B * rows, Dh / 2]` of rows that come `first` rows after all others of their sample.
+
+        In the order of the batch; `arranged`: in that of the layout.
+        """
+        table = self.tables[kind]
+        device = table.cos.device
+        positions = self._behind(device)[:, None] + torch.arange(rows, device=device) + self.suffix + first
+        return table.at((self.arranged(positions) if arranged else positions).flatten())
+
+    def arranged(self, each: Tensor) -> Tensor:
+        """`[B, ...]` in the order of the batch -> in that of the rows."""
+        return each if self.places is None else each[self.places.samples]
 
     def with_queries(self, rows: int) -> tuple[kernels.Group, ...] | kernels.Ends:
         """The groups where `rows` rows of each sample ask."""
@@ -85,16 +143,22 @@ class Layout:
         return tokens if self.places is None else tokens.flatten(0, 1).index_select(0, self.places.tokens)[None]
 
     def join(self, rows: Tensor, learned: Tensor) -> Tensor:
-        """The rows of the tokens and learned rows `[Q, C]`, or `[B, Q, C]` of each sample -> all rows.
+        """The rows of the tokens and learned rows, `[B, Q, C]` of each sample or `[1, Q, C]` of all -> all rows.
 
         `[1, n, C]` -> `[1, N, C]`, or `[B, S, C]` -> `[B, S + Q, C]` where there is no padding.
         """
-        at = self.places
+        at, shared = self.places, len(learned) == 1
         if at is None:
             own = learned.to(rows.dtype)
-            return kernels.assemble(rows, suffix=learned) if learned.dim() == 2 else torch.cat([rows, own], dim=1)
-        each = learned.expand(len(at.samples), -1, -1) if learned.dim() == 2 else learned[at.samples]
+            return kernels.assemble(rows, suffix=learned[0]) if shared else torch.cat([rows, own], dim=1)
+        each = learned.expand(len(at.samples), -1, -1) if shared else learned[at.samples]
         return _Joined.apply(rows[0], at.rows, each.flatten(0, 1).to(rows.dtype), at.learned)[None]
+
+    def of_tokens(self, rows: Tensor) -> Tensor:
+        """Of all rows `[N, C]` those of the tokens, `[n, C]`."""
+        if self.places is not None:
+            return rows.index_select(0, self.places.rows)
+        return rows.view(self.batch, -1, rows.shape[1])[:, : self.length].flatten(0, 1)
 
     def unpack(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         """All rows -> `[B, S + Q, D]`, zeros where a token is padding. shape: (B, S)."""
@@ -125,9 +189,11 @@ class Layout:
         return each if self.places is None else torch.empty_like(each).index_copy(0, self.places.samples, each)
 
 
-def dense(batch: int, length: int, suffix: int = 0, lengths: Tensor | None = None) -> Layout:
+def dense(
+    batch: int, length: int, suffix: int = 0, lengths: Tensor | None = None, order: Tensor | None = None
+) -> Layout:
     """The layout of `[B, S, D]` tokens that stay as they are."""
-    return Layout((kernels.Group(batch, length + suffix, length + suffix),), suffix, lengths)
+    return Layout((kernels.Group(batch, length + suffix, length + suffix),), suffix, lengths, None, length, order)
 
 
 @dataclass(frozen=True)
@@ -182,7 +248,7 @@ def of_plan(plan: Tensor, sizes: PlanSizes) -> Layout:
     ends, samples = parts[4].to(torch.int32), torch.arange(batch, device=plan.device)
     last = parts[4][1 : batch + 1] - suffix - 1
     places = Places(samples, tokens=parts[0], rows=parts[1], learned=parts[2], starts=parts[3], ends=last)
-    return Layout(kernels.Ends(ends, ends, longest, longest), suffix, places=places)
+    return Layout(kernels.Ends(ends, ends, longest, longest), suffix, places=places, length=longest - suffix)
 
 
 def _with_first(mask: Tensor) -> Tensor:
@@ -210,8 +276,10 @@ def packed(mask: Tensor, device: torch.device, suffix: int = 0) -> Layout:
         "starts": ends - suffix - lengths,
         "ends": ends - suffix - 1,
     }
-    places = Places(**{name: host.send(index, device) for name, index in where.items()})
-    return Layout(tuple(kernels.Group(samples, rows, rows) for samples, rows in sizes), suffix, places=places)
+    has_holes = bool((mask[:, 1:] & ~mask[:, :-1]).sum(dim=1).gt(~mask[:, 0]).any())
+    places = Places(**{name: host.send(index, device) for name, index in where.items()}, has_holes=has_holes)
+    groups = tuple(kernels.Group(samples, rows, rows) for samples, rows in sizes)
+    return Layout(groups, suffix, places=places, length=mask.shape[1])
 
 
 def layout_of(tokens: Tensor, padding: Padding | None, suffix: int = 0) -> Layout:
@@ -219,4 +287,4 @@ def layout_of(tokens: Tensor, padding: Padding | None, suffix: int = 0) -> Layou
     batch, length, _ = tokens.shape
     if padding is not None and padding.host_mask is not None:
         return packed(padding.host_mask, tokens.device, suffix)
-    return dense(batch, length, suffix, None if padding is None else padding.lengths)
+    return dense(batch, length, suffix, *((None, None) if padding is None else (padding.lengths, padding.order)))

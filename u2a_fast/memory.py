@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .block import Block
-from .lora import LoraConfig
+from .lora_config import LoraConfig
 from .memory_counts import (
     Case,
     Counts,

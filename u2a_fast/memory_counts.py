@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from .encoders import Encoder, from_pretrained_model
 from .encoders.build import TOWERS, family_of
 from .kernels.nf4 import NF4_BLOCK
-from .lora import LoraConfig, LoraLinear
+from .lora import LoraLinear
+from .lora_config import LoraConfig
 from .methods import U2A
 from .quantization import STORAGE
 
@@ -253,10 +254,15 @@ class _PeftLinear(nn.Module):
         return self.base(x) + self.lora_b(self.lora_a(x.to(self.lora_a.weight.dtype))) * self.scaling
 
 
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # roles of one linear of Hugging Face's
+
+
 def _adapt(model: PreTrainedModel, config: LoraConfig) -> None:
     family = family_of(model)
     for layer in model.get_submodule(family.layers):
-        for role in config.target_modules:
-            parent, _, leaf = family.roles[role].rpartition(".")
+        for role in family.roles:
+            if not any(map(config.adapts, FUSED.get(role, (role,)))):
+                continue
+            parent, _, leaf = family.path(role).rpartition(".")
             owner = layer.get_submodule(parent)
             setattr(owner, leaf, _PeftLinear(getattr(owner, leaf), config))

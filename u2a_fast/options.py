@@ -13,7 +13,7 @@ import torch
 from . import data as data_module
 from .data.inputs import DecodeError, is_absent, to_image
 from .data.presence import without_unreadable
-from .lora import LoraConfig
+from .lora_config import LoraConfig
 from .methods import METHODS
 
 

@@ -95,11 +95,25 @@ def test_a_bad_lora_config_is_refused(options):
         LoraConfig(**options)
 
 
+def test_a_role_that_no_encoder_has_is_refused():
+    encoders = {"text": tiny_encoders.build("bert"), "image": tiny_encoders.build("vit")}
+    with pytest.raises(ValueError, match="roles of the encoders, q, k, v, o, fc1, fc2, not gate"):
+        U2A(encoders, num_labels=2, lora=LoraConfig(target_modules=("q", "gate")))
+
+
+def test_down_is_another_name_of_fc2():
+    assert LoraConfig(target_modules=("down", "q", "fc2")).target_modules == ("fc2", "q")
+
+
 @pytest.mark.slow
 def test_pefts_lora_config_is_read():
     peft = pytest.importorskip("peft")
     config = LoraConfig.read(peft.LoraConfig(r=6, lora_alpha=12, target_modules=["query", "value"], use_rslora=True))
     assert config == LoraConfig(r=6, lora_alpha=12, target_modules=("q", "v"), use_rslora=True)
+    gated = LoraConfig.read(peft.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]))
+    assert gated.target_modules == ("fc2", "gate", "up")
+    everything = LoraConfig.read(peft.LoraConfig(target_modules="all-linear"))
+    assert everything.target_modules == ("q", "k", "v", "o", "fc1", "fc2") and everything.adapts("up")
 
 
 @pytest.mark.parametrize(

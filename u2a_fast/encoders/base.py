@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from ..block import Block, normalise
+from ..block import Block
 from ..layout import Layout, layout_of
+from ..norms import normalise
 from ..padding import Padding, padding_of, take_rows
+from ..rotary import Rotation
 
 LENGTHS = 32  # of texts in a captured step
 
@@ -23,42 +25,68 @@ EmbedResult = tuple[torch.Tensor, torch.Tensor | None]
 class Family:
     """What differs between families of encoders; ten lines each in families.py.
 
+    A path may be several in a tuple: the first one that a layer has is taken.
+
     Args:
         name: for messages.
         classes: names of the Hugging Face classes it reads.
         stem: name -> path of the submodules that `embed` and `finish` use; `final_norm` follows the last layer.
         layers: path of the layer list.
-        roles: path inside a layer of the linears q, k, v, o, fc1, fc2.
-        norms: paths of the LayerNorm beside attention and of the one beside the MLP.
+        roles: path inside a layer of the linears q, k, v (or qkv, where they are one), o, fc1, fc2; of a gated MLP
+            gate and up (or gate_up, where they are one) in place of fc1.
+        norms: paths of the norm beside attention and of the one beside the MLP.
         pre_norm: whether they normalise before (ViT) or after (BERT) their sublayer.
+        update_norms: paths of the norms of what the two sublayers add, or None.
+        head_norms: paths of the norms of each head of q and k, or None.
+        norm_offset: what a norm's weights are added to: 1 for Gemma.
         heads: the config attribute that counts attention heads.
-        activation: the config attribute that names the MLP's activation.
+        activation: the config attribute that names the MLP's activation, or `config -> name`.
         embed: `(encoder, **inputs) -> tokens [B, S, D], padding_mask [B, S] or None`.
         padding: `(encoder, **inputs) -> padding_mask`, the one that `embed` gives, from the inputs alone; None where
             `embed` gives none. With it, a step can ask for all that it needs to know of a batch at once.
         class_token: `"first"` row, `"last"` real row, or the `"mean"` of the real rows.
         scales: paths inside a layer of the two LayerScale vectors, or None.
+        rotary: path of the module that says the angles of rotary positions, or None.
         causal: whether row i sees rows up to i only (CLIP text).
+        window: `(config, index of the layer) -> distance or None`: how far a token of that layer sees.
+        query_scale: what the softmax's scale is, over 1 / sqrt(Dh), by the config; only beside `head_norms`.
         clamps_fp16: whether layers keep their fp16 results finite (Whisper).
         requires: what the config must say, where one class has layers of two kinds (Wav2Vec2).
+        refuses: what it must not say, and what that is called.
     """
 
     name: str
     classes: tuple[str, ...]
     stem: dict[str, str]
     layers: str
-    roles: dict[str, str]
+    roles: Mapping[str, str | tuple[str, ...]]
     norms: tuple[str, str]
     embed: Callable[..., EmbedResult]
     padding: Callable[..., torch.Tensor] | None = None
     pre_norm: bool = True
+    update_norms: tuple[str, str] | None = None
+    head_norms: tuple[str, str] | None = None
+    norm_offset: float = 0.0
     heads: str = "num_attention_heads"
-    activation: str = "hidden_act"
+    activation: str | Callable[[Any], str] = "hidden_act"
     class_token: str = "first"
     scales: tuple[str, str] | None = None
+    rotary: str | None = None
     causal: bool = False
+    window: Callable[[Any, int], int | None] | None = None
+    query_scale: Callable[[Any, int], float] | None = None
     clamps_fp16: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def paths(self, role: str) -> tuple[str, ...]:
+        """Where a layer may keep the linear of a role."""
+        paths = self.roles.get(role, ())
+        return (paths,) if isinstance(paths, str) else paths
+
+    def path(self, role: str) -> str:
+        """Where it does, of the family as `family_of` gives it for a model."""
+        return self.paths(role)[0]
 
 
 class Encoder(nn.Module):
@@ -73,17 +101,25 @@ class Encoder(nn.Module):
         loaded_in_8bit: whether bitsandbytes had quantised it before.
     """
 
-    def __init__(self, family: Family, config: Any, stem: nn.ModuleDict, blocks: list[Block], name_or_path: str = ""):
+    def __init__(
+        self,
+        family: Family,
+        config: Any,
+        stem: nn.ModuleDict,
+        blocks: list[Block],
+        rotary: nn.ModuleDict,
+        name_or_path: str = "",
+    ):
         super().__init__()
         self.family, self.config, self.name_or_path = family, config, name_or_path
-        self.stem = stem
+        self.stem, self.rotary = stem, rotary
         self.blocks = nn.ModuleList(blocks)
         self.loaded_in_8bit = blocks[0].o.storage == "int8"
         self.requires_grad_(False)
 
     @property
     def width(self) -> int:
-        return self.blocks[0].norm1.normalized_shape[0]
+        return self.blocks[0].o.out_features
 
     @property
     def num_layers(self) -> int:
@@ -92,7 +128,7 @@ class Encoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in: that of its norms, which are never quantised."""
-        return self.blocks[0].norm1.weight.dtype
+        return self.blocks[0].norms[0].weight.dtype
 
     @property
     def reads_all(self) -> bool:
@@ -107,11 +143,13 @@ class Encoder(nn.Module):
     @property
     def packs_by_plan(self) -> bool:
         """Whether its rows may lie as a plan says: attention sees whole samples, and the class token is their first."""
-        return self.family.padding is not None and self.family.class_token == "first" and not self.family.causal
+        sees_all = all(block.heads.window is None and not block.causal for block in self.blocks)
+        return self.family.padding is not None and self.family.class_token == "first" and sees_all
 
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode)
         self.stem.eval()  # frozen is not eval: dropout of the embedding stage must stay off
+        self.rotary.eval()  # and so must what DINOv3 does to its positions
         return self
 
     def embed(self, **inputs: torch.Tensor) -> EmbedResult:
@@ -203,14 +241,27 @@ class Encoder(nn.Module):
         read = layout.of_each(self.finish(read), 1 + layout.suffix)
         return read[:, 0], read[:, 1:]
 
-    @staticmethod
+    def layout_of(self, tokens: torch.Tensor, padding: Padding | None, suffix: int = 0, behind: int = 0) -> Layout:
+        """How tokens `[B, S, D]` and `suffix` learned rows lie, with angles; `behind`: rows that follow at most."""
+        layout = layout_of(tokens, padding, suffix)
+        return layout.turned(self.angles(tokens, suffix + behind))
+
+    def angles(self, tokens: torch.Tensor, learned: int) -> dict[str, Rotation]:
+        """Rotary angles of all places of a sample, S tokens and `learned` rows, by type of layers."""
+        length, like = tokens.shape[1], tokens.new_empty(0, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        return {kind: rotary(length, length + learned, like) for kind, rotary in self.rotary.items()}
+
     def lay_out(
-        tokens: torch.Tensor, padding: Padding | torch.Tensor | None, suffix: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        padding: Padding | torch.Tensor | None,
+        suffix: torch.Tensor | None = None,
+        behind: int = 0,
     ) -> tuple[torch.Tensor, Layout, Padding | None]:
         """Tokens `[B, S, D]` as their layout takes them, the layout, and the padding by which they were reordered."""
         if torch.is_tensor(padding):
             padding = padding_of(padding)
-        layout = layout_of(tokens, padding, 0 if suffix is None else suffix.shape[0])
+        layout = self.layout_of(tokens, padding, 0 if suffix is None else suffix.shape[0], behind)
         if layout.lengths is None or padding.order is None:
             return tokens, layout, None
         return take_rows(tokens, padding.order), layout, padding  # padding that is hidden has to stand at the end

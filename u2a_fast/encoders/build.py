@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from ..block import Block
+from ..block import Block, Heads
 from ..lora import LoraLinear
+from ..norms import BlockNorm, RMSNorm
 from ..quantization import warn_if_slow
+from ..rotary import rotary_of
 from .base import Encoder, Family
-from .families import EARLIER_NAMES, FAMILIES
+from .families import FAMILIES
 
 SUPPORTED = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
 TOWERS = {
@@ -51,9 +53,15 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
     for name, path in family.stem.items():
         if (module := _get(model, path)) is not None:
             stem[name] = _share(module)
-    layers = _get(model, family.layers)
-    blocks = [_block(layer, family, model.config) for layer in layers]
-    encoder = Encoder(family, model.config, stem, blocks, name_or_path=getattr(model, "name_or_path", "") or "")
+    if "final_norm" in stem:
+        stem["final_norm"] = _norm(stem["final_norm"], family)
+    config, layers = model.config, _get(model, family.layers)
+    blocks = [_block(layer, _heads(layer, family, config, i), family, config) for i, layer in enumerate(layers)]
+    rotary = nn.ModuleDict()
+    if family.rotary is not None:
+        for kind in {block.heads.rotary or "" for block in blocks}:
+            rotary[kind] = rotary_of(_share(_get(model, family.rotary)), config, kind)
+    encoder = Encoder(family, config, stem, blocks, rotary, name_or_path=getattr(model, "name_or_path", "") or "")
     warn_if_slow(encoder.dtype)
     return encoder.train(model.training)
 
@@ -121,76 +129,130 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
+# What a layer may have in place of one another: its first product, and that of its MLP.
+CHOICES = (("qkv",), ("q", "k", "v")), (("gate", "up"), ("gate_up",), ("fc1",))
+
+
 def _as_named(family: Family, model: nn.Module) -> Family:
-    """The spec with the names that this version of transformers has for the linears."""
+    """The spec with the linears that this model has, by the names that this version of transformers gives them."""
     layers = _get(model, family.layers)
     if not layers:
         return family
-    roles = {
-        role: path if _get(layers[0], path) is not None else EARLIER_NAMES.get(path, path)
-        for role, path in family.roles.items()
-    }
-    return replace(family, roles=roles)
+
+    def found(role: str) -> str | None:
+        return next((path for path in family.paths(role) if _get(layers[0], path) is not None), None)
+
+    roles = {"o", "fc2"}
+    for choice in CHOICES:
+        named = [option for option in choice if all(role in family.roles for role in option)]
+        roles.update(next((option for option in named if all(map(found, option))), named[0]))
+    first = {role: family.paths(role)[0] for role in family.roles}
+    return replace(family, roles={role: found(role) or first[role] for role in first if role in roles})
 
 
 def _refuse_variants(model: nn.Module, family: Family) -> None:
     config, name = model.config, type(model).__name__
-    for attribute, what in (
-        ("use_swiglu_ffn", "a gated MLP"),
-        ("is_decoder", "decoder attention"),
-        ("add_adapter", "a convolutional adapter"),
-        ("adapter_attn_dim", "attention adapters"),
-    ):
+    unknown = {"is_decoder": "decoder attention", "add_adapter": "a convolutional adapter"}
+    unknown |= {"adapter_attn_dim": "attention adapters", **family.refuses}
+    for attribute, what in unknown.items():
         if getattr(config, attribute, None):
             raise ValueError(f"{name} with {attribute} ({what}) is not supported: our block has no such part")
-    if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"{name} with relative positions is not supported: our block takes absolute positions only")
+    if getattr(config, "position_embedding_type", "absolute") not in ("absolute", "rotary"):
+        raise ValueError(f"{name} with relative positions is not supported: our block takes absolute and rotary ones")
     layers = _get(model, family.layers)
     if layers is None or len(layers) == 0:
         raise ValueError(f"{name} has no layers under {family.layers!r}: its family spec does not fit")
-    heads = getattr(config, family.heads)
     for i, layer in enumerate(layers):
-        unknown = [path for path in (*family.roles.values(), *family.norms) if _get(layer, path) is None]
-        if unknown:
-            raise ValueError(
-                f"layer {i} of {name} has no {unknown[0]!r}: its family spec does not fit this version of transformers"
-            )
-        if any(hasattr(_get(layer, path), "base_layer") for path in family.roles.values()):
-            raise ValueError(
-                f"{name} carries adapters of PEFT: merge them (merge_and_unload), or pass the model without them"
-            )
-        q, k, o = (_get(layer, family.roles[role]) for role in ("q", "k", "o"))
-        width = _get(layer, family.norms[0]).normalized_shape[0]
-        if (q.out_features, k.out_features, o.in_features) != (width,) * 3 or width % heads:
-            raise ValueError(
-                f"layer {i} of {name} has {q.out_features} query features where {heads} heads of width {width} are "
-                "expected: pruned models are not supported"
-            )
+        _refuse_layer(layer, f"layer {i} of {name}", family, config)
 
 
-def _block(layer: nn.Module, family: Family, config: Any) -> Block:
-    linear = {role: _get(layer, path) for role, path in family.roles.items()}
-    norm1, norm2 = (_norm(_get(layer, path)) for path in family.norms)
+def _refuse_layer(layer: nn.Module, name: str, family: Family, config: Any) -> None:
+    linears = {role: _get(layer, family.path(role)) for role in family.roles}
+    paths = (*map(family.path, family.roles), *family.norms, *(family.update_norms or ()), *(family.head_norms or ()))
+    unknown = [path for path in paths if _get(layer, path) is None]
+    if unknown:
+        raise ValueError(f"{name} has no {unknown[0]!r}: its family spec does not fit this version of transformers")
+    if any(hasattr(linear, "base_layer") for linear in linears.values()):
+        raise ValueError(
+            f"{name} carries adapters of PEFT: merge them (merge_and_unload), or pass the model without them"
+        )
+    heads, key_heads = _head_counts(family, config)
+    width = linears["o"].in_features
+    rows = sum(linears[role].out_features for role in ("q", "k", "v", "qkv") if role in linears)
+    if width % heads or heads % key_heads or rows * heads != (heads + 2 * key_heads) * width:
+        raise ValueError(
+            f"{name} has {rows} query, key and value features where {heads} heads share {width} and {key_heads} of "
+            "them have keys: pruned models are not supported"
+        )
+
+
+def _head_counts(family: Family, config: Any) -> tuple[int, int]:
+    """Query and key heads of every layer."""
+    heads = getattr(config, family.heads)
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def _heads(layer: nn.Module, family: Family, config: Any, index: int) -> Heads:
+    kinds = getattr(config, "layer_types", None)
+    return Heads(
+        *_head_counts(family, config),
+        causal=family.causal,
+        window=None if family.window is None else family.window(config, index),
+        rotary=None if family.rotary is None else (kinds[index] if kinds else "all"),
+    )
+
+
+def _block(layer: nn.Module, heads: Heads, family: Family, config: Any) -> Block:
+    linear = {role: _get(layer, family.path(role)) for role in family.roles}
+    norms, update_norms = (
+        [_norm(_get(layer, path), family) for path in paths or ()] for paths in (family.norms, family.update_norms)
+    )
     scale1, scale2 = (_get(layer, path) for path in family.scales) if family.scales else (None, None)
+    width = linear["o"].in_features // heads.query
+    widths = heads.query * width, heads.key * width, heads.key * width
+    qkv = [linear[role] for role in ("qkv", "q", "k", "v") if role in linear]
+    mlp = [linear[role] for role in ("gate_up", "gate", "up", "fc1") if role in linear]
     return Block(
-        qkv=stack_linears([linear[role] for role in "qkv"], ("q", "k", "v")),
+        qkv=stack_linears(qkv, ("q", "k", "v"), widths),
         o=stack_linears([linear["o"]], ("o",)),
-        fc1=stack_linears([linear["fc1"]], ("fc1",)),
+        fc1=stack_linears(mlp, ("fc1",) if "fc1" in linear else ("gate", "up")),
         fc2=stack_linears([linear["fc2"]], ("fc2",)),
-        norm1=norm1,
-        norm2=norm2,
-        num_heads=getattr(config, family.heads),
-        activation=getattr(config, family.activation),
+        norm1=norms[0],
+        norm2=norms[1],
+        heads=heads,
+        activation=_activation(family, config),
         pre_norm=family.pre_norm,
         scale1=scale1,
         scale2=scale2,
-        causal=family.causal,
+        update_norms=(update_norms[0], update_norms[1]) if update_norms else (None, None),
+        head_norms=_head_norms(layer, family, config, width),
         clamps_fp16=family.clamps_fp16,
     )
 
 
-def stack_linears(linears: list[nn.Linear], roles: tuple[str, ...]) -> LoraLinear:
-    """Linears of equal input as one `LoraLinear`; a missing bias (Whisper's keys) counts as zeros beside others."""
+def _activation(family: Family, config: Any) -> str:
+    return getattr(config, family.activation) if isinstance(family.activation, str) else family.activation(config)
+
+
+def _head_norms(layer: nn.Module, family: Family, config: Any, width: int) -> tuple[RMSNorm, RMSNorm] | None:
+    """Of queries and keys; another scale of the softmax than 1 / sqrt(Dh) is one of the queries."""
+    if family.head_norms is None:
+        return None
+    q, k = (_norm(_get(layer, path), family) for path in family.head_norms)
+    assert isinstance(q, RMSNorm) and isinstance(k, RMSNorm)
+    if family.query_scale is not None:
+        scale = family.query_scale(config, width)
+        q = RMSNorm(q.scale * scale, q.eps)
+    return q, k
+
+
+def stack_linears(
+    linears: list[nn.Linear], roles: tuple[str, ...], widths: tuple[int, ...] | None = None
+) -> LoraLinear:
+    """Linears of equal input as one `LoraLinear`; a missing bias (Whisper's keys) counts as zeros beside others.
+
+    widths: rows of each role, where they differ.
+    """
     weights, scales = zip(*map(_stored, linears), strict=True)
     if len({scale is None for scale in scales}) > 1:
         raise ValueError(f"{'+'.join(roles)} are partly int8 and partly floating: quantise all of them or none")
@@ -199,9 +261,9 @@ def stack_linears(linears: list[nn.Linear], roles: tuple[str, ...]) -> LoraLinea
     biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
     given = [bias for bias in biases if bias is not None]
     if not given:
-        return LoraLinear(weight, None, roles, scale)
+        return LoraLinear(weight, None, roles, scale, widths)
     filled = [given[0].new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    return LoraLinear(weight, torch.cat(filled), roles, scale)
+    return LoraLinear(weight, torch.cat(filled), roles, scale, widths)
 
 
 def _stored(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -215,8 +277,14 @@ def _stored(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, scb.detach().float() / 127
 
 
-def _norm(norm: nn.LayerNorm) -> nn.LayerNorm:
-    return copy.deepcopy(norm)  # a copy: BitFit trains its bias, and the caller's model must not change
+def _norm(norm: nn.Module, family: Family) -> BlockNorm | None:
+    """A copy, since BitFit trains biases and the caller's model must not change; None of an identity (ModernBERT)."""
+    if isinstance(norm, nn.Identity):
+        return None
+    if isinstance(norm, nn.LayerNorm):
+        return copy.deepcopy(norm)
+    eps = next(getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name))
+    return RMSNorm(norm.weight, eps, family.norm_offset)
 
 
 def _share(module: nn.Module) -> nn.Module:

@@ -1,118 +1,36 @@
-"""The supported families: where their embeddings, layers and norms are, and which names play q, k, v, o, fc1, fc2."""
+"""The supported families: where their embeddings, layers and norms are, and which names play which role."""
 
 from __future__ import annotations
 
-import torch
-from torch.nn.functional import gelu, pad
+from dataclasses import replace
+from typing import Any
 
-from .base import EmbedResult, Encoder, Family
+from .base import Family
+from .embeddings import (
+    clip_text_padding,
+    embed_clip_text,
+    embed_distilbert,
+    embed_flexible_image,
+    embed_image,
+    embed_nomic_text,
+    embed_protein,
+    embed_rotary_text,
+    embed_siglip_text,
+    embed_spectrogram,
+    embed_square_image,
+    embed_text,
+    embed_video,
+    embed_waveform,
+    embed_whisper,
+    embed_whole_image,
+    flexible_image_padding,
+    text_padding,
+    waveform_padding,
+)
 
+Roles = dict[str, str | tuple[str, ...]]
 
-# ------------------------------------------------------------------------------------------------ embedding stages
-def embed_text(
-    encoder: Encoder,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    token_type_ids: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-) -> EmbedResult:
-    tokens = encoder.stem["embeddings"](input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
-    if "embeddings_project" in encoder.stem:  # ELECTRA with embeddings narrower than its blocks
-        tokens = encoder.stem["embeddings_project"](tokens)
-    return tokens, text_padding(encoder, attention_mask=attention_mask)
-
-
-def text_padding(
-    encoder: Encoder, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
-) -> torch.Tensor | None:
-    return None if attention_mask is None else attention_mask.bool()
-
-
-def embed_clip_text(
-    encoder: Encoder,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-) -> EmbedResult:
-    tokens = encoder.stem["embeddings"](input_ids, position_ids=position_ids)
-    return tokens, clip_text_padding(encoder, input_ids, attention_mask)
-
-
-def clip_text_padding(
-    encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
-) -> torch.Tensor:
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    eos = encoder.config.eos_token_id
-    # Configs from before transformers 4.31 say 2 and mean the highest id. Rows after the end of text are padding; so
-    # are those before the text that hold the same id, which CLIP pads with.
-    end = real & (input_ids == (input_ids.amax(dim=1, keepdim=True) if eos == 2 else eos))
-    after_end = end.int().cumsum(dim=1) - end.int() > 0
-    return real & ~after_end
-
-
-def embed_image(encoder: Encoder, pixel_values: torch.Tensor, **options: bool) -> EmbedResult:
-    tokens = encoder.stem["embeddings"](pixel_values, **options)
-    if "pre_norm" in encoder.stem:
-        tokens = encoder.stem["pre_norm"](tokens)
-    return tokens, None
-
-
-def embed_spectrogram(encoder: Encoder, input_values: torch.Tensor) -> EmbedResult:
-    return encoder.stem["embeddings"](input_values), None
-
-
-def embed_waveform(
-    encoder: Encoder, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> EmbedResult:
-    stem, shortest = encoder.stem, _samples_of_a_row(encoder)
-    input_values = pad(input_values, (0, max(0, shortest - input_values.shape[1])))
-    features = stem["feature_extractor"](input_values).transpose(1, 2)  # [B, S, C]
-    tokens = stem["feature_projection"](features)
-    tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # [B, S, D]
-    real = waveform_padding(encoder, input_values, attention_mask)
-    if real is not None:
-        tokens = torch.where(real[:, :, None], tokens, 0)  # the positional convolution must not see padding
-    tokens = tokens + stem["positions"](tokens)
-    return stem["post_norm"](tokens) if "post_norm" in stem else tokens, real
-
-
-def waveform_padding(
-    encoder: Encoder, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    if attention_mask is None:
-        return None
-    shortest = _samples_of_a_row(encoder)
-    rows, lengths = max(input_values.shape[1], shortest), attention_mask.sum(dim=1).clamp(min=shortest)
-    for kernel, stride in zip(encoder.config.conv_kernel, encoder.config.conv_stride, strict=True):
-        rows = (rows - kernel) // stride + 1
-        lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
-    return torch.arange(rows, device=lengths.device) < lengths[:, None]
-
-
-def _samples_of_a_row(encoder: Encoder) -> int:
-    """The shortest waveform from which the convolutions make a row."""
-    shortest = 1
-    for kernel, stride in zip(reversed(encoder.config.conv_kernel), reversed(encoder.config.conv_stride), strict=True):
-        shortest = (shortest - 1) * stride + kernel
-    return shortest
-
-
-def embed_whisper(
-    encoder: Encoder, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> EmbedResult:
-    stem, positions = encoder.stem, encoder.stem["positions"].weight
-    frames = 2 * positions.shape[0]
-    if input_features.shape[-1] != frames:
-        raise ValueError(
-            f"this Whisper encoder takes {frames} mel frames, not {input_features.shape[-1]}: "
-            "let its own feature extractor pad the clip"
-        )
-    hidden = gelu(stem["conv2"](gelu(stem["conv1"](input_features))))  # [B, D, S]
-    return hidden.transpose(1, 2) + positions, None  # Whisper ignores the padding mask of its mel frames
-
-
-# ------------------------------------------------------------------------------------------------------- the specs
-BERT_ROLES = {
+BERT_ROLES: Roles = {
     "q": "attention.self.query",
     "k": "attention.self.key",
     "v": "attention.self.value",
@@ -120,15 +38,39 @@ BERT_ROLES = {
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
 }
-VIT_ROLES = {
-    "q": "attention.q_proj",
-    "k": "attention.k_proj",
-    "v": "attention.v_proj",
-    "o": "attention.o_proj",
+VIT_ROLES: Roles = {  # DINOv2's had other names before transformers 5.18
+    "q": ("attention.q_proj", "attention.attention.query"),
+    "k": ("attention.k_proj", "attention.attention.key"),
+    "v": ("attention.v_proj", "attention.attention.value"),
+    "o": ("attention.o_proj", "attention.output.dense"),
     "fc1": "mlp.fc1",
     "fc2": "mlp.fc2",
 }
-CLIP_ROLES = {
+EARLIER_VIT_ROLES = {
+    "q": "attention.attention.query",
+    "k": "attention.attention.key",
+    "v": "attention.attention.value",
+    "o": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+GATED_VIT_ROLES: Roles = VIT_ROLES | {
+    "fc1": ("mlp.fc1", "mlp.up_proj"),
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "gate_up": "mlp.weights_in",
+    "fc2": ("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
+}
+LLAMA_ROLES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "fc2": "mlp.down_proj",
+}
+CLIP_ROLES: Roles = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -144,22 +86,40 @@ WAV2VEC2_ROLES = {
     "fc1": "feed_forward.intermediate_dense",
     "fc2": "feed_forward.output_dense",
 }
-# Where transformers kept a linear before it took the name above (DINOv2's in 5.17).
-EARLIER_NAMES = {
-    "attention.q_proj": "attention.attention.query",
-    "attention.k_proj": "attention.attention.key",
-    "attention.v_proj": "attention.attention.value",
-    "attention.o_proj": "attention.output.dense",
-}
 WAV2VEC2_STEM = {
     "feature_extractor": "feature_extractor",
     "feature_projection": "feature_projection",
     "positions": "encoder.pos_conv_embed",
 }
 
+
+def swiglu(config: Any) -> str:
+    """DINOv2's gated MLP has an activation of its own."""
+    return "silu" if config.use_swiglu_ffn else config.hidden_act
+
+
+def look_back(config: Any, layer: int) -> int | None:
+    """Sliding windows of causal texts: that many tokens, the last of them oneself."""
+    kinds = getattr(config, "layer_types", None)
+    slides = config.sliding_window is not None and (kinds is None or kinds[layer] == "sliding_attention")
+    return config.sliding_window - 1 if slides else None
+
+
+def look_around(config: Any, layer: int) -> int | None:
+    """ModernBERT's: so many tokens to either side."""
+    return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+
+
+def gemma_scale(config: Any, head_width: int) -> float:
+    return (head_width / config.query_pre_attn_scalar) ** 0.5
+
+
 BERT = Family(
-    name="BERT, RoBERTa, ELECTRA",
-    classes=("BertModel", "RobertaModel", "ElectraModel", "XLMRobertaModel", "CamembertModel"),
+    name="BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2Vec text",
+    classes=(
+        *("BertModel", "RobertaModel", "ElectraModel", "XLMRobertaModel", "CamembertModel"),
+        *("Data2VecTextModel", "ErnieModel"),
+    ),
     stem={"embeddings": "embeddings", "embeddings_project": "embeddings_project"},
     layers="encoder.layer",
     roles=BERT_ROLES,
@@ -179,13 +139,141 @@ VIT = Family(
 )
 DINOV2 = Family(
     name="DINOv2",
-    classes=("Dinov2Model",),
+    classes=("Dinov2Model", "Dinov2WithRegistersModel"),
     stem={"embeddings": "embeddings", "final_norm": "layernorm"},
     layers="encoder.layer",
-    roles=VIT_ROLES,
+    roles=GATED_VIT_ROLES,
     norms=("norm1", "norm2"),
     scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+    activation=swiglu,
     embed=embed_image,
+)
+DINOV3 = Family(
+    name="DINOv3",
+    classes=("DINOv3ViTModel",),
+    stem={"embeddings": "embeddings", "final_norm": "norm"},
+    layers="model.layer",
+    roles=GATED_VIT_ROLES,
+    norms=("norm1", "norm2"),
+    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+    rotary="rope_embeddings",
+    embed=embed_square_image,
+)
+VIT_MAE = replace(VIT, name="ViT-MAE", classes=("ViTMAEModel",), embed=embed_whole_image)
+I_JEPA = replace(VIT, name="I-JEPA", classes=("IJepaModel",), class_token="mean")
+DATA2VEC_VISION = Family(
+    name="Data2Vec vision",
+    classes=("Data2VecVisionModel",),
+    stem={"embeddings": "embeddings", "final_norm": "layernorm"},
+    layers="encoder.layer",
+    roles=EARLIER_VIT_ROLES,
+    norms=("layernorm_before", "layernorm_after"),
+    scales=("lambda_1", "lambda_2"),
+    class_token="mean",
+    embed=embed_image,
+    refuses={
+        "use_relative_position_bias": "a relative position bias in attention",
+        "use_shared_relative_position_bias": "a relative position bias in attention",
+    },
+)
+VIDEO_MAE = Family(
+    name="VideoMAE",
+    classes=("VideoMAEModel",),
+    stem={"embeddings": "embeddings", "final_norm": "layernorm"},
+    layers="encoder.layer",
+    roles=EARLIER_VIT_ROLES,
+    norms=("layernorm_before", "layernorm_after"),
+    class_token="mean",
+    embed=embed_video,
+)
+DISTILBERT = Family(
+    name="DistilBERT",
+    classes=("DistilBertModel",),
+    stem={"embeddings": "embeddings"},
+    layers="transformer.layer",
+    roles={
+        **{"q": "attention.q_lin", "k": "attention.k_lin", "v": "attention.v_lin", "o": "attention.out_lin"},
+        **{"fc1": "ffn.lin1", "fc2": "ffn.lin2"},
+    },
+    norms=("sa_layer_norm", "output_layer_norm"),
+    pre_norm=False,
+    heads="n_heads",
+    activation="activation",
+    embed=embed_distilbert,
+    padding=text_padding,
+)
+ESM = Family(
+    name="ESM-2",
+    classes=("EsmModel",),
+    stem={"embeddings": "embeddings", "final_norm": "encoder.emb_layer_norm_after"},
+    layers="encoder.layer",
+    roles=BERT_ROLES,
+    norms=("attention.LayerNorm", "LayerNorm"),
+    activation=lambda config: "gelu",
+    embed=embed_protein,
+    padding=text_padding,
+    requires={"position_embedding_type": "absolute"},
+)
+ESM_ROTARY = replace(ESM, rotary="rotary_embeddings", requires={"position_embedding_type": "rotary"})
+MODERNBERT = Family(
+    name="ModernBERT",
+    classes=("ModernBertModel",),
+    stem={"embeddings": "embeddings", "final_norm": "final_norm"},
+    layers="layers",
+    roles={"qkv": "attn.Wqkv", "o": "attn.Wo", "gate_up": "mlp.Wi", "fc2": "mlp.Wo"},
+    norms=("attn_norm", "mlp_norm"),
+    activation="hidden_activation",
+    rotary="rotary_emb",
+    window=look_around,
+    embed=embed_rotary_text,
+    padding=text_padding,
+)
+NOMIC_BERT = Family(
+    name="NomicBERT",
+    classes=("NomicBertModel",),
+    stem={"embeddings": "embeddings"},
+    layers="layers",
+    roles=LLAMA_ROLES,
+    norms=("post_attention_layernorm", "post_mlp_layernorm"),
+    pre_norm=False,
+    class_token="mean",
+    rotary="rotary_emb",
+    embed=embed_nomic_text,
+    padding=text_padding,
+)
+EUROBERT = Family(
+    name="EuroBERT",
+    classes=("EuroBertModel",),
+    stem={"embeddings": "embed_tokens", "final_norm": "norm"},
+    layers="layers",
+    roles=LLAMA_ROLES,
+    norms=("input_layernorm", "post_attention_layernorm"),
+    class_token="mean",
+    rotary="rotary_emb",
+    embed=embed_rotary_text,
+    padding=text_padding,
+)
+LLAMA = replace(EUROBERT, name="Llama", classes=("LlamaModel",), causal=True, class_token="last")
+WINDOWED = replace(LLAMA, name="Qwen2, Mistral", classes=("Qwen2Model", "MistralModel"), window=look_back)
+QWEN3 = replace(WINDOWED, name="Qwen3", classes=("Qwen3Model",), head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+GEMMA3 = replace(
+    QWEN3,
+    name="Gemma 3 text",
+    classes=("Gemma3TextModel",),
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    update_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    norm_offset=1.0,
+    query_scale=gemma_scale,
+    activation="hidden_activation",
+    requires={"use_bidirectional_attention": False},
+    refuses={"attn_logit_softcapping": "a soft cap on attention"},
+)
+EMBEDDING_GEMMA = replace(
+    GEMMA3,
+    name="EmbeddingGemma",
+    causal=False,
+    class_token="mean",
+    requires={"use_bidirectional_attention": True},
 )
 CLIP_TEXT = Family(
     name="CLIP text",
@@ -218,6 +306,24 @@ SIGLIP_VISION = Family(
     norms=("layer_norm1", "layer_norm2"),
     class_token="mean",
     embed=embed_image,
+)
+SIGLIP_TEXT = Family(
+    name="SigLIP text",
+    classes=("SiglipTextModel", "Siglip2TextModel"),
+    stem={"embeddings": "embeddings", "final_norm": "final_layer_norm"},
+    layers="encoder.layers",
+    roles=CLIP_ROLES,
+    norms=("layer_norm1", "layer_norm2"),
+    class_token="last",
+    embed=embed_siglip_text,
+    padding=text_padding,
+)
+SIGLIP2_VISION = replace(
+    SIGLIP_VISION,
+    name="SigLIP 2 vision",
+    classes=("Siglip2VisionModel",),
+    embed=embed_flexible_image,
+    padding=flexible_image_padding,
 )
 AST = Family(
     name="AST",
@@ -267,4 +373,9 @@ WHISPER = Family(
     embed=embed_whisper,
 )
 
-FAMILIES = (BERT, VIT, DINOV2, CLIP_TEXT, CLIP_VISION, SIGLIP_VISION, AST, WAV2VEC2, WAV2VEC2_STABLE, WHISPER)
+FAMILIES = (
+    *(BERT, DISTILBERT, MODERNBERT, NOMIC_BERT, EUROBERT, ESM, ESM_ROTARY, CLIP_TEXT, SIGLIP_TEXT),
+    *(LLAMA, WINDOWED, QWEN3, GEMMA3, EMBEDDING_GEMMA),
+    *(VIT, DINOV2, DINOV3, CLIP_VISION, SIGLIP_VISION, SIGLIP2_VISION, VIT_MAE, I_JEPA, DATA2VEC_VISION, VIDEO_MAE),
+    *(AST, WAV2VEC2, WAV2VEC2_STABLE, WHISPER),
+)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..block import Block
-from ..lora import LoraConfig
+from ..lora_config import LoraConfig
 from ..quantization import STORAGE, warn_if_slow
 from .base import Encoder
 
@@ -78,8 +78,17 @@ def stored_elements(name: str, parameter: Tensor) -> int:
 
 
 def add_adapters(encoders: Iterable[Encoder], lora: LoraConfig | None) -> None:
-    """Give every block's linears their adapters; None gives none."""
-    for encoder in encoders if lora else ():
-        for block in encoder.blocks:
-            for linear in block.linears:
-                linear.add_adapter(lora)
+    """Give every block's linears their adapters; None gives none.
+
+    Raises:
+        ValueError: a role that none of the encoders has.
+    """
+    if lora is None:
+        return
+    linears = [linear for encoder in encoders for block in encoder.blocks for linear in block.linears]
+    roles = dict.fromkeys(role for linear in linears for role in linear.roles)
+    missing = [role for role in lora.target_modules if role not in {*roles, "fc1"}]  # fc1: of a gated MLP, both parts
+    if missing:
+        raise ValueError(f"target_modules must name roles of the encoders, {', '.join(roles)}, not {missing[0]}")
+    for linear in linears:
+        linear.add_adapter(lora)

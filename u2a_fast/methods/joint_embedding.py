@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import host
 from ..encoders import Encoder
 from ..encoders.frozen import add_adapters
-from ..lora import LoraConfig, read_lora
+from ..lora_config import LoraConfig, read_lora
 from ..padding import Padding
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option, check_choice
@@ -148,7 +148,7 @@ class JointEmbedding(MultimodalModel):
     def read(self, name: str, tokens: Tensor, padding: Padding | None) -> tuple[Tensor, Tensor]:
         """tokens `[b, S, D]` -> class token and mean of the prompt rows, after the last norm: `[b, D]` each."""
         encoder, prompts = self.encoders[name], self.prompts[name]
-        tokens, layout, _ = encoder.lay_out(tokens, padding)
+        tokens, layout, _ = encoder.lay_out(tokens, padding, behind=len(prompts))
         rows, readers = layout.pack(tokens), prompts.to(tokens.dtype)[None]  # [1, K, D]; [b, K, D] after a block
         *below, last = encoder.blocks
         for block in below:
@@ -221,7 +221,7 @@ def train_biases(encoders: Iterable[Encoder]) -> None:
     Whisper's keys have no bias; ours are zeros, and train: a bias of the keys cannot change what attention gives.
     """
     for block in (block for encoder in encoders for block in encoder.blocks):
-        for module in (*block.linears, block.norm1, block.norm2):
+        for module in (*block.linears, *block.norms):
             if module.bias is not None:
                 bias = module.bias.detach()
                 module.bias = nn.Parameter(bias.to(torch.promote_types(bias.dtype, torch.float32)))

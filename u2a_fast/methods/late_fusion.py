@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import host
 from ..encoders.frozen import add_adapters
-from ..lora import LoraConfig, read_lora
+from ..lora_config import LoraConfig, read_lora
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig
 

@@ -16,7 +16,7 @@ from .. import host, kernels
 from ..block import Block
 from ..feature_cache import FeatureCache
 from ..kernels import Group
-from ..layout import Layout, layout_of
+from ..layout import Layout
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option
@@ -75,37 +75,43 @@ class FusionPart(nn.Module):
 
     def query(self, block: Block, kv: Tensor, layout: Layouts) -> Tensor:
         """y = Layer([x ; qcp ; qp])[-n:], `[b, n, D]`. kv: K and V of the rows x."""
-        width, count = self.query_prompt.shape[1], len(self.query_prompt)
+        width, count = block.query_width, len(self.query_prompt)
         prompts = torch.cat([self.query_context_prompt, self.query_prompt])
-        own, rows = block.project(
-            prompts.to(kv.dtype)[None]
-        )  # the same for all samples: [1, c + n, 3 D], [1, c + n, D]
-        q, own = own[:, -count:, :width], own[0, :, width:]
+        own, rows = block.project_learned(prompts.to(kv.dtype)[None], layout(0))  # [1 or b, c + n, 3 D]
+        q, own = own[:, -count:, :width], own[..., width:]
 
         def ask(q: Tensor, own: Tensor) -> Tensor:
-            where = layout(len(own))
-            q = q.expand(where.batch, -1, -1)
+            where = layout(own.shape[1])
+            q = where.arranged(q.expand(where.batch, -1, -1))
             return block.attend_project(q, where.join(kv, own), where, where.with_queries(q.shape[1]))[0]
 
         if not block.causal:
             attended = ask(q, own)
         else:  # learned rows come after the tokens: query i sees all rows but the queries after it
-            seen = len(own) - count + 1
-            each = [ask(q[:, i : i + 1], own[: seen + i]) for i in range(count)]
+            seen = own.shape[1] - count + 1
+            each = [ask(q[:, i : i + 1], own[:, : seen + i]) for i in range(count)]
             attended = torch.stack(each, dim=1).flatten(0, 1)
         return layout(0).of_each(block.complete(rows[:, -count:], attended), count)
 
     def fuse(self, block: Block, x: Tensor, q: Tensor, kv: Tensor, messages: Tensor, layout: Layouts) -> Tensor:
         """Layer([x ; fcp ; messages])[: N] of the rows x, whose queries are q. kv: K and V of all rows."""
-        width = x.shape[2]
-        context, _ = block.project(self.fusion_context_prompt.to(x.dtype)[None])  # [1, c', 3 D]
-        said, _ = block.project(messages.to(x.dtype))  # [b, n', 3 D]
-        learned = kernels.assemble(said[..., width:], prefix=context[0, :, width:])  # [b, c' + n', 2 D]
+        width, count = block.query_width, len(self.fusion_context_prompt)
+        context, _ = block.project_learned(self.fusion_context_prompt.to(x.dtype)[None], layout(0))  # [1 or b, c', 3 D]
+        said, _ = block.project_learned(messages.to(x.dtype), layout(0), first=count)  # [b, n', 3 D]
+        context, said = context[..., width:], said[..., width:]
+        if len(context) == 1:
+            learned = kernels.assemble(said, prefix=context[0])  # [b, c' + n', 2 D]
+        else:
+            learned = torch.cat([context, said], dim=1)
         where, asking = layout(learned.shape[1]), layout(0).groups
         if q.shape[:2] != kv.shape[:2]:  # one row of each sample
             asking = where.with_queries(1)
         groups = [Group(a.samples, a.queries, b.keys) for a, b in zip(asking, where.groups, strict=True)]
-        return block.complete(x, *block.attend_project(q, where.join(kv, learned), where, groups))
+        if block.heads.window is None:
+            return block.complete(x, *block.attend_project(q, where.join(kv, learned), where, groups))
+        all_q = where.join(q, q.new_zeros(1, learned.shape[1], width))  # who is near whom is told of whole samples
+        attended, s = block.attend_project(all_q, where.join(kv, learned), where, of_tokens=True)
+        return block.complete(x, *(t if t is None else where.of_tokens(t) for t in (attended, s)))
 
 
 class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
@@ -137,11 +143,11 @@ class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
         rows = list(zip(self.items(), blocks, indices, layouts, places, tokens, strict=True))
         projected, queries = [], {}
         for (name, part), block, index, layout, place, x in rows:
-            if place is None or block.causal or not block.qkv.is_splittable:
-                qkv, x = block.project(x)
-                q, kv = qkv[..., : x.shape[2]], qkv[..., x.shape[2] :]
+            if place is None or block.causal or block.heads.window is not None or not block.qkv.is_splittable:
+                qkv, x = block.enter(x, layout(0))
+                q, kv = qkv[..., : block.query_width], qkv[..., block.query_width :]
             else:
-                q, kv, x = block.split(x, place)
+                q, kv, x = block.split(x, place, layout(0))
             y = part.query(block, kv, layout)
             # A missing modality (ours) says what its query prompts say before they have read anything.
             unread = part.query_prompt.expand(batch, -1, -1)  # [B, n, D]
@@ -151,7 +157,7 @@ class FusionLayer(GradientCheckpointingLayer, nn.ModuleDict):
         for ((name, part), block, index, layout, place, _), (x, q, kv) in zip(rows, projected, strict=True):
             messages = [self[source].message(name, y[index]) for source, y in queries.items() if source != name]
             if block.causal:  # its tokens look back only, and learned rows come after them
-                own = block.complete(x, *block.attend_project(q, kv, layout(0), causal=True))
+                own = block.complete(x, *block.attend_project(q, kv, layout(0), of_tokens=True))
             else:
                 own = part.fuse(block, x, q, kv, torch.cat(messages, dim=1), layout)
             unread = place is not None and own.shape[:2].numel() != len(place)
@@ -278,7 +284,10 @@ class PMF(MultimodalModel):
         (on_host,) = host.to_host(present)
         kept = [packed.keep(here) for packed, here in zip(encoded, on_host.unbind(1), strict=True)]
         # functools.cache: a layer asks for the same places as the one before it
-        layouts = [functools.cache(functools.partial(layout_of, p.tokens, p.padding)) for p in kept]
+        layouts = [
+            functools.cache(functools.partial(encoder.layout_of, p.tokens, p.padding, behind=self._most_prompts))
+            for encoder, p in zip(self.encoders.values(), kept, strict=True)
+        ]
         rows = [layout(0).pack(packed.tokens) for layout, packed in zip(layouts, kept, strict=True)]
         indices, unread = [packed.index for packed in kept], [None] * len(kept)
         for i, layer in enumerate(self.layers):
@@ -293,6 +302,15 @@ class PMF(MultimodalModel):
             logits = logits + own.new_zeros(len(present), own.shape[1]).index_copy(0, packed.index, own)
         logits = logits / host.send(present, logits.device).sum(dim=1, keepdim=True).clamp(min=1)
         return logits, logits.new_zeros(())
+
+    @property
+    def _most_prompts(self) -> int:
+        """How many learned rows stand behind the tokens of a sample at most."""
+        first = next(iter(self.layers[0].values()))
+        messages = (len(self.encoders) - 1) * len(first.query_prompt)
+        return max(
+            len(first.query_context_prompt) + len(first.query_prompt), len(first.fusion_context_prompt) + messages
+        )
 
     def _class_places(self, name: str, layout: Layouts, rows: Tensor) -> Tensor | None:
         """Where the class tokens stand among the rows of modality `name`; None where each is the mean of many."""

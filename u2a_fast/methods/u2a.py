@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import host, kernels
 from ..encoders.frozen import add_adapters
 from ..layout import of_plan, plan_of
-from ..lora import LoraConfig, read_lora
+from ..lora_config import LoraConfig, read_lora
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option
@@ -178,7 +178,8 @@ class U2A(MultimodalModel):
             if "plan" in packed:
                 here = present[:, self.config.modalities.index(name)]
                 tokens, _ = encoder.embed(**_clean(packed["inputs"], here))
-                read = encoder.read_laid_out(tokens, of_plan(packed["plan"], packed["sizes"]), suffix)
+                layout = of_plan(packed["plan"], packed["sizes"]).turned(encoder.angles(tokens, len(suffix)))
+                read = encoder.read_laid_out(tokens, layout, suffix)
                 encoded[name] = self._projected(name, *read)
             else:
                 tokens, mask = encoder.embed(**packed["inputs"])

@@ -1,0 +1,194 @@
+"""The embedding stages of the supported families: Hugging Face's inputs -> tokens `[B, S, D]` and their padding."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import gelu, pad
+
+from .base import EmbedResult, Encoder
+
+
+def embed_text(
+    encoder: Encoder,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> EmbedResult:
+    tokens = encoder.stem["embeddings"](input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+    if "embeddings_project" in encoder.stem:  # ELECTRA with embeddings narrower than its blocks
+        tokens = encoder.stem["embeddings_project"](tokens)
+    return tokens, text_padding(encoder, attention_mask=attention_mask)
+
+
+def text_padding(
+    encoder: Encoder, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
+) -> torch.Tensor | None:
+    return None if attention_mask is None else attention_mask.bool()
+
+
+def embed_clip_text(
+    encoder: Encoder,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> EmbedResult:
+    tokens = encoder.stem["embeddings"](input_ids, position_ids=position_ids)
+    return tokens, clip_text_padding(encoder, input_ids, attention_mask)
+
+
+def clip_text_padding(
+    encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
+) -> torch.Tensor:
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    eos = encoder.config.eos_token_id
+    # Configs from before transformers 4.31 say 2 and mean the highest id. Rows after the end of text are padding; so
+    # are those before the text that hold the same id, which CLIP pads with.
+    end = real & (input_ids == (input_ids.amax(dim=1, keepdim=True) if eos == 2 else eos))
+    after_end = end.int().cumsum(dim=1) - end.int() > 0
+    return real & ~after_end
+
+
+def embed_image(encoder: Encoder, pixel_values: torch.Tensor, **options: bool) -> EmbedResult:
+    tokens = encoder.stem["embeddings"](pixel_values, **options)
+    if isinstance(tokens, tuple):  # Data2Vec says how many patches there are besides
+        tokens = tokens[0]
+    if "pre_norm" in encoder.stem:
+        tokens = encoder.stem["pre_norm"](tokens)
+    return tokens, None
+
+
+def embed_spectrogram(encoder: Encoder, input_values: torch.Tensor) -> EmbedResult:
+    return encoder.stem["embeddings"](input_values), None
+
+
+def embed_waveform(
+    encoder: Encoder, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> EmbedResult:
+    stem, shortest = encoder.stem, _samples_of_a_row(encoder)
+    input_values = pad(input_values, (0, max(0, shortest - input_values.shape[1])))
+    features = stem["feature_extractor"](input_values).transpose(1, 2)  # [B, S, C]
+    tokens = stem["feature_projection"](features)
+    tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # [B, S, D]
+    real = waveform_padding(encoder, input_values, attention_mask)
+    if real is not None:
+        tokens = torch.where(real[:, :, None], tokens, 0)  # the positional convolution must not see padding
+    tokens = tokens + stem["positions"](tokens)
+    return stem["post_norm"](tokens) if "post_norm" in stem else tokens, real
+
+
+def waveform_padding(
+    encoder: Encoder, input_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    if attention_mask is None:
+        return None
+    shortest = _samples_of_a_row(encoder)
+    rows, lengths = max(input_values.shape[1], shortest), attention_mask.sum(dim=1).clamp(min=shortest)
+    for kernel, stride in zip(encoder.config.conv_kernel, encoder.config.conv_stride, strict=True):
+        rows = (rows - kernel) // stride + 1
+        lengths = torch.div(lengths - kernel, stride, rounding_mode="floor") + 1
+    return torch.arange(rows, device=lengths.device) < lengths[:, None]
+
+
+def _samples_of_a_row(encoder: Encoder) -> int:
+    """The shortest waveform from which the convolutions make a row."""
+    shortest = 1
+    for kernel, stride in zip(reversed(encoder.config.conv_kernel), reversed(encoder.config.conv_stride), strict=True):
+        shortest = (shortest - 1) * stride + kernel
+    return shortest
+
+
+def embed_whisper(
+    encoder: Encoder, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> EmbedResult:
+    stem, positions = encoder.stem, encoder.stem["positions"].weight
+    frames = 2 * positions.shape[0]
+    if input_features.shape[-1] != frames:
+        raise ValueError(
+            f"this Whisper encoder takes {frames} mel frames, not {input_features.shape[-1]}: "
+            "let its own feature extractor pad the clip"
+        )
+    hidden = gelu(stem["conv2"](gelu(stem["conv1"](input_features))))  # [B, D, S]
+    return hidden.transpose(1, 2) + positions, None  # Whisper ignores the padding mask of its mel frames
+
+
+def embed_rotary_text(
+    encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> EmbedResult:
+    return encoder.stem["embeddings"](input_ids), text_padding(encoder, attention_mask=attention_mask)
+
+
+def embed_nomic_text(
+    encoder: Encoder,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
+) -> EmbedResult:
+    tokens = encoder.stem["embeddings"](input_ids, token_type_ids=token_type_ids)
+    return tokens, text_padding(encoder, attention_mask=attention_mask)
+
+
+def embed_distilbert(
+    encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> EmbedResult:
+    return encoder.stem["embeddings"](input_ids), text_padding(encoder, attention_mask=attention_mask)
+
+
+def embed_protein(encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> EmbedResult:
+    tokens = encoder.stem["embeddings"](input_ids, attention_mask=attention_mask)  # its scale counts real tokens
+    return tokens, text_padding(encoder, attention_mask=attention_mask)
+
+
+def embed_siglip_text(
+    encoder: Encoder,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> EmbedResult:
+    tokens = encoder.stem["embeddings"](input_ids, position_ids=position_ids)
+    return tokens, text_padding(encoder, attention_mask=attention_mask)
+
+
+def embed_flexible_image(
+    encoder: Encoder,
+    pixel_values: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    pixel_attention_mask: torch.Tensor | None = None,
+) -> EmbedResult:
+    tokens = encoder.stem["embeddings"](pixel_values, spatial_shapes)
+    return tokens, flexible_image_padding(encoder, pixel_attention_mask)
+
+
+def flexible_image_padding(
+    encoder: Encoder, pixel_attention_mask: torch.Tensor | None = None, **others: torch.Tensor
+) -> torch.Tensor | None:
+    return None if pixel_attention_mask is None else pixel_attention_mask.bool()
+
+
+def embed_square_image(encoder: Encoder, pixel_values: torch.Tensor) -> EmbedResult:
+    height, width = pixel_values.shape[-2:]
+    if height != width:
+        raise ValueError(
+            f"pictures of {height} x {width} pixels are not square, as this encoder's rotary positions need them here: "
+            "crop or resize them"
+        )
+    return encoder.stem["embeddings"](pixel_values), None
+
+
+def embed_whole_image(
+    encoder: Encoder, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
+) -> EmbedResult:
+    """All patches in their own order: of ViT-MAE's embeddings without the masking."""
+    embeddings = encoder.stem["embeddings"]
+    height, width = pixel_values.shape[-2:]
+    options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+    patches = embeddings.patch_embeddings(pixel_values, **options)
+    positions = embeddings.position_embeddings
+    if interpolate_pos_encoding:
+        positions = embeddings.interpolate_pos_encoding(patches, height, width)
+    first = (embeddings.cls_token + positions[:, :1]).expand(len(patches), -1, -1)
+    return torch.cat([first, patches + positions[:, 1:]], dim=1), None
+
+
+def embed_video(encoder: Encoder, pixel_values: torch.Tensor) -> EmbedResult:
+    return encoder.stem["embeddings"](pixel_values, None), None

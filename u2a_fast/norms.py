@@ -1,0 +1,63 @@
+"""The norms of a block as modules, and what kernels take of them."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from . import kernels
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension (Zhang & Sennrich, arXiv 1910.07467).
+
+    Args:
+        weight: `[D]`.
+        eps: added to the mean of squares.
+        offset: 1 for Gemma, whose weights are differences from one.
+
+    >>> RMSNorm(torch.zeros(2), eps=0.0, offset=1.0)(torch.tensor([[3.0, 3.0]]))
+    tensor([[1., 1.]])
+    """
+
+    bias = None
+
+    def __init__(self, weight: torch.Tensor, eps: float, offset: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.eps, self.offset = eps, offset
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """`offset + weight` `[D]`; with an offset in fp32 at least, since a narrow dtype would lose small weights."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight if not self.offset else self.offset + weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return normalise(self, x)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, offset={self.offset}"
+
+
+BlockNorm: TypeAlias = nn.LayerNorm | RMSNorm
+
+
+def operands(norm: BlockNorm | None) -> kernels.Norm:
+    """What kernels take of a norm; None: there is none."""
+    if norm is None:
+        return kernels.Norm()
+    if isinstance(norm, RMSNorm):
+        return kernels.Norm(norm.scale, None, norm.eps, rms=True)
+    own = norm._parameters  # attributes of a module are slow to read
+    return kernels.Norm(own["weight"], own["bias"], norm.eps)
+
+
+def normalise(norm: BlockNorm | None, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)` in the dtype of x; of all that it needs for backward, x alone is kept."""
+    if isinstance(norm, RMSNorm):
+        return kernels.rms_norm(x, norm.scale, norm.eps)
+    return x if norm is None else kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
