@@ -3,8 +3,8 @@
 reference   plain PyTorch, differentiated by autograd: what the other two must equal
 torch       ATen calls with hand-written backwards: the CPU path, and the GPU path without Triton
 triton      our Triton kernels: CUDA and ROCm, or CPU tensors under TRITON_INTERPRET=1
-auto        triton for bf16 and fp16 on the GPUs in targets.py, torch for all else; decided at each call, nothing is
-            probed at import
+auto        triton where bf16 or fp16 is computed in on the GPUs in targets.py, torch for all else; decided at each
+            call, nothing is probed at import
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _refuse(device: torch.device, t: torch.Tensor) -> None:
 
 
 def _fits_triton(t: torch.Tensor) -> bool:
-    return triton is not None and supports_triton(t.device, t.dtype)[0]
+    return triton is not None and supports_triton(t.device, compute_dtype(t))[0]  # of fp32 rows that of autocast
 
 
 class Op:
