@@ -73,10 +73,10 @@ def _nothing(q, k, v):
 
 
 # -------------------------------------------------------------------------------------------- matmul + softmax on a CPU
-def _pairs(t: Tensor, kv_heads: int) -> Tensor:
-    """[B, H, S, Dh] -> [B * kv_heads, H // kv_heads * S, Dh], contiguous: the heads that share a key are its rows."""
+def _pairs(t: Tensor, sharing: int = 1) -> Tensor:
+    """[B, H, S, Dh] -> [B * H // sharing, sharing * S, Dh], contiguous: heads that share a key are rows of one pair."""
     pairs = t.flatten(0, 1).contiguous()
-    return pairs if t.shape[1] == kv_heads else pairs.view(t.shape[0] * kv_heads, -1, t.shape[3])
+    return pairs if sharing == 1 else pairs.view(len(pairs) // sharing, -1, t.shape[3])
 
 
 def _chunks(q: Tensor, k: Tensor, masks: list[Tensor]):
@@ -98,9 +98,8 @@ def _masks(q, k, lengths, suffix, causal, window, positions):
     """bool masks [pairs, B or 1, 1, Sq or 1, Sk], True where a score does not count."""
     masks = []
     if lengths is not None:
-        masks.append(
-            hidden_by_lengths(lengths, k.shape[2], suffix).expand(-1, k.shape[1], -1, -1).flatten(0, 1)[:, None]
-        )
+        padding = hidden_by_lengths(lengths, k.shape[2], suffix)
+        masks.append(padding.expand(-1, k.shape[1], -1, -1).flatten(0, 1)[:, None])
     if causal or window is not None:
         masks.append(hidden_by_place(q.shape[2], k.shape[2], q.device, suffix, causal, window, positions))
     return masks
@@ -121,7 +120,7 @@ def _rows_first(pairs: Tensor, shape) -> Tensor:
 
 def forward_aten(q, k, v, *seen):
     masks, blind, shape = _masks(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen), q.shape
-    q, k, v = (_pairs(t, k.shape[1]) for t in (q, k, v))
+    q, k, v = _pairs(q, shape[1] // k.shape[1]), _pairs(k), _pairs(v)
     out = torch.empty_like(q)
     for s, hidden_there in _chunks(q, k, masks):
         torch.bmm(_probabilities(q[s], k[s], hidden_there), v[s], out=out[s])
@@ -135,7 +134,8 @@ def backward_aten(d_out, q, k, v, *seen, wants_out=False):
     masks, blind = _masks(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen)
     shapes, scale = (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
     d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
-    q, k, v, d_out = (_pairs(t, k.shape[1]) for t in (q, k, v, d_out))
+    sharing = q.shape[1] // k.shape[1]
+    q, k, v, d_out = _pairs(q, sharing), _pairs(k), _pairs(v), _pairs(d_out, sharing)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     out = torch.empty_like(q) if wants_out else None
     none = q.new_empty(())

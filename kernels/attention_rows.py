@@ -6,7 +6,8 @@
 The rows of samples of equal length stand together: a `Group` of them is a dense [samples, rows, H, Dh] view of the
 buffer, so that padding is neither stored nor masked nor computed. q may have fewer rows than k and v: only those whose
 result is read. Heads are views as well; backward writes the gradients of q, k and v into one buffer. k and v may have
-fewer heads, each shared by H // kv_heads heads of q (grouped-query attention), and are not repeated.
+fewer heads, each shared by H // kv_heads heads of q (grouped-query attention); they are repeated only where a GPU has
+to mask or to compute in fp32.
 
 On a CPU ATen runs group by group, attention_rows_aten.py. On a GPU several groups are one call of a varlen function,
 flash-attn's or torch's own, which takes rows as they lie; a single one, and what these functions do not take, is a call
@@ -133,7 +134,7 @@ def _apart(q, kv, heads, kv_heads):
     if kv is not None:
         return q, *kv.chunk(2, 1)
     width = head_width(q, None, heads, kv_heads)
-    return q.split((heads * width, kv_heads * width, kv_heads * width), 1)
+    return q.split_with_sizes((heads * width, kv_heads * width, kv_heads * width), 1)
 
 
 def _each_group(q, k, v, heads, kv_heads, groups, *seen):

@@ -32,7 +32,7 @@ def by_head(q: Tensor, kv: Tensor | None, samples: int, heads: int, kv_heads: in
     width = head_width(q, kv, heads, kv_heads)
     if kv is None:
         heads_of_rows = q.view(samples, -1, heads + 2 * kv_heads, width).transpose(1, 2)
-        return heads_of_rows.split((heads, kv_heads, kv_heads), 1)
+        return heads_of_rows.split_with_sizes((heads, kv_heads, kv_heads), 1)
     k, v = kv.view(samples, -1, 2, kv_heads, width).permute(2, 0, 3, 1, 4).unbind()
     return q.view(samples, -1, heads, width).transpose(1, 2), k, v
 

@@ -89,9 +89,46 @@ def _gated(activation, kernels):
     same_as_reference(kernels, lambda k: with_gradients([k.gated(h, activation)], [h]))
 
 
+def shared(kernels):
+    """A probe: few queries, three heads of q to one of k and v."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 5, 20, generator=g).requires_grad_()
+    k, v = (torch.randn(2, 2, 9, 20, generator=g).add_(0.3).requires_grad_() for _ in range(2))
+    same_as_reference(kernels, lambda which: with_gradients([which.attention(q, k, v, suffix=3)], (q, k, v)))
+
+
+def in_rows(dtype, **seen):
+    """A probe: attention_rows on a CPU, six heads of q to two of k and v, results and gradients."""
+    return functools.partial(_in_rows, dtype, seen)
+
+
+def _in_rows(dtype, seen, kernels):
+    groups, g = [u2a_fast.kernels.Group(2, 4, 4), u2a_fast.kernels.Group(2, 11, 11)], torch.Generator().manual_seed(0)
+    qkv = torch.randn(30, 10 * 8, generator=g).add_(0.3).to(dtype)
+    if seen.get("lengths") is not None:
+        groups = [u2a_fast.kernels.Group(3, 10, 10)]
+
+    def run(which, rows):
+        rows = rows.clone().requires_grad_()
+        return with_gradients([which.attention_rows(rows, None, 6, groups, kv_heads=2, **seen)[0]], [rows])
+
+    u2a_fast.kernels.set_backend("reference")
+    try:
+        expected = run(u2a_fast.kernels, qkv.double())
+    finally:
+        u2a_fast.kernels.set_backend("auto")
+    limit = 5e-2 if dtype == torch.bfloat16 else 1e-4  # of sums of a few dozen products
+    for name, got in run(kernels, qkv).items():
+        torch.testing.assert_close(got.double(), expected[name], rtol=limit, atol=limit)
+
+
 ASSEMBLE, BACKWARD = "assemble_norm_project.py", "assemble_backward.py"
 SUBSTITUTE, ATTENTION = "substitute.py", "attention_small_query.py"
 ROTARY, GATED, ACTIVATIONS = "rotary.py", "gated.py", "activations.py"
+MASK, MATMUL, ROWS = "attention_mask.py", "attention.py", "attention_rows_aten.py"
+WINDOW = in_rows(torch.float32, window=2, suffix=1)
+AT_PLACES = in_rows(torch.float32, window=3, positions=torch.arange(0, 60, 2))
+PADDED = in_rows(torch.bfloat16, window=2, suffix=1, causal=True, lengths=torch.tensor([9, 0, 4]))
 JOINED, PACKED = assembled("everything"), assembled("packed")
 WIDE, WIDE_RANK = assembled("no rank"), assembled("wide rank")  # more than one piece of columns, of ranks
 SLIPS = {
@@ -208,6 +245,40 @@ SLIPS = {
         "1.5957691216057308 * (1 + 0.134145 * u * u)",
         "1.5957691216057308",
         gated("gelu_tanh"),
+    # heads of q that share one of k and v
+    "every other head shares a key": (
+        ATTENTION,
+        "(kv_heads, -1)).flatten",
+        "(-1, kv_heads)).transpose(1, 2).flatten",
+        shared,
+    ),
+    "heads left by key": (ATTENTION, "flatten(1, 2))", "transpose(1, 2).flatten(1, 2))", shared),
+    "the first head shares the last key": (MATMUL, "pairs.view(len", "pairs.roll(1, 0).view(len", PADDED),
+    "k where v is": (ROWS, "    return heads_of_rows.split", "    return heads_of_rows.flip(1).split", WINDOW),
+    # windows
+    "a window of one row less": (MASK, "None] - window", "None] - window + 1", WINDOW),
+    "a window of one row more": (MASK, "None] + window", "None] + window + 1", WINDOW),
+    "no row is too short for a window": (MASK, "<= window + 1", "<= window + 3", in_rows(torch.float32, window=9)),
+    "learned rows are beyond the window": (MASK, "    hidden[:, :, tokens:] = False\n", "", WINDOW),
+    "learned rows look through the window": (
+        MASK,
+        "    hidden[:, max(0, tokens - (keys - queries)) :] = False\n",
+        "",
+        WINDOW,
+    ),
+    "positions are not read": (MASK, "place[None] if positions is None else positions", "place[None]", AT_PLACES),
+    "positions of the first sample": (
+        MATMUL,
+        "// (pairs // len(mask))",
+        "% len(mask)",
+        in_rows(torch.bfloat16, window=3, positions=torch.arange(30) ** 2),
+    ),
+    "causality forgotten in the window": (MASK, "hidden | (own < place) if causal else hidden", "hidden", PADDED),
+    "padding forgotten in the window": (
+        MASK,
+        "padding if place is None else padding | place",
+        "place",
+        in_rows(torch.float32, window=2, lengths=torch.tensor([9, 7, 4])),
     ),
 }
 MUTANTS = {name: Mutant(*slip) for name, slip in SLIPS.items()}

@@ -254,14 +254,15 @@ def attention_case(
 
 
 def attention_rows(o: Operands) -> Outputs:
-    out, s = kernels.attention_rows(o["qkv"], None, 2, o["groups"], o["lora_a"])
+    out, s = kernels.attention_rows(o["qkv"], None, 2, o["groups"], o["lora_a"], **o["seen"])
     return {"out": out, "s": s}
 
 
-def rows_case(name: str, groups: list[Group], width: int) -> Case:
+def rows_case(name: str, groups: list[Group], width: int, kv_heads: int = 2, **seen: int | bool) -> Case:
     def make(draw: Draw) -> Operands:
         rows = sum(group.samples * group.keys for group in groups)
-        return {"qkv": draw.low(rows, 6 * width), "groups": groups, "lora_a": draw.learned(8, 2 * width, std=0.1)}
+        drawn = {"qkv": draw.low(rows, (2 + 2 * kv_heads) * width), "lora_a": draw.learned(8, 2 * width, std=0.1)}
+        return drawn | {"groups": groups, "seen": seen | {"kv_heads": kv_heads}}
 
     return Case("attention_rows", name, make, attention_rows, ("qkv", "lora_a"), bitwise=False)
 
@@ -277,6 +278,10 @@ ATTENTIONS = [
     rows_case("one length", [Group(3, 20, 20)], 64),
     rows_case("odd width", [Group(2, 9, 9), Group(1, 21, 21)], 20),
     rows_case("no rows", [Group(0, 9, 9)], 64),
+    rows_case("shared keys, causal", [Group(2, 9, 9), Group(1, 20, 20), Group(3, 65, 65)], 64, 1, causal=True),
+    rows_case("shared keys, one length", [Group(3, 20, 20)], 64, 1),
+    rows_case("window", [Group(2, 9, 9), Group(2, 65, 65)], 64, 1, window=8),
+    rows_case("window, learned rows", [Group(2, 9, 9), Group(2, 65, 65)], 64, 1, window=8, suffix=3, causal=True),
 ]
 
 
