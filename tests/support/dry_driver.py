@@ -62,7 +62,8 @@ def dry(target: str, compiles: bool = True, auto: bool = False):
     hip = "6.4" if device.amd else None
 
     def resolve(*tensors):
-        refused = auto and not device.supports(next(t for t in tensors if t is not None).dtype)
+        first = next(t for t in tensors if t is not None)
+        refused = auto and not device.supports(backend.compute_dtype(first))
         return "torch" if refused else backend.get_backend()
 
     with (

@@ -245,6 +245,7 @@ SLIPS = {
         "1.5957691216057308 * (1 + 0.134145 * u * u)",
         "1.5957691216057308",
         gated("gelu_tanh"),
+    ),
     # heads of q that share one of k and v
     "every other head shares a key": (
         ATTENTION,
