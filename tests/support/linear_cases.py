@@ -137,10 +137,12 @@ def _frozen(x, weight, bias, weight_scale, quantize_input):
 
 
 def _linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input):
-    """Block by block of equal width: the first `lead` of them take the first ranks of S."""
-    blocks, ranks = lora_b.chunk(groups + lead - 1), s.chunk(groups, -1)
-    y = _frozen(h, weight, bias, weight_scale, quantize_input)
-    return y + scaling * torch.cat([ranks[max(0, i + 1 - lead)] @ b.t() for i, b in enumerate(blocks)], -1)
+    """Group by group: the first has `lead` of the equal blocks of B, each other one."""
+    first, *others = s.chunk(groups, -1)
+    blocks = lora_b.chunk(groups + lead - 1)
+    low = [first @ torch.cat(blocks[:lead]).t()]
+    low += [part @ b.t() for part, b in zip(others, blocks[lead:], strict=True)]
+    return _frozen(h, weight, bias, weight_scale, quantize_input) + scaling * torch.cat(low, -1)
 
 
 def _lora_linear(
