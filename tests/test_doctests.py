@@ -24,6 +24,14 @@ def test_examples(name):
 @pytest.mark.slow
 def test_the_public_names_have_examples():
     tested = {name: doctest.testmod(importlib.import_module(name)).attempted for name in MODULES}
-    for name in ("methods.u2a", "methods.pmf", "methods.joint_embedding", "encoders.build", "lora", "memory"):
+    for name in (
+        "methods.u2a",
+        "methods.pmf",
+        "methods.joint_embedding",
+        "encoders.build",
+        "lora",
+        "lora_config",
+        "memory",
+    ):
         assert tested[f"u2a_fast.{name}"] > 0, name
     assert sum(count for name, count in tested.items() if name.startswith("u2a_fast.kernels.")) > 5

@@ -44,6 +44,10 @@ class LoraLinear(nn.Module):
 
     `forward` maps `[..., K]` to `[..., N]`. After `add_adapter`, `lora_a` is `[groups * r, K]` and `lora_b` `[N', r]`
     over the adapted roles only, fp32.
+
+    >>> linear = LoraLinear(torch.ones(8, 2), None, ("q", "k", "v"), widths=(4, 2, 2))
+    >>> linear(torch.ones(1, 2)).shape, linear.lead
+    (torch.Size([1, 8]), 2)
     """
 
     def __init__(
