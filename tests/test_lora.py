@@ -7,8 +7,9 @@ from torch import nn
 from u2a_fast import LoraConfig
 from u2a_fast.encoders.build import stack_linears
 from u2a_fast.encoders.frozen import quantize_weight
-from u2a_fast.kernels import Norm, linear_lowrank
+from u2a_fast.kernels import linear_lowrank
 from u2a_fast.lora import LoraLinear
+from u2a_fast.norms import operands
 
 WIDTH, SHARED = 16, 8  # inputs, outputs of k and of v
 NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
@@ -51,7 +52,7 @@ def test_values_and_gradients_are_those_of_peft(lead, targets):
     theirs, ours, factors = adapted(lead, targets)
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
     norm = nn.LayerNorm(WIDTH, dtype=torch.float64)
-    for run, expected in ((ours, theirs), (lambda x: ours.after_norm(norm, x)[0], lambda x: theirs(norm(x)))):
+    for run, expected in ((ours, theirs), (lambda x: ours.after_norm(operands(norm), x)[0], lambda x: theirs(norm(x)))):
         y, exact = run(x), expected(x)
         dy = torch.randn_like(y)
         dx, da, db = torch.autograd.grad(y, (x, ours.lora_a, ours.lora_b), dy)
@@ -77,9 +78,9 @@ def test_q_of_a_few_rows_and_k_and_v_of_all_are_those_of_the_whole(lead, targets
         linear.store(*quantize_weight(linear.weight.detach(), mode))
         linear.quantize_input = mode == "int8_w8a8"
     norm, x, places = nn.LayerNorm(WIDTH), torch.randn(2, 5, WIDTH), torch.tensor([7, 1, 2])
-    whole, _ = linear.after_norm(norm, x)
+    whole, _ = linear.after_norm(operands(norm), x)
     assert linear.is_splittable and (linear.lead, linear.widths) == (lead, rows)
-    q, kv, residual = linear.split_after_norm(Norm(norm.weight, norm.bias, norm.eps), x, places)
+    q, kv, residual = linear.split_after_norm(operands(norm), x, places)
     torch.testing.assert_close(q[0], whole.flatten(0, 1)[places, : rows[0]], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kv, whole[..., rows[0] :], rtol=1e-5, atol=1e-5)
     assert torch.equal(residual[0], x.flatten(0, 1)[places])

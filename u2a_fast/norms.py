@@ -18,8 +18,8 @@ class RMSNorm(nn.Module):
         eps: added to the mean of squares.
         offset: 1 for Gemma, whose weights are differences from one.
 
-    >>> RMSNorm(torch.zeros(2), eps=0.0, offset=1.0)(torch.tensor([[3.0, 3.0]]))
-    tensor([[1., 1.]])
+    >>> RMSNorm(torch.zeros(2), eps=0.0, offset=1.0)(torch.tensor([[1.0, 7.0]]))
+    tensor([[0.2000, 1.4000]])
     """
 
     bias = None
