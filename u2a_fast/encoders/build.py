@@ -251,11 +251,13 @@ def stack_linears(
 ) -> LoraLinear:
     """Linears of equal input as one `LoraLinear`; a missing bias (Whisper's keys) counts as zeros beside others.
 
-    widths: rows of each role, where they differ.
+    widths: rows of each role; None: as the linears have them, or all alike where one linear has all roles.
     """
     weights, scales = zip(*map(_stored, linears), strict=True)
     if len({scale is None for scale in scales}) > 1:
         raise ValueError(f"{'+'.join(roles)} are partly int8 and partly floating: quantise all of them or none")
+    if widths is None and len(linears) == len(roles):
+        widths = tuple(len(weight) for weight in weights)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     scale = None if scales[0] is None else torch.cat(scales)
     biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
