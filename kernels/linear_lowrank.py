@@ -170,7 +170,7 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
         BR=rank_tile(r),
         **tile,
     )
-    return y.view(*h.shape[:-1], n)
+    return shaped(y, h)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ATen
@@ -217,7 +217,12 @@ def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, group
         y = linear_aten(rows, as_float(weight, weight_scale, h.dtype), bias)
     if lora_b is not None:
         add_lowrank(y, flat(s), cast(lora_b, y.dtype), scaling, groups, lead)
-    return y if rows is h else y.view(*h.shape[:-1], y.shape[1])
+    return shaped(y, h)
+
+
+def shaped(y, h):
+    """y [M, N] -> [..., N], as h lies. For autograd no view: rotary positions are written over what a product gave."""
+    return y if h.dim() == 2 else torch.ops.aten._unsafe_view(y, (*h.shape[:-1], y.shape[1]))
 
 
 def add_lowrank(y, s, lora_b, scaling, groups, lead):

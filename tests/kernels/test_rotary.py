@@ -7,7 +7,7 @@ import torch
 from running import on, running
 from tolerance import assert_as_exact_as
 
-from u2a_fast.kernels import rotary, set_backend
+from u2a_fast.kernels import linear_lowrank, rotary, set_backend
 from u2a_fast.memory import saved_bytes
 
 module = importlib.import_module("u2a_fast.kernels.rotary")  # the package's attribute of that name is the function
@@ -137,6 +137,28 @@ def test_the_gradient_that_comes_in_is_left_alone(implementation, device):
     with running(implementation, device, SANITIZERS):
         results(rotary, given, passed := dy.to(device))
     assert torch.equal(passed.cpu(), before)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_writes_over_what_a_product_of_samples_gave(implementation, device):
+    """A view made inside of a Function may not be changed in place, and a product of `[B, T, K]` would be one."""
+    (_, *given), dy = operands((6, 3, 8, 7), "both", torch.float64)
+    shapes = (2, 3, 4), (31, 4), (2, 3, 1), (31, 1)
+    h, weight, s, b = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+
+    def turned(h, weight, s, b, *given):
+        return rotary(linear_lowrank(h, weight, None, s, b, 1.0).flatten(0, 1), *given)
+
+    def exact(h, weight, s, b, *given):
+        return written_out((h @ weight.T + s @ b.T).flatten(0, 1), *given)
+
+    def gradient(function):
+        leaf = h.clone().requires_grad_()
+        return torch.autograd.grad(function(leaf, weight, s, b, *given), leaf, dy)[0]
+
+    with running(implementation, device):
+        got = gradient(on(device, turned))
+    torch.testing.assert_close(got, gradient(exact))
 
 
 def test_backward_keeps_nothing_but_what_a_norm_needs(device):
