@@ -35,6 +35,14 @@ HEADLINES = {
     "u2a_step ViT-B + BERT-base, 70% missing: gain of int8 W8A8 over the best PEFT arm": "int8 W8A8, 70% missing",
     "u2a_step ViT-B + BERT-base, 70% missing: gain over PEFT fp32": "against PEFT's default, 70% missing",
     "u2a_step emoji: gain over the best PEFT arm": "U2A step, emoji encoders, batch 32, 70% missing",
+    "modern_encoders ModernBERT-base: gain over the best PEFT arm": (
+        "LoRA step of one encoder, ModernBERT-base, 4 texts of 256 tokens, against the best PEFT arm"
+    ),
+    "modern_encoders ModernBERT-base, padded: gain over the best PEFT arm": "the same, 8 texts of 16 to 256 tokens",
+    "modern_encoders Qwen3-Embedding-0.6B, 2 layers: gain over the best PEFT arm": (
+        "the same, two layers of Qwen3-Embedding-0.6B, 8 texts of 256 tokens"
+    ),
+    "modern_encoders DINOv3-S: gain over the best PEFT arm": "the same, DINOv3-S, 16 pictures of 224 pixels",
     "u2a_step: padded over the same rows without padding": "step with padded texts over the same rows without padding",
     "u2a_step: worst deviation from a line in real rows": "worst deviation of a step's time from a line in real rows",
     "block ViT-B: fraction of the GEMM peak": "ViT-B block, forward and backward: fraction of the GEMM peak",
