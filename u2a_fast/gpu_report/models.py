@@ -23,8 +23,10 @@ Models = dict[str, PreTrainedModel]
 CLASSES, RANK, ALPHA = 8, 8, 16
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "attention.output.dense")
-PROJECTIONS += ("attn.Wqkv", "attn.Wo")  # ModernBERT
+PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "attention.output.dense"),
+    *("attn.Wqkv", "attn.Wo"),  # ModernBERT's
+)
 
 
 def vit_and_bert(device: torch.device, dtype: torch.dtype, image_size: int = 224, **sizes: int) -> Models:
