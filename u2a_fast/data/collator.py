@@ -17,11 +17,10 @@ from torch import Tensor
 
 from .inputs import DecodeError, is_absent, read_cell
 from .processed_cache import ProcessedCache
+from .texts import give_padding, has_fixed_length, longest_text, show_a_token
 
 logger = logging.getLogger(__name__)
 
-LONGEST_TEXT = 512  # tokens; the limit of most encoders, for tokenizers that state none
-NO_LIMIT = 10**6  # what tokenizers state that do not know: 10 to the power of 30, or some other very large number
 REPORTED = 5  # broken files that are named; the others are counted
 LABELS = ("labels", "label")
 MEMBERS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
@@ -40,12 +39,14 @@ class MultimodalCollator:
     counted in `undecodable` ({modality: count}; a DataLoader worker counts for itself) and logged once a file.
 
     Images may be paths, bytes, {"path", "bytes"} records, PIL images or uint8 arrays; clips the same, or arrays and
-    {"array", "sampling_rate"}. Images become white squares, clips mono at the extractor's rate with a peak of 1. Raw
-    waveforms always get an attention mask; a group norm over time, as in wav2vec2-base, sees the padding all the same.
+    {"array", "sampling_rate"}. Images become white squares, but for SigLIP 2, which takes any shape, and clips mono at
+    the extractor's rate with a peak of 1. Raw waveforms always get an attention mask; a group norm over time, as in
+    wav2vec2-base, sees the padding all the same.
     Other keys than the modalities, `label` and `labels` are ignored.
 
     Texts end at the tokenizer's `model_max_length`, which a model lowers to what its encoder takes, and clips at their
-    extractor's window; what is cut is counted in `cut`.
+    extractor's window; what is cut is counted in `cut`. Texts are padded on the right; those of SigLIP to its length,
+    without a mask, as it was trained. A tokenizer without a padding token gets its end token for one.
 
     With `cache`, a folder, the tensors of pictures and of clips in a window of their own are kept there by content, and
     such a file is decoded and processed once for all epochs, workers and runs. The batches are the same without it.
@@ -106,7 +107,7 @@ class MultimodalCollator:
     def read(self, modality: str, value: Any) -> Any:
         """The cell as its processor takes it, or None where it is absent or cannot be decoded."""
         try:
-            return read_cell(self.kinds[modality], value, getattr(self.processors[modality], "sampling_rate", 0))
+            return read_cell(self.kinds[modality], value, **_options(self.kinds[modality], self.processors[modality]))
         except DecodeError as error:
             self._report(modality, value, error)
             return None
@@ -160,7 +161,7 @@ class MultimodalCollator:
             if computed is not None:
                 inputs[name][present] = tensor
         if self.kinds[modality] == "text":
-            _show_one_token(inputs, ~present, self.processors[modality])
+            show_a_token(inputs, ~present, self.processors[modality])
         else:
             for name in inputs:
                 if name.endswith("mask"):
@@ -204,8 +205,12 @@ class MultimodalCollator:
         return dict(processor(clips, sampling_rate=processor.sampling_rate, return_tensors="pt", **pad))
 
     def _process_texts(self, modality: str, texts: list[str]) -> Inputs:
-        options = {"padding": True, "padding_side": "right", "return_attention_mask": True, "return_tensors": "pt"}
-        return dict(self.processors[modality](texts, **options, truncation=True, max_length=self._limit(modality)))
+        tokenizer = self.processors[modality]
+        options: dict[str, Any] = {"padding": True, "padding_side": "right", "return_attention_mask": True}
+        if has_fixed_length(tokenizer):
+            options = {"padding": "max_length", "return_attention_mask": False}
+        options |= {"truncation": True, "max_length": self._limit(modality), "return_tensors": "pt"}
+        return dict(tokenizer(texts, **options))
 
     def measure(self, modality: str, values: list[Any]) -> None:
         """Count which of these texts or clips are too long; of pictures none is."""
@@ -227,7 +232,7 @@ class MultimodalCollator:
         """The tokens or samples that are read of a cell; None where all are."""
         processor = self.processors[modality]
         if self.kinds[modality] == "text":
-            return processor.model_max_length if processor.model_max_length < NO_LIMIT else LONGEST_TEXT
+            return longest_text(processor)
         return window(processor) if self.kinds[modality] == "audio" else None
 
 
@@ -269,6 +274,13 @@ def stands_alone(kind: str, processor: Any) -> bool:
     return own_window and not getattr(processor, "dither", 0.0)  # which is noise, drawn anew
 
 
+def _options(kind: str, processor: Any) -> dict[str, Any]:
+    """How `read_cell` reads for this processor: SigLIP 2's cuts patches out of pictures of any shape."""
+    if kind == "image":
+        return {"square": not hasattr(processor, "max_num_patches")}
+    return {"rate": processor.sampling_rate} if kind == "audio" else {}
+
+
 def cell_name(value: Any) -> str:
     """What to call a cell in a message: the path it holds."""
     path = value.get("path") if isinstance(value, Mapping) else value
@@ -291,6 +303,8 @@ def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
     kinds = {"text": PreTrainedTokenizerBase, "image": BaseImageProcessor, "audio": FeatureExtractionMixin}
     for kind, parent in kinds.items():
         if isinstance(processor, parent):
+            if kind == "text":
+                give_padding(modality, processor)
             return kind, processor
     raise ValueError(
         f"the processor given for {modality!r} is a {type(processor).__name__}; a Hugging Face tokenizer, image "
@@ -308,14 +322,6 @@ def _concatenated(modality: str, rows: list[Inputs]) -> Inputs:
                 f"{' and '.join(map(str, sorted(found)[:2]))}: let it resize to one size"
             )
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-def _show_one_token(inputs: Inputs, absent: Tensor, tokenizer: Any) -> None:
-    """Make absent rows padding behind one visible token: attention over nothing gives NaN in some kernels."""
-    special = (tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
-    inputs["input_ids"][absent] = tokenizer.pad_token_id or 0
-    inputs["input_ids"][absent, 0] = next(token for token in special if token is not None)
-    inputs["attention_mask"][absent, 0] = 1
 
 
 def _labels(samples: Sequence[Mapping[str, Any]]) -> Tensor | None:

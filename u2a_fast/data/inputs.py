@@ -48,8 +48,11 @@ def is_absent(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, without importing it
 
 
-def read_cell(kind: str, value: Any, rate: int = 16_000) -> Any:
+def read_cell(kind: str, value: Any, rate: int = 16_000, square: bool = True) -> Any:
     """What a processor takes of a cell of this kind (image, text or audio); None where the cell is absent.
+
+    Args:
+        rate: of a clip. square: whether pictures become squares.
 
     Raises:
         DecodeError: it cannot be decoded, so that it counts as absent.
@@ -58,7 +61,7 @@ def read_cell(kind: str, value: Any, rate: int = 16_000) -> Any:
     if is_absent(value):
         return None
     if kind == "image":
-        return to_image(value)
+        return to_image(value, square)
     if kind == "audio":
         return to_audio(value, rate)
     if not isinstance(value, str):
@@ -68,8 +71,8 @@ def read_cell(kind: str, value: Any, rate: int = 16_000) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
-def to_image(value: Any) -> Image.Image:
-    """A picture as a square RGB image: transparent pixels and the padding are white.
+def to_image(value: Any, square: bool = True) -> Image.Image:
+    """A picture as an RGB image, a square one or as it is: transparent pixels and the padding are white.
 
     Takes a path, bytes, {"path", "bytes"}, a PIL image of any mode but F, or an uint8 array [H, W], [1, H, W] or
     [H, W, 1 to 4]. Square, because the centre crop of most processors would cut the ends off anything else.
@@ -86,13 +89,13 @@ def to_image(value: Any) -> Image.Image:
     source = value if isinstance(value, Image.Image) else _source(value, "image")
     try:
         if isinstance(source, Image.Image):
-            return _white_square(_upright(source))
+            return _on_white(_upright(source), square)
         with _open_image(source) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise DecodeError(f"{image.width} x {image.height} pixels are too many")
             image.draft(None, (LONGEST_SIDE, LONGEST_SIDE))  # a large JPEG is read at a fraction of its size
             image.load()
-            return _white_square(_upright(image))
+            return _on_white(_upright(image), square)
     except DecodeError:
         raise
     except Exception as error:  # decoders raise whatever they trip over, struct.error and IndexError among others
@@ -141,7 +144,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _white_square(image: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image, square: bool) -> Image.Image:
     from PIL import Image
 
     if image.mode == "F":
@@ -157,13 +160,13 @@ def _white_square(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA" if transparent else "RGB")
     if max(image.size) > LONGEST_SIDE:
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    side = max(image.size)
-    if not transparent and image.width == image.height:
+    size = (max(image.size),) * 2 if square else image.size
+    if not transparent and image.size == size:
         return image
-    square = Image.new("RGB", (side, side), "white")
-    corner = ((side - image.width) // 2, (side - image.height) // 2)
-    square.paste(image, corner, mask=image if transparent else None)
-    return square
+    white = Image.new("RGB", size, "white")
+    corner = ((size[0] - image.width) // 2, (size[1] - image.height) // 2)
+    white.paste(image, corner, mask=image if transparent else None)
+    return white
 
 
 # ------------------------------------------------------------------------------------------------------- recordings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +116,7 @@ class Encoder(nn.Module):
         self.stem, self.rotary = stem, rotary
         self.blocks = nn.ModuleList(blocks)
         self.loaded_in_8bit = blocks[0].o.storage == "int8"
+        self.knows_types = "token_type_ids" in inspect.signature(family.embed).parameters
         self.requires_grad_(False)
 
     @property
@@ -157,6 +159,7 @@ class Encoder(nn.Module):
         inputs = {
             name: value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in inputs.items()
+            if name != "token_type_ids" or self.knows_types  # BERT's tokenizer says them to DistilBERT as well
         }
         return self.family.embed(self, **inputs)
 

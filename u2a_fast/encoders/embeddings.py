@@ -155,7 +155,8 @@ def embed_flexible_image(
     spatial_shapes: torch.Tensor,
     pixel_attention_mask: torch.Tensor | None = None,
 ) -> EmbedResult:
-    tokens = encoder.stem["embeddings"](pixel_values, spatial_shapes)
+    # Where a picture is absent it has no size; Hugging Face takes none of 0.
+    tokens = encoder.stem["embeddings"](pixel_values, spatial_shapes.clamp(min=1))
     return tokens, flexible_image_padding(encoder, pixel_attention_mask)
 
 

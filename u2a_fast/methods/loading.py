@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoFeatureExtractor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoTokenizer, BitsAndBytesConfig, ImageProcessingMixin, PreTrainedModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 # Not from the package itself: that of transformers 5.17 has it only beside torchvision, which nothing here needs.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import cached_file
 
 from .. import encoders as encoders_module
 from ..encoders import Encoder, without_adapters
 
+logger = logging.getLogger(__name__)
+
 RESERVED = ("modality_mask", "label", "labels", "return_dict", "self")  # keywords of forward, columns of a sample
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DINOV3_DEFAULTS = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+FIXED_LENGTH = ("siglip_text_model", "siglip2_text_model")
 PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor}
 
 
@@ -54,10 +61,30 @@ def load_processor(name: str, source: str) -> Any:
         raise ValueError(
             f"{source} holds no processor for {name!r}: set model.processors = {{{name!r}: ...}}"
         ) from error
+    except ImportError as error:
+        if name == "image" and (processor := _dinov3_processor(source)) is not None:
+            return processor
+        what = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"the processor for {name!r} in {source} needs a package: install it, or set model.processors = "
+            f"{{{name!r}: ...}} ({what})"
+        ) from error
+
+
+def _dinov3_processor(source: str) -> ViTImageProcessorPil | None:
+    """DINOv3's own exists beside torchvision only. This one resizes before it scales, and so rounds once to 8 bits."""
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    if settings.pop("image_processor_type", "").removesuffix("Fast") != "DINOv3ViTImageProcessor":
+        return None
+    logger.warning("%s: DINOv3's image processor needs torchvision; ViT's stands in, with its settings", source)
+    return ViTImageProcessorPil(**DINOV3_DEFAULTS | settings)
 
 
 def fit_tokenizer(processor: Any, encoder: Encoder) -> None:
-    """Lower a tokenizer's limit to the positions that its encoder has; many tokenizers know none, or one too many."""
+    """Lower a tokenizer's limit to the positions that its encoder has; many tokenizers know none, or one too many.
+
+    SigLIP's texts all have that length, whichever tokenizer makes them.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     tables = (
         module
@@ -69,6 +96,8 @@ def fit_tokenizer(processor: Any, encoder: Encoder) -> None:
         # RoBERTa counts positions from behind the padding's.
         positions = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        if encoder.config.model_type in FIXED_LENGTH:
+            tokenizer.fixed_length = True
 
 
 def saved_processors(folder: Path) -> dict[str, Any]:
