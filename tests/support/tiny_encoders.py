@@ -4,84 +4,32 @@ Every parameter is drawn at random (LayerNorm weights around 1, LayerScale and e
 shift or class token hides behind a one or a zero.
 """
 
+from contextlib import ExitStack
+from functools import wraps
+from unittest import mock
+
 import torch
-import transformers
+from tiny_configs import CONFIGS, END_OF_TEXT, SPEECHES, SPELLING, TEXTS, WIDTH
 from torch import Tensor, nn
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-WIDTH, TEXT_LENGTH, SAMPLES, END_OF_TEXT = 32, 7, 200, 98
+TEXT_LENGTH, SAMPLES = 7, 200
 
-LAYERS = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 56}
-TEXT = dict(vocab_size=99, max_position_embeddings=20, **LAYERS)
-IMAGE = dict(image_size=24, patch_size=8, **LAYERS)
-SPEECH = dict(
-    conv_dim=(16, 16),
-    conv_kernel=(10, 3),
-    conv_stride=(5, 2),
-    num_conv_pos_embeddings=6,
-    num_conv_pos_embedding_groups=2,
-    **LAYERS,
-)
-
-CONFIGS = {
-    "bert": (transformers.BertModel, transformers.BertConfig, TEXT),
-    "roberta": (transformers.RobertaModel, transformers.RobertaConfig, TEXT),
-    "electra": (transformers.ElectraModel, transformers.ElectraConfig, TEXT | {"embedding_size": 24}),
-    "vit": (transformers.ViTModel, transformers.ViTConfig, IMAGE),
-    "deit": (transformers.DeiTModel, transformers.DeiTConfig, IMAGE | {"num_attention_heads": 2}),
-    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config, IMAGE | {"mlp_ratio": 2}),
-    "clip_text": (
-        transformers.CLIPTextModel,
-        transformers.CLIPTextConfig,
-        TEXT | {"bos_token_id": 0, "pad_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT},
-    ),
-    "clip_vision": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig, IMAGE),
-    "siglip_vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig, IMAGE),
-    "ast": (transformers.ASTModel, transformers.ASTConfig, LAYERS | {"max_length": 56, "num_mel_bins": 24}),
-    "wav2vec2": (transformers.Wav2Vec2Model, transformers.Wav2Vec2Config, SPEECH),
-    "wav2vec2_stable": (
-        transformers.Wav2Vec2Model,
-        transformers.Wav2Vec2Config,
-        SPEECH | {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True},
-    ),
-    "hubert": (transformers.HubertModel, transformers.HubertConfig, SPEECH),
-    "whisper": (
-        WhisperEncoder,
-        transformers.WhisperConfig,
-        {
-            "d_model": WIDTH,
-            "encoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 56,
-            "num_mel_bins": 12,
-            "max_source_positions": 9,
-        },
-    ),
-}
 FAMILIES = list(CONFIGS)
-TEXT_FAMILIES = ["bert", "roberta", "electra", "clip_text"]
-SPEECH_FAMILIES = ["wav2vec2", "wav2vec2_stable", "hubert"]
-PADDED_FAMILIES = TEXT_FAMILIES + SPEECH_FAMILIES
-
-# The common names, where a family spells them in its own way.
-SPELLING = {
-    "whisper": {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "encoder_layers",
-        "num_attention_heads": "encoder_attention_heads",
-        "intermediate_size": "encoder_ffn_dim",
-    }
-}
+TEXT_FAMILIES = list(TEXTS)
+SPEECH_FAMILIES = list(SPEECHES)
+PADDED_FAMILIES = [*TEXT_FAMILIES, *SPEECH_FAMILIES, "siglip2_vision"]
 
 
 def build(name: str, seed: int = 0, **config_overrides) -> nn.Module:
     """A random Hugging Face encoder in eval mode; `hidden_size=48`, `num_hidden_layers=3` and so on work for all."""
     model_class, config_class, settings = CONFIGS[name]
     spelling = SPELLING.get(name, {})
-    overrides = {spelling.get(key, key): value for key, value in config_overrides.items()}
+    settings = {spelling.get(key, key): value for key, value in (settings | config_overrides).items()}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config_class(**settings | overrides))
+        model = model_class(config_class(**settings))
         randomize(model)
     return model.eval()
 
@@ -90,9 +38,10 @@ def build(name: str, seed: int = 0, **config_overrides) -> nn.Module:
 def randomize(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
+            parameter.normal_(std=max(1, parameter[0].numel()) ** -0.5)
         else:
-            is_scale = name.endswith(("weight", "lambda1"))
+            is_scale = name.endswith("weight") or "lambda" in name
+            is_scale &= type(model.get_submodule(name.rpartition(".")[0])).__name__ != "Gemma3RMSNorm"  # 1 + weight
             parameter.normal_(mean=1.0 if is_scale else 0.0, std=0.2)
 
 
@@ -103,9 +52,12 @@ def inputs(name: str, batch: int, seed: int = 0, padded: bool = False, dtype: to
         return _text_inputs(name, batch, padded, generator)
     if name in SPEECH_FAMILIES:
         return _speech_inputs(batch, padded, generator, dtype)
+    if name == "siglip2_vision":
+        return _patch_rows(batch, padded, generator, dtype)
     key, shape = {
         "ast": ("input_values", (56, 24)),
         "whisper": ("input_features", (12, 18)),
+        "videomae": ("pixel_values", (4, 3, 24, 24)),
     }.get(name, ("pixel_values", (3, 24, 24)))
     return {key: torch.randn(batch, *shape, generator=generator).to(dtype)}
 
@@ -118,7 +70,7 @@ def _lengths(batch: int, longest: int, shortest: int, generator: torch.Generator
 
 
 def _text_inputs(name: str, batch: int, padded: bool, generator: torch.Generator) -> dict:
-    pad = {"roberta": 1, "clip_text": END_OF_TEXT}.get(name, 0)
+    pad = CONFIGS[name][2].get("pad_token_id", 0)
     ids = torch.randint(3, END_OF_TEXT, (batch, TEXT_LENGTH), generator=generator)
     lengths = _lengths(batch, TEXT_LENGTH, 2, generator) if padded else torch.full((batch,), TEXT_LENGTH)
     positions = torch.arange(TEXT_LENGTH)
@@ -135,14 +87,50 @@ def _speech_inputs(batch: int, padded: bool, generator: torch.Generator, dtype: 
     return {"input_values": values * real, "attention_mask": real.long()}
 
 
+def _patch_rows(batch: int, padded: bool, generator: torch.Generator, dtype: torch.dtype) -> dict:
+    """Patches of pictures of 3 x 3; `padded`: of several shapes, so that the smaller are filled up."""
+    sides = torch.randint(1, 4, (batch, 2), generator=generator) if padded else torch.full((batch, 2), 3)
+    sides[:1] = 3
+    return {
+        "pixel_values": torch.randn(batch, 9, 48, generator=generator).to(dtype),
+        "spatial_shapes": sides,
+        "pixel_attention_mask": (torch.arange(9) < sides.prod(dim=1)[:, None]).long(),
+    }
+
+
+class _InDoubles(TorchFunctionMode):
+    """What a layer in fp64 would round to fp32 for a while (RMSNorm, ModernBERT's and ESM's angles) stays as it is."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        narrows = function is Tensor.float or (function is Tensor.to and torch.float32 in args)
+        if narrows and args[0].dtype == torch.float64:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _in_doubles(forward):
+    @wraps(forward)
+    def call(*args, **kwargs):
+        with _InDoubles():
+            return forward(*args, **kwargs)
+
+    return call
+
+
 def hidden_states(model: nn.Module, name: str, **inputs) -> Tensor:
-    """[B, S, D] by Hugging Face's own forward."""
-    return model(**inputs).last_hidden_state
+    """[B, S, D] by Hugging Face's own forward, its layers and norms in the dtype of the model throughout."""
+    if name == "vit_mae":  # in order, none of them masked
+        inputs["noise"] = torch.arange(9.0).expand(len(inputs["pixel_values"]), -1)
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer) or type(module).__name__.endswith("RMSNorm"):
+                stack.enter_context(mock.patch.object(module, "forward", _in_doubles(module.forward)))
+        return model(**inputs).last_hidden_state
 
 
 def token_mask(model: nn.Module, name: str, **inputs) -> Tensor | None:
     """[B, S] bool, True = a real row of the hidden states; None: every row is real."""
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
     if mask is None or name not in SPEECH_FAMILIES:
         return None if mask is None else mask.bool()
     length = int(model._get_feat_extract_output_lengths(mask.shape[1]))

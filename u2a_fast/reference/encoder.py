@@ -2,12 +2,15 @@
 
 import copy
 import math
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .families import Embedded, family_of, visible_rows
+from .embeddings import Embedded
+from .families import family_of, places_of, visible_rows
+from .layers import Rotation, exact_norm, prepare
 
 
 class LoraLinear(nn.Module):
@@ -35,8 +38,11 @@ class ReferenceEncoder(nn.Module):
 
     def __init__(self, hf_model: nn.Module):
         super().__init__()
-        self.family = family_of(hf_model)
-        self.model = copy.deepcopy(hf_model).requires_grad_(False).eval()
+        self.family, self.model = family_of(hf_model), copy.deepcopy(hf_model)
+        prepare(self.layers, self.model.config.num_attention_heads, self.family.norm_offset)
+        if self.final_norm is not None:
+            self.model.set_submodule(self.family.final_norm, exact_norm(self.final_norm, self.family.norm_offset))
+        self.model.requires_grad_(False).eval()
         self.model.set_attn_implementation("sdpa")
         self.width = self.model.config.hidden_size
         self.num_layers = len(self.layers)
@@ -45,8 +51,12 @@ class ReferenceEncoder(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.model.get_submodule(self.family.layers)
 
+    @property
+    def final_norm(self) -> nn.Module | None:
+        return None if self.family.final_norm is None else attrgetter(self.family.final_norm)(self.model)
+
     def part(self, layer: int, name: str) -> nn.Module:
-        """`name`: q, k, v, o, fc1, fc2, norm1 (beside attention) or norm2 (beside the MLP)."""
+        """`name`: q, k, v, o, fc1 (or gate, up), fc2, norm1 (beside attention) or norm2 (beside the MLP)."""
         return self.layers[layer].get_submodule(self.family.parts[name])
 
     def train(self, mode: bool = True) -> "ReferenceEncoder":
@@ -69,27 +79,43 @@ class ReferenceEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Layer `index` on [tokens ; learned]: tokens [B, S, D], learned [n, D] or [B, n, D] -> the same two, [B, ...].
 
-        Learned rows carry no position embedding; who sees whom: `visible_rows`.
+        Learned rows carry no position embedding; where positions turn rows, they have the next places (`places_of`).
+        Who sees whom: `visible_rows`.
         """
         batch, length, width = tokens.shape
         if learned is None:
             learned = tokens.new_zeros(0, width)
         learned = learned.to(tokens.dtype).expand(batch, -1, -1)
-        visible = visible_rows(tokens, padding_mask, learned.shape[1], read_only, self.family.causal)
-        rows = self.family.run(self.layers[index], torch.cat([tokens, learned], dim=1), visible)
+        real = self.real_rows(tokens, padding_mask)
+        window = self.family.window(self.model.config, index)
+        visible = visible_rows(real, learned.shape[1], read_only, self.family.causal, window)
+        rotation = self.rotation(index, tokens, places_of(real, learned.shape[1]))
+        rows = self.family.run(self.layers[index], torch.cat([tokens, learned], dim=1), visible, rotation)
         return rows[:, :length], rows[:, length:]
+
+    def rotation(self, index: int, tokens: Tensor, places: Tensor) -> Rotation | None:
+        """cos and sin [B, L, Dh] of rows at `places` [B, L] in layer `index`; None: positions turn nothing."""
+        if self.family.rotary is None:
+            return None
+        config, angles = self.model.config, self.model.get_submodule(self.family.rotary)
+        kinds = getattr(config, "layer_types", None)
+        return self.family.angles(angles, config, kinds[index] if kinds else None, tokens, places)
+
+    @staticmethod
+    def real_rows(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """bool [B, S]"""
+        if padding_mask is not None:
+            return padding_mask
+        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
     def finish(self, rows: Tensor) -> Tensor:
         """The norm after the last layer, where the family has one: [B, n, D] -> [B, n, D]."""
-        return self.model.get_submodule(self.family.final_norm)(rows) if self.family.final_norm else rows
+        return rows if self.final_norm is None else self.final_norm(rows)
 
     def class_token(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Finished tokens [B, S, D], without learned rows -> [B, D]: see `Family.class_token`."""
-        batch, length = tokens.shape[:2]
-        if padding_mask is None:
-            padding_mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
         classes = []
-        for sample, real in zip(tokens, padding_mask, strict=True):
+        for sample, real in zip(tokens, self.real_rows(tokens, padding_mask), strict=True):
             rows = sample[real]
             classes.append({"first": rows[0], "last": rows[-1], "mean": rows.mean(dim=0)}[self.family.class_token])
         return torch.stack(classes)

@@ -1,76 +1,55 @@
 """Where each Hugging Face encoder keeps what the reference calls: its embedding stage, its layers, its linears."""
 
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
 
-Embedded = tuple[Tensor, Tensor | None]  # tokens [B, S, D]; True = a real row [B, S], None = all are real
-
-
-def embed_text(model: nn.Module, attention_mask: Tensor | None = None, **inputs: Tensor) -> Embedded:
-    tokens = model.embeddings(**inputs)
-    if hasattr(model, "embeddings_project"):  # ELECTRA, where the embedding is narrower than the layers
-        tokens = model.embeddings_project(tokens)
-    return tokens, None if attention_mask is None else attention_mask.bool()
-
-
-def embed_clip_text(model: nn.Module, attention_mask: Tensor | None = None, **inputs: Tensor) -> Embedded:
-    """Rows after the first real end-of-text token are padding, whether or not the attention mask says so."""
-    ids, end_id = inputs["input_ids"], model.config.eos_token_id
-    if end_id == 2:  # configs older than transformers 4.31: the end-of-text token is the highest id of its row
-        end_id = ids.amax(dim=1, keepdim=True)
-    given = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
-    is_end = (ids == end_id) * given
-    return model.embeddings(**inputs), given.bool() & (is_end.cumsum(dim=1) - is_end == 0)
+from .embeddings import (
+    Embedded,
+    embed_all_patches,
+    embed_clip_text,
+    embed_frames,
+    embed_mel,
+    embed_patch_rows,
+    embed_patches,
+    embed_protein,
+    embed_text,
+    embed_tokens,
+    embed_waveform,
+)
+from .layers import Rotation, run_data2vec, run_dinov3, run_earlier_dinov2, run_layer, run_videomae
 
 
-def embed_patches(model: nn.Module, **inputs: Tensor) -> Embedded:
-    tokens = model.embeddings(**inputs)
-    if hasattr(model, "pre_layrnorm"):  # CLIP; the spelling is Hugging Face's
-        tokens = model.pre_layrnorm(tokens)
-    return tokens, None
+def text_angles(angles: nn.Module, config: Any, kind: str | None, tokens: Tensor, places: Tensor) -> Rotation:
+    """Of rows at `places` [B, L] of their texts; where local and global layers differ, in those of a kind."""
+    takes_kind = kind is not None and "layer_type" in inspect.signature(angles.forward).parameters
+    return angles(tokens, places, kind) if takes_kind else angles(tokens, places)
 
 
-def embed_waveform(model: nn.Module, input_values: Tensor, attention_mask: Tensor | None = None) -> Embedded:
-    """Convolutions, projection, zeros in the padding, positional convolution; post-norm encoders: LayerNorm."""
-    features = model.feature_extractor(input_values).transpose(1, 2)
-    tokens = model.feature_projection(features)
-    tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # Wav2Vec2 also returns the normalised features
-    real = None
-    if attention_mask is not None:
-        real = model._get_feature_vector_attention_mask(features.shape[1], attention_mask).bool()
-        tokens = tokens.masked_fill(~real[:, :, None], 0)
-    tokens = tokens + model.encoder.pos_conv_embed(tokens)
-    return tokens if model.config.do_stable_layer_norm else model.encoder.layer_norm(tokens), real
-
-
-def embed_mel(model: nn.Module, input_features: Tensor, attention_mask: Tensor | None = None) -> Embedded:
-    """Whisper knows no padding: its forward ignores the attention mask."""
-    hidden = gelu(model.conv2(gelu(model.conv1(input_features))))
-    return hidden.transpose(1, 2) + model.embed_positions.weight, None
-
-
-def run_earlier_dinov2(layer: nn.Module, rows: Tensor, visible: Tensor) -> Tensor:
-    """A layer of DINOv2 as of transformers 5.17, whose forward takes no mask."""
-    attention, normed = layer.attention.attention, layer.norm1(rows)
-    heads = (attention.num_attention_heads, attention.attention_head_size)
-    q, k, v = (
-        part(normed).unflatten(-1, heads).transpose(1, 2) for part in (attention.query, attention.key, attention.value)
-    )
-    attended = scaled_dot_product_attention(q, k, v, visible).transpose(1, 2).flatten(2)
-    rows = rows + layer.layer_scale1(layer.attention.output.dense(attended))
-    return rows + layer.layer_scale2(layer.mlp(layer.norm2(rows)))
+def picture_angles(angles: nn.Module, config: Any, kind: str | None, tokens: Tensor, places: Tensor) -> Rotation:
+    """DINOv3: patches of a square picture turn by their places in it; class, register and learned rows do not."""
+    first = 1 + config.num_register_tokens
+    side = math.isqrt(tokens.shape[1] - first) * config.patch_size
+    cos, sin = torch.ones(*places.shape, 1), torch.zeros(*places.shape, 1)
+    of_patches = angles(tokens.new_empty(1, 3, side, side))  # cos, sin [patches, Dh]
+    cos, sin = (part.repeat(1, 1, of_patches[0].shape[1]).to(tokens) for part in (cos, sin))
+    cos[:, first : tokens.shape[1]], sin[:, first : tokens.shape[1]] = of_patches
+    return cos, sin
 
 
 @dataclass(frozen=True)
 class Family:
     """embed: (model, **inputs) -> Embedded. class_token: the "first" or "last" real row or the "mean" of real rows.
 
-    parts: paths inside a layer of the linears q, k, v, o, fc1, fc2 and of the two LayerNorms.
-    run: (layer, rows [B, L, D], visible [B, 1, L, L]) -> rows.
+    parts: paths inside a layer of the linears q, k, v, o, fc1 (or gate and up), fc2 and of the norms before them.
+    run: (layer, rows [B, L, D], visible [B, 1, L, L], cos and sin or None) -> rows.
+    rotary, angles: path of Hugging Face's module of angles, and how it is asked.
+    window: (config, index of a layer) -> how far apart two tokens may be that see each other; None: any distance.
     """
 
     embed: Callable[..., Embedded]
@@ -79,15 +58,32 @@ class Family:
     class_token: str
     parts: dict[str, str]
     causal: bool = False
-    run: Callable[[nn.Module, Tensor, Tensor], Tensor] = nn.Module.__call__
+    run: Callable[..., Tensor] = run_layer
+    rotary: str | None = None
+    angles: Callable[..., Rotation] = text_angles
+    window: Callable[[Any, int], int | None] = lambda config, index: None
+    norm_offset: float = 0.0
 
 
 PARTS = ("q", "k", "v", "o", "fc1", "fc2", "norm1", "norm2")
+GATED_PARTS = ("q", "k", "v", "o", "gate", "up", "fc2", "norm1", "norm2")
 
 
 def parts(attention: str, mlp: str, norms: str) -> dict[str, str]:
-    """Paths inside a layer, separated by spaces: of q, k, v, o, of fc1, fc2, and of the two LayerNorms."""
-    return dict(zip(PARTS, f"{attention} {mlp} {norms}".split(), strict=True))
+    """Paths inside a layer, separated by spaces: of q, k, v, o, of the MLP, and of the two norms."""
+    paths = f"{attention} {mlp} {norms}".split()
+    return dict(zip(PARTS if len(paths) == len(PARTS) else GATED_PARTS, paths, strict=True))
+
+
+def look_back(config: Any, index: int) -> int | None:
+    """Hugging Face's windows of causal texts count the token itself."""
+    slides = config.layer_types[index] == "sliding_attention" if getattr(config, "layer_types", None) else True
+    return config.sliding_window - 1 if slides and config.sliding_window is not None else None
+
+
+def look_around(config: Any, index: int) -> int | None:
+    """ModernBERT's is the distance to either side."""
+    return config.sliding_window if config.layer_types[index] == "sliding_attention" else None
 
 
 BERT = Family(
@@ -101,9 +97,63 @@ BERT = Family(
         "attention.output.LayerNorm output.LayerNorm",
     ),
 )
+DISTILBERT = replace(
+    BERT,
+    layers="transformer.layer",
+    parts=parts(
+        "attention.q_lin attention.k_lin attention.v_lin attention.out_lin",
+        "ffn.lin1 ffn.lin2",
+        "sa_layer_norm output_layer_norm",
+    ),
+)
+ESM = replace(
+    BERT,
+    embed=embed_protein,
+    final_norm="encoder.emb_layer_norm_after",
+    parts=BERT.parts | {"norm1": "attention.LayerNorm", "norm2": "LayerNorm"},
+)
+ESM_ROTARY = replace(
+    ESM,
+    parts=ESM.parts | {"q": "attention.self.q", "k": "attention.self.k", "v": "attention.self.v"},
+    rotary="rotary_embeddings",
+)
+MODERNBERT = Family(
+    embed=embed_text,
+    layers="layers",
+    final_norm="final_norm",
+    class_token="first",
+    parts=parts("attn.q attn.k attn.v attn.o", "mlp.gate mlp.up mlp.fc2", "attn_norm mlp_norm"),
+    rotary="rotary_emb",
+    window=look_around,
+)
+LLAMA = Family(
+    embed=embed_tokens,
+    layers="layers",
+    final_norm="norm",
+    class_token="last",
+    parts=parts(
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj",
+        "mlp.gate_proj mlp.up_proj mlp.down_proj",
+        "input_layernorm post_attention_layernorm",
+    ),
+    causal=True,
+    rotary="rotary_emb",
+)
+WINDOWED = replace(LLAMA, window=look_back)
+GEMMA = replace(WINDOWED, parts=LLAMA.parts | {"norm2": "pre_feedforward_layernorm"}, norm_offset=1.0)
+EUROBERT = replace(LLAMA, class_token="mean", causal=False)
+NOMIC_BERT = replace(
+    EUROBERT,
+    embed=embed_text,
+    final_norm=None,
+    parts=LLAMA.parts | {"norm1": "post_attention_layernorm", "norm2": "post_mlp_layernorm"},
+)
 VIT_LINEARS = (
     "attention.q_proj attention.k_proj attention.v_proj attention.o_proj",
     "mlp.fc1 mlp.fc2",
+)
+EARLIER_VIT_ATTENTION = (
+    "attention.attention.query attention.attention.key attention.attention.value attention.output.dense"
 )
 VIT = Family(
     embed=embed_patches,
@@ -112,16 +162,30 @@ VIT = Family(
     class_token="first",
     parts=parts(*VIT_LINEARS, "layernorm_before layernorm_after"),
 )
+VIT_MAE = replace(VIT, embed=embed_all_patches)
+I_JEPA = replace(VIT, class_token="mean")
 DINOV2 = replace(VIT, layers="encoder.layer", parts=parts(*VIT_LINEARS, "norm1 norm2"))
 EARLIER_DINOV2 = replace(
     DINOV2,
-    parts=parts(
-        "attention.attention.query attention.attention.key attention.attention.value attention.output.dense",
-        "mlp.fc1 mlp.fc2",
-        "norm1 norm2",
-    ),
+    parts=parts(EARLIER_VIT_ATTENTION, "mlp.fc1 mlp.fc2", "norm1 norm2"),
     run=run_earlier_dinov2,
 )
+DINOV3 = replace(
+    DINOV2,
+    layers="model.layer",
+    final_norm="norm",
+    parts=parts(VIT_LINEARS[0], "mlp.up_proj mlp.down_proj", "norm1 norm2"),
+    run=run_dinov3,
+    rotary="rope_embeddings",
+    angles=picture_angles,
+)
+DATA2VEC_VISION = replace(
+    I_JEPA,
+    layers="encoder.layer",
+    parts=parts(EARLIER_VIT_ATTENTION, "intermediate.dense output.dense", "layernorm_before layernorm_after"),
+    run=run_data2vec,
+)
+VIDEO_MAE = replace(DATA2VEC_VISION, embed=embed_frames, run=run_videomae)
 CLIP_ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj"
 CLIP_VISION = Family(
     embed=embed_patches,
@@ -132,6 +196,8 @@ CLIP_VISION = Family(
 )
 CLIP_TEXT = replace(CLIP_VISION, embed=embed_clip_text, final_norm="final_layer_norm", class_token="last", causal=True)
 SIGLIP_VISION = replace(CLIP_VISION, final_norm="post_layernorm", class_token="mean")
+SIGLIP2_VISION = replace(SIGLIP_VISION, embed=embed_patch_rows)
+SIGLIP_TEXT = replace(CLIP_VISION, embed=embed_text, final_norm="final_layer_norm", class_token="last")
 WAV2VEC2 = Family(
     embed=embed_waveform,
     layers="encoder.layers",
@@ -151,42 +217,78 @@ WHISPER = Family(
     parts=parts(CLIP_ATTENTION, "fc1 fc2", "self_attn_layer_norm final_layer_norm"),
 )
 FAMILIES = {
-    "bert": BERT,
-    "roberta": BERT,
-    "electra": BERT,
-    "vit": VIT,
-    "deit": VIT,
-    "dinov2": DINOV2,
+    **dict.fromkeys(("bert", "roberta", "electra", "xlm-roberta", "camembert", "ernie", "data2vec-text"), BERT),
+    "distilbert": DISTILBERT,
+    "esm": ESM,
+    "modernbert": MODERNBERT,
+    "nomic_bert": NOMIC_BERT,
+    "eurobert": EUROBERT,
+    "llama": LLAMA,
+    **dict.fromkeys(("qwen2", "mistral", "qwen3"), WINDOWED),
+    "gemma3_text": GEMMA,
+    **dict.fromkeys(("vit", "deit", "audio-spectrogram-transformer"), VIT),
+    "vit_mae": VIT_MAE,
+    **dict.fromkeys(("ijepa", "beit"), I_JEPA),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINOV2),
+    "dinov3_vit": DINOV3,
+    "data2vec-vision": DATA2VEC_VISION,
+    "videomae": VIDEO_MAE,
     "clip_text_model": CLIP_TEXT,
     "clip_vision_model": CLIP_VISION,
     "siglip_vision_model": SIGLIP_VISION,
-    "audio-spectrogram-transformer": VIT,
-    "wav2vec2": WAV2VEC2,
-    "hubert": WAV2VEC2,
+    "siglip2_vision_model": SIGLIP2_VISION,
+    **dict.fromkeys(("siglip_text_model", "siglip2_text_model"), SIGLIP_TEXT),
+    **dict.fromkeys(("wav2vec2", "hubert"), WAV2VEC2),
     "whisper": WHISPER,
 }
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a Hugging Face encoder, by its config's model type."""
-    family = FAMILIES[model.config.model_type]
-    if getattr(model.config, "do_stable_layer_norm", False):  # Wav2Vec2, HuBERT: pre-norm layers, LayerNorm at the end
+    """The family of a Hugging Face encoder, by its config."""
+    config = model.config
+    family = FAMILIES[config.model_type]
+    if getattr(config, "do_stable_layer_norm", False):  # Wav2Vec2, HuBERT: pre-norm layers, LayerNorm at the end
         family = replace(family, final_norm="encoder.layer_norm")
+    if family is ESM and config.position_embedding_type == "rotary":
+        family = ESM_ROTARY
+    if family is GEMMA and config.use_bidirectional_attention:  # EmbeddingGemma
+        family = replace(GEMMA, causal=False, class_token="mean")
     if family is DINOV2 and hasattr(model.encoder.layer[0].attention, "attention"):
         family = EARLIER_DINOV2
+    mlp = getattr(model.get_submodule(family.layers)[0], "mlp", None)
+    if hasattr(mlp, "gate_proj") and "gate" not in family.parts:  # DINOv2 and DINOv3 come with and without gates
+        return with_gate(family, "mlp.gate_proj mlp.up_proj mlp.down_proj")
+    if hasattr(mlp, "weights_in"):
+        return with_gate(family, "mlp.gate mlp.up mlp.fc2")
     return family
 
 
-def visible_rows(tokens: Tensor, padding_mask: Tensor | None, learned: int, read_only: bool, causal: bool) -> Tensor:
+def with_gate(family: Family, mlp: str) -> Family:
+    attention, norms = (" ".join(family.parts[name] for name in names) for names in ("qkvo", ("norm1", "norm2")))
+    return replace(family, parts=parts(attention, mlp, norms))
+
+
+def places_of(padding_mask: Tensor, learned: int) -> Tensor:
+    """int64 [B, L]: the column of each token; learned rows take the places behind the last real one."""
+    columns = torch.arange(padding_mask.shape[1], device=padding_mask.device).expand_as(padding_mask)
+    last = (columns * padding_mask).amax(dim=1, keepdim=True)
+    return torch.cat([columns, last + 1 + torch.arange(learned, device=last.device)], dim=1)
+
+
+def visible_rows(
+    padding_mask: Tensor, learned: int, read_only: bool, causal: bool, window: int | None = None
+) -> Tensor:
     """bool [B, 1, L, L], L = S + learned: may row i (query) see row j (key)?
 
     Real token rows are visible, padding is not. Learned rows stand after the tokens and are visible to all rows, or,
-    if `read_only`, to none, themselves included. `causal`: besides, row i sees no row after i.
+    if `read_only`, to none, themselves included. `causal`: besides, row i sees no row after i. `window`: besides, a
+    token sees no token whose column is further away; learned rows see and are seen without it.
     """
-    batch, length = tokens.shape[:2]
-    if padding_mask is None:
-        padding_mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-    learned_keys = torch.full((batch, learned), not read_only, device=tokens.device)
+    batch, length = padding_mask.shape
+    learned_keys = torch.full((batch, learned), not read_only, device=padding_mask.device)
     keys = torch.cat([padding_mask, learned_keys], dim=1)  # [B, L]
     visible = keys[:, None, None, :].repeat(1, 1, length + learned, 1)
+    if window is not None:
+        columns = torch.arange(length, device=padding_mask.device)
+        visible[:, :, :length, :length] &= (columns[:, None] - columns).abs() <= window
     return visible.tril() if causal else visible
