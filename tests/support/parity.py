@@ -3,7 +3,11 @@
 import tiny_encoders
 import torch
 
-ROLE_LINEAR = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "fc1": "fc1", "fc2": "fc2"}
+ROLE_LINEAR = {
+    **dict.fromkeys(("q", "k", "v"), "qkv"),
+    **dict.fromkeys(("fc1", "gate", "up"), "fc1"),
+    **{"o": "o", "fc2": "fc2"},
+}
 
 
 def batch(families: dict[str, str], count: int, seed: int = 0, padded: bool = True, dtype=torch.float64) -> dict:
@@ -25,10 +29,10 @@ def random_presence(count: int, modalities: int, seed: int) -> torch.Tensor:
 def fast_factor(model, modality: str, layer: int, role: str, which: int):
     """`(parameter, rows)` where the fast model keeps the factor A (0) or B (1) of one role."""
     linear = getattr(model.encoders[modality].blocks[layer], ROLE_LINEAR[role])
-    parameter = (linear.lora_a, linear.lora_b)[which]
-    rows = parameter.shape[0] // len(linear.adapted)
-    start = linear.adapted.index(role) * rows
-    return parameter, slice(start, start + rows)
+    widths = dict(zip(linear.roles, linear.widths, strict=True))
+    rows = [linear.lora_b.shape[1] if which == 0 else widths[adapted] for adapted in linear.adapted]
+    place = linear.adapted.index(role)
+    return (linear.lora_a, linear.lora_b)[which], slice(sum(rows[:place]), sum(rows[: place + 1]))
 
 
 @torch.no_grad()

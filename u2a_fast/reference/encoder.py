@@ -135,10 +135,14 @@ class ReferenceEncoder(nn.Module):
         return self.finish(tokens)
 
     def add_lora(self, r: int, lora_alpha: float, target_modules: tuple[str, ...], use_rslora: bool = False) -> None:
-        """A LoRA path on the linears of these roles in every layer; scaling alpha / r, or alpha / sqrt(r) (rsLoRA)."""
+        """A LoRA path on the linears of these roles in every layer; scaling alpha / r, or alpha / sqrt(r) (rsLoRA).
+
+        fc1 means gate and up where the MLP has them; of an encoder without a role, nothing is asked.
+        """
         scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        targets = (*target_modules, *(("gate", "up") if "fc1" in target_modules else ()))
         for layer in self.layers:
-            for role in target_modules:
+            for role in [role for role in self.family.parts if role in targets]:
                 parent, _, name = self.family.parts[role].rpartition(".")
                 owner = layer.get_submodule(parent)
                 setattr(owner, name, LoraLinear(getattr(owner, name), r, scaling))
