@@ -17,13 +17,16 @@ from ..norms import BlockNorm, RMSNorm
 from ..quantization import warn_if_slow
 from ..rotary import rotary_of
 from .base import Encoder, Family
-from .families import FAMILIES
+from .families import FAMILIES, REFUSED
 
 SUPPORTED = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
 TOWERS = {
     ("clip", "text"): "CLIPTextModel",
     ("clip", "image"): "CLIPVisionModel",
+    ("siglip", "text"): "SiglipTextModel",
     ("siglip", "image"): "SiglipVisionModel",
+    ("siglip2", "text"): "Siglip2TextModel",
+    ("siglip2", "image"): "Siglip2VisionModel",
 }
 
 
@@ -115,7 +118,8 @@ def family_of(model: nn.Module) -> Family:
     """The spec that reads a model; ValueError where there is none."""
     name = type(model).__name__
     for family in FAMILIES:
-        if name in family.classes and all(getattr(model.config, k) == v for k, v in family.requires.items()):
+        required = family.requires.items()
+        if name in family.classes and all((getattr(model.config, k) or False) == v for k, v in required):  # None is no
             return _as_named(family, model)
     if "For" in name:
         raise ValueError(f"{name} carries a task head: pass the encoder below it, model.base_model")
@@ -123,6 +127,8 @@ def family_of(model: nn.Module) -> Family:
         raise ValueError(f"{name} holds two towers: pass model.text_model or model.vision_model")
     if name == "WhisperModel":
         raise ValueError("WhisperModel holds a decoder too: pass model.get_encoder()")
+    if name in REFUSED:
+        raise ValueError(f"{name} is not supported: its layers have {REFUSED[name]}, and our block has none")
     raise ValueError(
         f"{name} is not supported: pass one of {SUPPORTED}, or describe it in a u2a_fast.encoders.Family "
         "and call from_pretrained_model(model, family=...)"
@@ -207,7 +213,8 @@ def _block(layer: nn.Module, heads: Heads, family: Family, config: Any) -> Block
     norms, update_norms = (
         [_norm(_get(layer, path), family) for path in paths or ()] for paths in (family.norms, family.update_norms)
     )
-    scale1, scale2 = (_get(layer, path) for path in family.scales) if family.scales else (None, None)
+    scales = [_get(layer, path) for path in family.scales or ()]  # of a BEiT without: 1.0
+    scale1, scale2 = scales if scales and torch.is_tensor(scales[0]) else (None, None)
     width = linear["o"].in_features // heads.query
     widths = heads.query * width, heads.key * width, heads.key * width
     qkv = [linear[role] for role in ("qkv", "q", "k", "v") if role in linear]

@@ -93,6 +93,15 @@ WAV2VEC2_STEM = {
 }
 
 
+POSITION_BIAS = "a relative position bias in attention"
+# Of families that people ask for, why they have no spec.
+REFUSED = {
+    **dict.fromkeys(("T5Model", "T5EncoderModel", "MT5Model", "MT5EncoderModel", "UMT5EncoderModel"), POSITION_BIAS),
+    **dict.fromkeys(("WavLMModel", "MPNetModel"), POSITION_BIAS),
+    **dict.fromkeys(("DebertaModel", "DebertaV2Model"), "attention to relative positions"),
+}
+
+
 def swiglu(config: Any) -> str:
     """DINOv2's gated MLP has an activation of its own."""
     return "silu" if config.use_swiglu_ffn else config.hidden_act
@@ -171,11 +180,9 @@ DATA2VEC_VISION = Family(
     scales=("lambda_1", "lambda_2"),
     class_token="mean",
     embed=embed_image,
-    refuses={
-        "use_relative_position_bias": "a relative position bias in attention",
-        "use_shared_relative_position_bias": "a relative position bias in attention",
-    },
+    refuses=dict.fromkeys(("use_relative_position_bias", "use_shared_relative_position_bias"), POSITION_BIAS),
 )
+BEIT = replace(DATA2VEC_VISION, name="BEiT", classes=("BeitModel",), layers="layers", roles=VIT_ROLES)
 VIDEO_MAE = Family(
     name="VideoMAE",
     classes=("VideoMAEModel",),
@@ -376,6 +383,6 @@ WHISPER = Family(
 FAMILIES = (
     *(BERT, DISTILBERT, MODERNBERT, NOMIC_BERT, EUROBERT, ESM, ESM_ROTARY, CLIP_TEXT, SIGLIP_TEXT),
     *(LLAMA, WINDOWED, QWEN3, GEMMA3, EMBEDDING_GEMMA),
-    *(VIT, DINOV2, DINOV3, CLIP_VISION, SIGLIP_VISION, SIGLIP2_VISION, VIT_MAE, I_JEPA, DATA2VEC_VISION, VIDEO_MAE),
-    *(AST, WAV2VEC2, WAV2VEC2_STABLE, WHISPER),
+    *(VIT, DINOV2, DINOV3, CLIP_VISION, SIGLIP_VISION, SIGLIP2_VISION, VIT_MAE, I_JEPA, DATA2VEC_VISION, BEIT),
+    *(VIDEO_MAE, AST, WAV2VEC2, WAV2VEC2_STABLE, WHISPER),
 )
