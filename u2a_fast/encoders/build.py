@@ -183,12 +183,13 @@ def _refuse_layer(layer: nn.Module, name: str, family: Family, config: Any) -> N
             f"{name} carries adapters of PEFT: merge them (merge_and_unload), or pass the model without them"
         )
     heads, key_heads = _head_counts(family, config)
-    width = linears["o"].in_features
+    width = getattr(config, "head_dim", None) or linears["o"].out_features // heads
     rows = sum(linears[role].out_features for role in ("q", "k", "v", "qkv") if role in linears)
-    if width % heads or heads % key_heads or rows * heads != (heads + 2 * key_heads) * width:
+    expected = (heads + 2 * key_heads) * width
+    if heads % key_heads or linears["o"].in_features != heads * width or rows != expected:
         raise ValueError(
-            f"{name} has {rows} query, key and value features where {heads} heads share {width} and {key_heads} of "
-            "them have keys: pruned models are not supported"
+            f"{name} has {rows} query, key and value features, where {heads} heads of {width}, {key_heads} of them "
+            f"with keys, make {expected}: pruned models are not supported"
         )
 
 
