@@ -1,18 +1,14 @@
-"""Every family's hidden states are Hugging Face's, and what cannot be right is refused."""
+"""Every family's hidden states are Hugging Face's, wherever padding stands and whatever the size of a picture."""
 
 import pytest
 import tiny_encoders
 import torch
 from running import CPU, moved, on
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-    DistilBertConfig,
-    DistilBertModel,
+    Siglip2Config,
+    Siglip2Model,
     SiglipConfig,
     SiglipModel,
     WhisperConfig,
@@ -20,6 +16,7 @@ from transformers import (
 )
 
 from u2a_fast.encoders import Encoder, from_pretrained_model, load
+from u2a_fast.padding import padding_of
 from u2a_fast.reference import ReferenceEncoder
 
 
@@ -44,7 +41,13 @@ def test_hidden_states_equal_hugging_face(name, padded, dtype, limit, device):
     assert difference.numel() and difference.max() < limit
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "clip_text"])
+def class_rows(hidden, mask, which):
+    """[B, D]: the first or last real row, or the mean of the real ones."""
+    rows = [states[real] for states, real in zip(hidden, mask, strict=True)]
+    return torch.stack([{"first": own[0], "last": own[-1], "mean": own.mean(dim=0)}[which] for own in rows])
+
+
+@pytest.mark.parametrize("name", tiny_encoders.TEXT_FAMILIES)
 @pytest.mark.parametrize("kind", ["left", "holes"])
 def test_padding_anywhere_equals_hugging_face(name, kind, device):
     model, encoder = pair(name, torch.float64, device)
@@ -53,24 +56,41 @@ def test_padding_anywhere_equals_hugging_face(name, kind, device):
     if kind == "left":
         mask[1, :3] = mask[2, :1] = 0
     else:
-        mask[1, 2] = mask[2, 4] = 0
+        mask[1, 2] = mask[2, 4] = mask[2, 6] = 0
     if name == "clip_text":  # which pads with the id that ends a text
         inputs["input_ids"][mask == 0] = tiny_encoders.END_OF_TEXT
     inputs["attention_mask"] = mask
-    first, last = mask.argmax(dim=1), torch.full((3,), mask.shape[1] - 1)
     with torch.no_grad():
         expected = tiny_encoders.hidden_states(model, name, **inputs)
         tokens, padding_mask = encoder.embed(**moved(inputs, device))
         hidden = encoder.finish(encoder.run(tokens, padding_mask))
-        class_token, hidden, padding_mask = moved(
-            (encoder.class_token(hidden, padding_mask), hidden, padding_mask), CPU
-        )
+        hidden_static = encoder.finish(encoder.run(tokens, padding_of(padding_mask, static=True)))
+        class_token = encoder.class_token(hidden, padding_mask)
         reference = ReferenceEncoder(model)(**inputs)
-    assert torch.equal(padding_mask, mask.bool())
-    assert (hidden - expected).abs()[mask.bool()].max() < 1e-9
-    assert (reference - expected).abs()[mask.bool()].max() < 1e-9
-    read = expected[torch.arange(3), last if name == "clip_text" else first]
-    torch.testing.assert_close(class_token, read)
+    real = mask.bool()
+    assert torch.equal(moved(padding_mask, CPU), real)
+    for states in (hidden, hidden_static, reference):
+        assert (moved(states, CPU) - expected).abs()[real].max() < 1e-9
+    expected = class_rows(expected, real, encoder.family.class_token)
+    torch.testing.assert_close(moved(class_token, CPU), expected)
+
+
+@pytest.mark.parametrize(
+    "name, side, options",
+    [
+        ("dinov2", 40, {}),
+        ("dinov2_registers", 32, {}),
+        ("dinov3", 40, {}),
+        ("vit", 40, {"interpolate_pos_encoding": True}),
+        ("siglip_vision", 32, {"interpolate_pos_encoding": True}),
+        ("vit_mae", 40, {"interpolate_pos_encoding": True}),
+    ],
+)
+def test_pictures_of_another_size_equal_hugging_face(name, side, options):
+    model, encoder = pair(name, torch.float64)
+    picture = torch.randn(2, 3, side, side, dtype=torch.float64)
+    expected = tiny_encoders.hidden_states(model, name, pixel_values=picture, **options)
+    assert (encoder(pixel_values=picture, **options) - expected).abs().max() < 1e-9
 
 
 def test_an_old_clip_config_means_the_highest_id_by_its_end_of_text():
@@ -162,7 +182,11 @@ def clip():
 
 
 def siglip():
-    return SiglipModel(SiglipConfig(text_config=SMALL | {"vocab_size": 9}, vision_config=settings("siglip_vision")))
+    return SiglipModel(SiglipConfig(text_config=settings("siglip_text"), vision_config=settings("siglip_vision")))
+
+
+def siglip2():
+    return Siglip2Model(Siglip2Config(text_config=settings("siglip2_text"), vision_config=settings("siglip2_vision")))
 
 
 def whisper():
@@ -176,7 +200,10 @@ def whisper():
     [
         (clip, "text_model", "text", "clip_text"),
         (clip, "vision_model", "image", "clip_vision"),
+        (siglip, "text_model", "text", "siglip_text"),
         (siglip, "vision_model", "image", "siglip_vision"),
+        (siglip2, "text_model", "text", "siglip2_text"),
+        (siglip2, "vision_model", "image", "siglip2_vision"),
         (whisper, "encoder", "audio", "whisper"),
     ],
 )
@@ -201,70 +228,17 @@ def test_attributes():
     assert (encoder.width, encoder.num_layers, len(encoder.blocks)) == (32, 2, 2)
 
 
-@pytest.mark.parametrize("name", ["bert", "clip_text", "siglip_vision", "wav2vec2"])
+@pytest.mark.parametrize("name", ["bert", "clip_text", "llama", "siglip_vision", "siglip2_vision", "wav2vec2"])
 def test_class_token_reads_the_right_row(name, device):
     model, encoder = pair(name, torch.float64, device)
     inputs = tiny_encoders.inputs(name, batch=4, padded=True, dtype=torch.float64)
     tokens, padding_mask = encoder.embed(**moved(inputs, device))
     hidden = encoder.finish(encoder.run(tokens, padding_mask))
     class_token = moved(encoder.class_token(hidden, padding_mask), CPU)
-    outputs = model(**inputs)
-    if name == "bert":
-        expected = outputs.last_hidden_state[:, 0]
-    elif name == "clip_text":
-        expected = outputs.pooler_output
-    else:
-        real = tiny_encoders.token_mask(model, name, **inputs)
-        states = outputs.last_hidden_state
-        keep = [slice(None)] * len(states) if real is None else real
-        expected = torch.stack([state[rows].mean(0) for state, rows in zip(states, keep, strict=True)])
+    states = tiny_encoders.hidden_states(model, name, **inputs)
+    real = tiny_encoders.token_mask(model, name, **inputs)
+    real = torch.ones(states.shape[:2], dtype=torch.bool) if real is None else real
+    expected = class_rows(states, real, {"bert": "first", "clip_text": "last", "llama": "last"}.get(name, "mean"))
+    if name == "clip_text":
+        torch.testing.assert_close(model(**inputs).pooler_output, expected)
     torch.testing.assert_close(class_token, expected)
-
-
-SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-
-
-def pruned():
-    model = tiny_encoders.build("bert")
-    for role in ("query", "key", "value"):
-        setattr(model.encoder.layer[1].attention.self, role, torch.nn.Linear(32, 24))
-    model.encoder.layer[1].attention.output.dense = torch.nn.Linear(24, 32)
-    return model
-
-
-def of_another_version():
-    model = tiny_encoders.build("vit")
-    model.layers[0].mlp.intermediate = model.layers[0].mlp.fc1
-    del model.layers[0].mlp.fc1
-    return model
-
-
-def with_adapters():
-    peft = pytest.importorskip("peft")
-    model = tiny_encoders.build("bert")
-    model.add_adapter(peft.LoraConfig(target_modules=["query"]))
-    return model
-
-
-@pytest.mark.parametrize(
-    "build, message",
-    [
-        (lambda: BertForSequenceClassification(BertConfig(vocab_size=9, **SMALL)), "task head"),
-        (
-            lambda: DistilBertModel(DistilBertConfig(vocab_size=9, dim=16, n_layers=1, n_heads=2)),
-            "BERT.*Whisper encoder",
-        ),
-        (lambda: CLIPModel(CLIPConfig(text_config=SMALL | {"vocab_size": 9}, vision_config=SMALL)), "two towers"),
-        (lambda: Dinov2Model(Dinov2Config(use_swiglu_ffn=True, **SMALL)), "gated MLP"),
-        (pruned, "pruned"),
-        (of_another_version, "layer 0 of ViTModel has no 'mlp.fc1'"),
-        (with_adapters, "carries adapters of PEFT: merge them"),
-        (lambda: tiny_encoders.build("bert", is_decoder=True), "is_decoder"),
-        (lambda: tiny_encoders.build("wav2vec2", add_adapter=True), "add_adapter"),
-        (lambda: tiny_encoders.build("wav2vec2_stable", adapter_attn_dim=4), "adapter_attn_dim"),
-        (lambda: tiny_encoders.build("bert", hidden_act="prelu"), "'prelu' has parameters of its own"),
-    ],
-)
-def test_unsupported_models_are_refused_in_one_sentence(build, message):
-    with pytest.raises(ValueError, match=message):
-        from_pretrained_model(build())

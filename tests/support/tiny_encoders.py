@@ -120,7 +120,8 @@ def _in_doubles(forward):
 def hidden_states(model: nn.Module, name: str, **inputs) -> Tensor:
     """[B, S, D] by Hugging Face's own forward, its layers and norms in the dtype of the model throughout."""
     if name == "vit_mae":  # in order, none of them masked
-        inputs["noise"] = torch.arange(9.0).expand(len(inputs["pixel_values"]), -1)
+        pixels = inputs["pixel_values"]
+        inputs["noise"] = torch.arange(pixels[0, 0].numel() / 8**2).expand(len(pixels), -1)
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer) or type(module).__name__.endswith("RMSNorm"):

@@ -252,7 +252,15 @@ class Encoder(nn.Module):
     def angles(self, tokens: torch.Tensor, learned: int) -> dict[str, Rotation]:
         """Rotary angles of all places of a sample, S tokens and `learned` rows, by type of layers."""
         length, like = tokens.shape[1], tokens.new_empty(0, dtype=torch.promote_types(tokens.dtype, torch.float32))
-        return {kind: rotary(length, length + learned, like) for kind, rotary in self.rotary.items()}
+        tables = {kind: rotary(length, length + learned, like) for kind, rotary in self.rotary.items()}
+        width = self.blocks[0].query_width // self.blocks[0].heads.query
+        for table in tables.values():
+            if 2 * table.cos.shape[1] != width:
+                raise ValueError(
+                    f"rotary positions turn {2 * table.cos.shape[1]} of the {width} features of a head: encoders that "
+                    "leave some of them as they are cannot be taken"
+                )
+        return tables
 
     def lay_out(
         self,

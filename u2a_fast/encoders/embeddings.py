@@ -182,11 +182,14 @@ def embed_whole_image(
     """All patches in their own order: of ViT-MAE's embeddings without the masking."""
     embeddings = encoder.stem["embeddings"]
     height, width = pixel_values.shape[-2:]
-    options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-    patches = embeddings.patch_embeddings(pixel_values, **options)
-    positions = embeddings.position_embeddings
+    patches, positions = embeddings.patch_embeddings(pixel_values), embeddings.position_embeddings
     if interpolate_pos_encoding:
         positions = embeddings.interpolate_pos_encoding(patches, height, width)
+    elif patches.shape[1] + 1 != positions.shape[1]:
+        raise ValueError(
+            f"pictures of {height} x {width} pixels have {patches.shape[1]} patches, and this encoder has positions "
+            f"for {positions.shape[1] - 1}: resize them, or pass interpolate_pos_encoding=True"
+        )
     first = (embeddings.cls_token + positions[:, :1]).expand(len(patches), -1, -1)
     return torch.cat([first, patches + positions[:, 1:]], dim=1), None
 

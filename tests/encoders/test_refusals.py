@@ -1,0 +1,97 @@
+"""What cannot be right is refused, in one sentence that says what would do."""
+
+import pytest
+import tiny_encoders
+import torch
+import transformers
+from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel
+
+from u2a_fast.encoders import from_pretrained_model
+
+SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+
+
+ROPE = {"rope_theta": 100.0, "factor": 2.0}
+FACTORS = {f"{length}_factor": [1.0, 2.0, 3.0] for length in ("short", "long")}
+LONG_ROPE = ROPE | FACTORS | {"rope_type": "longrope", "original_max_position_embeddings": 8}
+
+
+def of(name, **settings):
+    """Hugging Face's model of a name: `GPT2` -> GPT2Model."""
+    return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
+
+
+def t5():
+    return transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+
+
+def pruned():
+    model = tiny_encoders.build("bert")
+    for role in ("query", "key", "value"):
+        setattr(model.encoder.layer[1].attention.self, role, torch.nn.Linear(32, 24))
+    model.encoder.layer[1].attention.output.dense = torch.nn.Linear(24, 32)
+    return model
+
+
+def of_another_version():
+    model = tiny_encoders.build("vit")
+    model.layers[0].mlp.intermediate = model.layers[0].mlp.fc1
+    del model.layers[0].mlp.fc1
+    return model
+
+
+def with_adapters():
+    peft = pytest.importorskip("peft")
+    model = tiny_encoders.build("bert")
+    model.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    return model
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: BertForSequenceClassification(BertConfig(vocab_size=9, **SMALL)), "task head"),
+        (lambda: of("GPT2", vocab_size=9, n_embd=16, n_layer=1, n_head=2), "BERT.*Whisper encoder"),
+        (lambda: CLIPModel(CLIPConfig(text_config=SMALL | {"vocab_size": 9}, vision_config=SMALL)), "two towers"),
+        (pruned, "pruned"),
+        (of_another_version, "layer 0 of ViTModel has no 'mlp.fc1'"),
+        (with_adapters, "carries adapters of PEFT: merge them"),
+        (lambda: tiny_encoders.build("bert", is_decoder=True), "is_decoder"),
+        (lambda: tiny_encoders.build("wav2vec2", add_adapter=True), "add_adapter"),
+        (lambda: tiny_encoders.build("wav2vec2_stable", adapter_attn_dim=4), "adapter_attn_dim"),
+        (lambda: tiny_encoders.build("bert", hidden_act="prelu"), "'prelu' has parameters of its own"),
+        (t5, "T5EncoderModel is not supported: its layers have a relative position bias"),
+        (lambda: of("DebertaV2", vocab_size=9, **SMALL), "DebertaV2Model .* attention to relative positions"),
+        (lambda: of("WavLM", **tiny_encoders.CONFIGS["wav2vec2"][2]), "WavLMModel .* a relative position bias"),
+        (lambda: tiny_encoders.build("beit", use_relative_position_bias=True), "a relative position bias"),
+        (lambda: tiny_encoders.build("data2vec_vision", use_shared_relative_position_bias=True), "a relative position"),
+        (lambda: tiny_encoders.build("gemma3", attn_logit_softcapping=30.0), "a soft cap on attention"),
+        (lambda: tiny_encoders.build("llama", rope_parameters=ROPE | {"rope_type": "dynamic"}), "'dynamic'"),
+        (lambda: tiny_encoders.build("qwen3", rope_parameters=LONG_ROPE), "'longrope'"),
+    ],
+)
+def test_unsupported_models_are_refused_in_one_sentence(build, message):
+    with pytest.raises(ValueError, match=message):
+        from_pretrained_model(build())
+
+
+def test_pictures_that_are_not_square_are_refused_where_positions_turn():
+    encoder = from_pretrained_model(tiny_encoders.build("dinov3"))
+    with pytest.raises(ValueError, match=r"pictures of 16 x 24 pixels are not square.*crop or resize"):
+        encoder.embed(pixel_values=torch.randn(1, 3, 16, 24))
+
+
+def test_positions_that_turn_a_part_of_a_head_are_refused():
+    model = tiny_encoders.build("nomic_bert")
+    model.rotary_emb.inv_freq = model.rotary_emb.inv_freq[:2].clone()
+    encoder = from_pretrained_model(model)
+    with pytest.raises(ValueError, match="turn 4 of the 8 features of a head"):
+        encoder(**tiny_encoders.inputs("nomic_bert", 2))
+
+
+def test_pictures_without_a_position_for_each_patch_are_refused():
+    encoder = from_pretrained_model(tiny_encoders.build("vit_mae"))
+    with pytest.raises(ValueError, match="have 25 patches, and this encoder has positions for 9"):
+        encoder.embed(pixel_values=torch.randn(1, 3, 40, 40))
