@@ -19,14 +19,17 @@ PAIRS = {
 COUNT = 6
 
 
-def models(families, device, unequal=False, targets=("q", "k", "v", "o"), **options):
+def models(families, device, unequal=False, targets=("q", "k", "v", "o"), translate_all=True, **options):
     built = {}
     for i, (name, family) in enumerate(families.items()):
         built[name] = tiny_encoders.build(
             family, seed=i, **({"hidden_size": 48} if unequal and i == 0 else {})
         ).double()
     torch.manual_seed(0)
+    options["translate_all"] = translate_all
     reference = ReferenceU2A(built, num_labels=5, r=3, lora_alpha=6, target_modules=targets, **options).double()
+    for translator in reference.translators.values():
+        torch.nn.init.normal_(translator.weight, std=0.2)  # no identity, behind which it could be forgotten
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=targets)
     fast = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0, **options).double().to(device)
     parity.share_factors(fast, reference)
@@ -35,10 +38,13 @@ def models(families, device, unequal=False, targets=("q", "k", "v", "o"), **opti
 
 
 @pytest.mark.parametrize("absent", ["pack", "where"])
+@pytest.mark.parametrize("translate_all", [False, True])
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("families", PAIRS.values(), ids=PAIRS.keys())
-def test_forward_loss_and_gradients_equal_the_reference(families, unequal, absent, device):
-    fast, reference, names = models(families, device, unequal)
+def test_forward_loss_and_gradients_equal_the_reference(families, unequal, translate_all, absent, device):
+    fast, reference, names = models(families, device, unequal, translate_all=translate_all)
+    translated = families if translate_all else list(families)[1:] if unequal else []
+    assert list(fast.translators) == list(reference.translators) == list(translated)
     fast.absent = absent
     labels = torch.arange(COUNT) % 5
     for seed in range(2):
@@ -176,12 +182,29 @@ def test_modality_dropout_takes_one_modality_and_never_the_last(device):
     assert (shares - 0.5 / 3).abs().max() < 0.05
 
 
-def test_what_trains_is_lora_mask_tokens_and_head():
+@pytest.mark.parametrize("absent", ["pack", "where"])
+def test_translators_start_from_the_papers_plain_sum(absent, device):
+    families = PAIRS["three"]
+    plain, translated = (
+        U2A(tiny_encoders.build_many(families), num_labels=5, translate_all=choice, absent=absent).double().eval()
+        for choice in (False, True)
+    )
+    assert len(plain.translators) == 0
+    translated.load_state_dict(plain.state_dict(), strict=False)
+    inputs, labels = parity.batch(families, COUNT), torch.arange(COUNT) % 5
+    expected, got = (on(device, model.to(device))(**inputs, labels=labels) for model in (plain, translated))
+    for name in ("logits", "loss", "align_loss"):
+        parity.assert_close(getattr(got, name), getattr(expected, name), 1e-9, name)
+
+
+@pytest.mark.parametrize("translate_all", [False, True])
+def test_what_trains_is_lora_mask_tokens_translators_and_head(translate_all):
     encoders = {name: tiny_encoders.build(family) for name, family in PAIRS["pre and post norm"].items()}
-    model = U2A(encoders, num_labels=5, lora=LoraConfig(r=2))
+    model = U2A(encoders, num_labels=5, lora=LoraConfig(r=2), translate_all=translate_all)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert all(any(word in name for word in ("lora", "mask_token", "head")) for name in trained)
-    assert sum(p.numel() for name, p in trained.items() if "lora" not in name) == 5 * 32 + 5 + 2 * 32
+    assert all(any(word in name for word in ("lora", "mask_token", "translators", "head")) for name in trained)
+    beside = 2 * (32 * 32 + 32) if translate_all else 0
+    assert sum(p.numel() for name, p in trained.items() if "lora" not in name) == 5 * 32 + 5 + 2 * 32 + beside
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert sum(p.numel() for name, p in trained.items() if "lora" in name) == 2 * 2 * 4 * 2 * (32 + 32)
 

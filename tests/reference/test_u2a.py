@@ -59,10 +59,13 @@ def test_selection_and_alignment_by_hand():
     torch.testing.assert_close(out.loss, task + 0.2 * align, rtol=0, atol=1e-10)
 
 
-def test_three_modalities_of_unequal_width_by_hand():
-    model = build(TRIO, widths={"text": 48, "audio": 24})
+@pytest.mark.parametrize("translate_all", [False, True])
+def test_three_modalities_of_unequal_width_by_hand(translate_all):
+    model = build(TRIO, widths={"text": 48, "audio": 24}, translate_all=translate_all)
     inputs, mask = batch(TRIO), torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
-    assert set(model.translators) == {"image", "audio"}
+    assert set(model.translators) == ({"image", "text", "audio"} if translate_all else {"image", "audio"})
+    for translator in model.translators.values():
+        torch.nn.init.normal_(translator.weight, std=0.2)
     c, p = {}, {}
     for m in TRIO:
         project = model.translators[m] if m in model.translators else torch.nn.Identity()

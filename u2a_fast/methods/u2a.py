@@ -25,6 +25,10 @@ Read = tuple[Tensor, Tensor]  # what one encoder says: class tokens [B, D], prox
 class U2AConfig(MultimodalConfig):
     model_type = "u2a"
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.arguments.setdefault("translate_all", False)  # what 0.1 saved has the plain sum, and does not say so
+
 
 @dataclass
 class U2AEncoded:
@@ -39,11 +43,14 @@ class U2A(MultimodalModel):
 
     ::
 
-        h_m = E_m([CLS_m ; X_m ; MT_m])     c_m = class token of h_m     p_{m->j} = row of h_m of its mask token for j
+        h_m = E_m([CLS_m ; X_m ; MT_m])
+        c_m = T_m(class token of h_m)      p_{m->j} = T_m(row of h_m of its mask token for j)
         z = sum_j (c_j where j is present, else the mean of p_{m->j} over the present m)      logits = W z + b
         loss = task + align_weight * sum_{m != j} MSE(p_{m->j}, stop_gradient(c_j)) over samples that have both
 
-    With widths D_m that differ, one Linear(D_m -> D) after each narrower encoder, D the largest.
+    The translator T_m is a Linear(D_m -> D), D the largest width, from the identity where D_m = D. The paper has none:
+    one head reads the plain sum of class tokens whose norms and directions have nothing in common. T_m gives it what
+    the head of late fusion has, weights for each encoder.
 
     Args:
         encoders: `{modality: Hugging Face encoder, hub id, folder or Encoder}`; their order is the modality order.
@@ -56,10 +63,12 @@ class U2A(MultimodalModel):
         all_absent: `"error"`, or `"prior"`: a sample with nothing is classified from the mean of the mask tokens.
         absent: `"pack"`: absent rows are not computed; `"where"`: static shapes, for compile and export.
         processors: `{modality: processor}` for raw samples; by default loaded from the encoders' folders.
+        translate_all: False, the paper's plain sum: translators only behind encoders that are narrower than D. The
+            default is ours, chosen on held-out training data (docs/choosing.md).
         label_smoothing: of the cross entropy, while training. Not Trainer's `label_smoothing_factor`, which takes the
             labels away from the model and the alignment loss with them.
 
-    Source: methods as in the paper's section 3; stop-gradient, unequal widths and more than two modalities are ours.
+    Source: methods as in the paper's section 3; stop-gradient, translators and more than two modalities are ours.
 
     >>> from transformers import BertConfig, BertModel, ViTConfig, ViTModel
     >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -90,6 +99,7 @@ class U2A(MultimodalModel):
         all_absent: str = "error",
         absent: str = "pack",
         processors: Mapping[str, Any] | None = None,
+        translate_all: bool = True,
         label_smoothing: float = 0.0,
     ):
         lora = read_lora(lora)
@@ -105,12 +115,15 @@ class U2A(MultimodalModel):
             modality_dropout=modality_dropout,
             align_weight=align_weight,
             absent=absent,
+            translate_all=translate_all,
         )
         add_adapters(self.encoders.values(), lora)
         widths = {name: encoder.width for name, encoder in self.encoders.items()}
         width, others = max(widths.values()), len(widths) - 1
         self.mask_tokens = nn.ParameterDict({m: nn.Parameter(torch.randn(others, d) * 0.02) for m, d in widths.items()})
-        self.translators = nn.ModuleDict({m: nn.Linear(d, width) for m, d in widths.items() if d != width})
+        self.translators = nn.ModuleDict(
+            {m: translator(d, width) for m, d in widths.items() if translate_all or d != width}
+        )
         self.head = nn.Linear(width, num_labels)
         self.post_init()
 
@@ -233,13 +246,22 @@ class U2A(MultimodalModel):
         return self._project(name, class_token), self._project(name, learned.transpose(0, 1))
 
     def _project(self, name: str, rows: Tensor) -> Tensor:
-        """Rows of encoder `name` in the common width and the head's dtype."""
+        """Rows of encoder `name` as they are compared and summed: behind its translator, in the head's dtype."""
         rows = rows.to(self.head.weight.dtype).contiguous()  # a view would keep the whole hidden state for backward
         return self.translators[name](rows) if name in self.translators else rows
 
     def _prior(self) -> Tensor:
         """Mean of all mask tokens in the common width, `[D]`."""
         return torch.cat([self._project(name, tokens) for name, tokens in self.mask_tokens.items()]).mean(dim=0)
+
+
+def translator(own: int, common: int) -> nn.Linear:
+    """Linear(own -> common), the identity where they are equal."""
+    linear = nn.Linear(own, common)
+    if own == common:
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return linear
 
 
 def _clean(inputs: Mapping[str, Any], here: Tensor) -> dict[str, Any]:

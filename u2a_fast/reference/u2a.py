@@ -17,7 +17,9 @@ class ReferenceU2A(nn.Module):
 
     Encoder m carries the mask tokens of the other modalities, in modality order: `mask_tokens[m]` [M - 1, D_m]. The
     common width d is the largest; a narrower modality gets `translators[m]`, applied to its class token, its proxies
-    and (all_absent="prior") its mask tokens. LoRA factors: `lora_factors()`.
+    and (all_absent="prior") its mask tokens; with translate_all (ours) every modality does.
+
+    LoRA factors: `lora_factors()`.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class ReferenceU2A(nn.Module):
         use_rslora: bool = False,
         align_weight: float = 0.2,
         stop_gradient: bool = True,
+        translate_all: bool = False,
         all_absent: str = "error",
         problem_type: str | None = None,
     ):
@@ -42,7 +45,13 @@ class ReferenceU2A(nn.Module):
         d = max(widths.values())
         others = len(encoders) - 1
         self.mask_tokens = nn.ParameterDict({m: 0.02 * torch.randn(others, widths[m]) for m in self.modalities})
-        self.translators = nn.ModuleDict({m: nn.Linear(width, d) for m, width in widths.items() if width != d})
+        self.translators = nn.ModuleDict(
+            {m: nn.Linear(width, d) for m, width in widths.items() if translate_all or width != d}
+        )
+        for linear in self.translators.values():
+            if linear.in_features == d:  # it starts from the plain sum
+                nn.init.eye_(linear.weight)
+                nn.init.zeros_(linear.bias)
         self.head = nn.Linear(d, num_labels)
         self.align_weight, self.stop_gradient = align_weight, stop_gradient
         self.all_absent, self.problem_type = all_absent, problem_type
