@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import tiny_data
@@ -23,7 +24,14 @@ def test_a_comparison_is_resumed_and_only_with_the_same_options(arguments, monke
     arguments, root = arguments
     main([*arguments, "--methods", '["u2a", "pmf"]'])
     table = (root / "out" / "comparison.md").read_text(encoding="utf-8")
-    assert table.splitlines()[0].startswith("| scenario | u2a | pmf | late fusion | best |")
+    tables = [line for line in table.splitlines() if line.startswith("| scenario |")]
+    assert tables == [
+        "| scenario | u2a | pmf | late fusion | best, and level with it |",
+        "| scenario | u2a | pmf |",
+        "| scenario | u2a | pmf | late fusion |",
+    ]
+    assert len(re.findall(r"\| \*{0,2}[+-]\d\.\d{3}\*{0,2} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", table)) == 7 * 5
+    assert (root / "out" / "curves.png").stat().st_size and (root / "out" / "pmf-seed1" / "curves.png").exists()
     with open(root / "out" / "comparison.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == {"u2a", "pmf", "late fusion", "unimodal"}

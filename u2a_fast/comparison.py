@@ -1,24 +1,27 @@
-"""All methods and the baselines on one data set over several seeds: one table, one plot."""
+"""All methods and the baselines on one data set over several seeds: one table, paired differences, two pictures."""
 
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
 from .methods import METHODS
 from .methods.config import check_choice
 from .metrics import headline
 from .options import TrainOptions, load_sources, option
-from .reports import UNIMODAL, Row, best_single, plot_report
+from .paired import TALLIES
+from .reports import UNIMODAL, Row, plot_curves, plot_report
 from .runs import RUN_FILE, check_directory, claim_directory
-from .training import BASELINES, run_once
-
-Cell = tuple[float, float]  # mean and standard deviation over seeds of what the task is ranked by
+from .training import BASELINES, STATE, run_once
+from .verdicts import Cell, Verdicts, markdown
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class CompareOptions(TrainOptions):
 
 
 def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
-    """Train everything and write `comparison.csv`, `comparison.png` and `comparison.md` into the output directory.
+    """Train everything and write `comparison.csv`, `.png` and `.md`, and `curves.png`, into the output directory.
 
     Each method and seed has a folder of its own with a whole run in it; those that are finished are not run again, and
     those of other options are refused.
@@ -44,33 +47,29 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
     for name in methods:
         check_choice("methods", name, list(METHODS))
     runs: dict[str, list[list[Row]]] = {}
+    models: dict[str, list[Path]] = {}
     due = [(name, seed) for seed in seeds for name in (*methods, *(BASELINES if options.baselines else ()))]
     for name, seed in tqdm(due, desc="comparing", unit="run"):
         runs.setdefault(name, []).append(_run(options, name, seed))
-    table = {name: _cells(reports) for name, reports in runs.items()}
-    _write(table, Path(options.output_dir), runs)
+        for model, folder in _models(options, name, seed).items():
+            models.setdefault(model, []).append(folder)
+    table, folder = {name: _cells(reports) for name, reports in runs.items()}, Path(options.output_dir)
+    _write(table, folder, runs)
+    text = markdown(Verdicts(table, _tallies(models), headline(runs[methods[0]][0][0])))
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    print(text)
+    curves = plot_curves({name: [_log(one) for one in folders] for name, folders in models.items()})
+    curves.savefig(folder / "curves.png", dpi=120)
     return table
 
 
-def verdicts(table: Mapping[str, Mapping[str, Cell]]) -> list[tuple[str, str, str]]:
-    """`(scenario, winner, methods that beat the unimodal model trained on what remains)`, by mean accuracy.
-
-    With several modalities left, the best of their unimodal models is the one to beat.
-    """
-    methods = [name for name in table if name != UNIMODAL]
-    single = {name: mean for name, (mean, _) in table.get(UNIMODAL, {}).items()}
-    found = []
-    for scenario in next(iter(table.values())):
-        winner = max(methods, key=lambda name: table[name][scenario][0])
-        best = best_single(scenario, single)
-        beaten = [name for name in methods if best is not None and table[name][scenario][0] > best]
-        found.append((scenario, winner, ", ".join(beaten) or "none"))
-    return found
+def _folder(options: CompareOptions, name: str, seed: int) -> Path:
+    return Path(options.output_dir) / f"{name.replace(' ', '_')}-seed{seed}"
 
 
 def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:
     """The rows of one method or baseline, from its folder where it is finished."""
-    folder = Path(options.output_dir) / f"{name.replace(' ', '_')}-seed{seed}"
+    folder = _folder(options, name, seed)
     plain = {item.name: getattr(options, item.name) for item in fields(TrainOptions)}
     one = replace(TrainOptions(**plain), seed=seed, output_dir=str(folder), baselines=False, resume=True)
     one = one if name in BASELINES else replace(one, method=name)
@@ -91,12 +90,25 @@ def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:
 
 
 def _finished(folder: Path) -> list[Row] | None:
-    if not (folder / "rows.csv").exists():
+    if not (folder / "rows.csv").exists() or not any(folder.rglob(TALLIES)):
         return None
     with open(folder / "rows.csv", encoding="utf-8") as file:
         return [
             {"scenario": row.pop("scenario")} | {k: float(v) for k, v in row.items()} for row in csv.DictReader(file)
         ]
+
+
+def _models(options: CompareOptions, name: str, seed: int) -> dict[str, Path]:
+    """The folder of each model that a run trained: of the unimodal ones by `image only`, of others by their method."""
+    folder = _folder(options, name, seed)
+    if name == UNIMODAL:
+        return {path.name.replace("_only", " only"): path for path in sorted(folder.glob("*_only"))}
+    return {name: folder / "late_fusion" if name in BASELINES else folder}
+
+
+def _log(folder: Path) -> list[dict[str, float]]:
+    """What Trainer logged of a model."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))["log_history"]
 
 
 def _cells(reports: Sequence[Sequence[Row]]) -> dict[str, Cell]:
@@ -107,6 +119,16 @@ def _cells(reports: Sequence[Sequence[Row]]) -> dict[str, Cell]:
     return {name: (statistics.fmean(s), statistics.stdev(s) if len(s) > 1 else 0.0) for name, s in scores.items()}
 
 
+def _tallies(models: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, list[np.ndarray]]]:
+    """What every sample of a test split adds, by model and scenario, from the folders of each model's seeds."""
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
+    for name, folders in models.items():
+        for folder in folders:
+            for scenario, tally in load_file(folder / TALLIES).items():
+                found.setdefault(name, {}).setdefault(scenario, []).append(tally)
+    return found
+
+
 def _write(table: Mapping[str, Mapping[str, Cell]], folder: Path, runs: Mapping[str, Sequence[Sequence[Row]]]) -> None:
     first = next(iter(runs.values()))
     measure, seeds = headline(first[0][0]), len(first)
@@ -115,9 +137,6 @@ def _write(table: Mapping[str, Mapping[str, Cell]], folder: Path, runs: Mapping[
         writer.writerow(("method", "scenario", f"mean_{measure}", f"std_{measure}", "seeds"))
         for name, cells in table.items():
             writer.writerows((name, s, f"{m:.4f}", f"{d:.4f}", seeds) for s, (m, d) in cells.items())
-    text = markdown(table)
-    (folder / "comparison.md").write_text(text, encoding="utf-8")
-    print(text)
     drawn = {
         name: [{"scenario": s, measure: m, "std": d} for s, (m, d) in cells.items()]
         for name, cells in table.items()
@@ -126,19 +145,3 @@ def _write(table: Mapping[str, Mapping[str, Cell]], folder: Path, runs: Mapping[
     lines = {"majority": statistics.fmean(rows[0]["majority"] for rows in first)}
     lines |= {name: mean for name, (mean, _) in table.get(UNIMODAL, {}).items()}
     plot_report(drawn, lines).savefig(folder / "comparison.png", dpi=120)
-
-
-def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
-    """The comparison as a Markdown table: a row a scenario, a column a method, then who wins."""
-    methods = [name for name in table if name != UNIMODAL]
-    lines = [
-        "| scenario | " + " | ".join(methods) + " | best | beats the best unimodal model on what remains |",
-        "|---" * (len(methods) + 3) + "|",
-    ]
-    for scenario, winner, beaten in verdicts(table):
-        cells = (table[name][scenario] for name in methods)
-        scores = " | ".join(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in cells)
-        lines.append(f"| {scenario} | {scores} | {winner} | {beaten} |")
-    single = [f"{name} {mean:.3f} ± {deviation:.3f}" for name, (mean, deviation) in table.get(UNIMODAL, {}).items()]
-    closing = [f"Unimodal models trained on what remains: {', '.join(single)}."] if single else []
-    return "\n".join([*lines, "", *closing, ""])

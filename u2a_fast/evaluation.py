@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .data import MissingPattern, MultimodalCollator
@@ -18,6 +19,7 @@ from .data.labels import label_names
 from .data.presence import batches_of, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
 from .metrics import score
+from .paired import TALLIES, tally
 from .reports import Row, plot_confusion, write_report
 
 RATES = (0.3, 0.5, 0.7, 0.9)
@@ -84,7 +86,8 @@ def evaluate(
             DataFrame, or a stream of them, whose rates are drawn sample by sample. Class names, where both have them (a
             `ClassLabel` here, `id2label` of the model), decide which class a label means.
         scenarios: names as in `scenario_mask`; None: `default_scenarios`.
-        output_dir: where to write `report.csv`, `report.png` and, of a classifier, `confusion.png`.
+        output_dir: where to write `report.csv`, `report.png`, what `paired` compares models by and, of a classifier,
+            `confusion.png`.
 
     Returns:
         One row a scenario: `{"scenario", .., "n", "majority"}`, n the samples that count. Of a classifier `accuracy`
@@ -100,14 +103,16 @@ def evaluate(
     for scenario in scenarios:  # before any work: a typing error should not cost a pass over the encoders
         scenario_rows(scenario, 1, modalities)
     logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)
-    problem_type, rows = model.problem_type(labels), []
+    problem_type, rows, tallies = model.problem_type(labels), [], {}
     for scenario in scenarios:
         counted = _counted(model, scenario_mask(scenario, natural, modalities, seed), labels)
+        tallies[scenario] = tally(problem_type, logits[scenario], labels, counted)
         scores = score(problem_type, logits[scenario][counted], labels[counted])
         majority = scores.pop("majority")
         rows.append({"scenario": scenario, **scores, "n": int(counted.sum()), "majority": majority})
     if output_dir is not None:
         write_report(rows, output_dir)
+        save_file(tallies, Path(output_dir) / TALLIES)
         if problem_type == "single_label_classification" and "full" in scenarios:
             counted = _counted(model, natural, labels)
             names = [model.config.id2label[i] for i in range(model.config.num_labels)]

@@ -44,14 +44,14 @@ def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def best_single(scenario: str, single: Mapping[str, float]) -> float | None:
+def best_single(scenario: str, single: Mapping[str, float]) -> str | None:
     """The best of the unimodal models (`{"text only": score, ..}`) on what a scenario leaves.
 
     >>> best_single("text missing", {"text only": 0.8, "image only": 0.7})
-    0.7
+    'image only'
     """
-    left = [score for name, score in single.items() if scenario != f"{name.removesuffix(' only')} missing"]
-    return max(left, default=None)
+    left = [name for name in single if scenario != f"{name.removesuffix(' only')} missing"]
+    return max(left, key=lambda name: single[name], default=None)
 
 
 def write_report(rows: Sequence[Row], output_dir: str | Path) -> None:
@@ -87,7 +87,7 @@ def print_report(rows: Sequence[Row], title: str = "") -> None:
     for row in own:
         measured = [row[name] for name in columns(own) if name in NAMES]
         compared = [row["majority"], *(found.get(row["scenario"]) for found in scores.values())]
-        compared += [best_single(row["scenario"], single)] if single else []
+        compared += [single.get(best_single(row["scenario"], single))] if single else []
         cells = ["" if value is None else f"{value:.3f}" for value in measured + compared]
         cells.insert(len(measured), str(row["n"]))
         table.add_row(Text(row["scenario"]), *cells)
@@ -153,6 +153,29 @@ def _draw_curve(axes: Any, rows: Sequence[Row], measure: str, title: str, with_v
 
 def _rate(row: Row) -> float:
     return float(row["scenario"].removeprefix("rate ")) if _is_rate(row) else 0.0
+
+
+def plot_curves(histories: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Any:
+    """A figure of the training loss by epoch, and of the measure on the validation split where that was watched.
+
+    Args:
+        histories: `{name: one log of Trainer for each seed}`; a colour a name, a line a seed.
+    """
+    from matplotlib.figure import Figure
+
+    logs = [log for seeds in histories.values() for history in seeds for log in history]
+    measure = next((name for log in logs for name in NAMES if f"eval_{name}" in log), None)
+    drawn = {"loss": "training loss"} | ({f"eval_{measure}": f"validation {NAMES[measure]}"} if measure else {})
+    figure = Figure(figsize=(7 * len(drawn), 5), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        for number, (name, seeds) in enumerate(histories.items()):
+            for first, history in zip([name, *[""] * len(seeds)], seeds, strict=False):
+                points = [(log["epoch"], log[key]) for log in history if key in log]
+                axes.plot(*zip(*points, strict=True), color=f"C{number}", alpha=0.7, label=first or None)
+        axes.set(xlabel="epoch", ylabel=title)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.axes[0].legend(frameon=False)
+    return figure
 
 
 def plot_confusion(predicted: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> Any:

@@ -25,7 +25,7 @@ from .methods.config import check_choice
 from .methods.presence import check_modalities
 from .metrics import measures, score
 from .options import BESIDES, TrainOptions, choices, default_encoders, load_sources, read_whole, settled
-from .reports import Row, print_report, with_baseline, write_report
+from .reports import Row, plot_curves, print_report, with_baseline, write_report
 from .runs import check_directory, claim_directory
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -35,12 +35,13 @@ PROBLEM_TYPES = {
     "regression": "regression",
 }
 LESS_IS_BETTER = ("mae", "rmse")
+STATE = "trainer_state.json"
 WORKERS_BESIDE_GPU = 2
 SAMPLE_BYTES = 150 * 2**20  # kept for backward by a sample, ViT-B + BERT-base with adapters, counted generously
 
 
 def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> list[Row]:
-    """Train, evaluate every scenario, and write checkpoint, `report.csv`, `report.png` and `README.md`.
+    """Train, evaluate every scenario, and write checkpoint, `report.csv`, `report.png`, `curves.png` and `README.md`.
 
     Args:
         splits: `{"train", "validation", "test"}` of Hugging Face data sets or streams in place of `options.data`, with
@@ -138,6 +139,9 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalMo
     if isinstance(trainer.data_collator, StandardLabels):
         trainer.data_collator.into_head(trainer.model)
     trainer.model.save_pretrained(trainer.args.output_dir)
+    folder = Path(trainer.args.output_dir)
+    trainer.state.save_to_json(str(folder / STATE))
+    plot_curves({"": [trainer.state.log_history]}).savefig(folder / "curves.png", dpi=120)
     return trainer.model
 
 
@@ -315,8 +319,9 @@ def fast_dtype() -> torch.dtype:
 # --------------------------------------------------------------------------------------------------------- baselines
 def late_fusion_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
     """Late fusion with zeros for what is missing, under every scenario."""
-    model = run_trainer(make_trainer(LateFusion, options, splits, sources, Path(options.output_dir) / "late_fusion"))
-    return evaluate(model, splits["test"], seed=options.seed)
+    folder = Path(options.output_dir) / "late_fusion"
+    model = run_trainer(make_trainer(LateFusion, options, splits, sources, folder))
+    return evaluate(model, splits["test"], seed=options.seed, output_dir=folder)
 
 
 def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
@@ -331,7 +336,7 @@ def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Map
             remains.pop("validation", None)  # it is in the pool
         folder = Path(options.output_dir) / f"{name}_only"
         model = run_trainer(make_trainer(LateFusion, options, remains, {name: source}, folder))
-        rows += [{**row, "scenario": f"{name} only"} for row in evaluate(model, splits["test"])]
+        rows += [{**row, "scenario": f"{name} only"} for row in evaluate(model, splits["test"], output_dir=folder)]
     return rows
 
 
