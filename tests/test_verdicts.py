@@ -53,6 +53,10 @@ def test_the_tables_have_a_column_for_each_method_but_the_rival():
     assert "image only 0.455 ± 0.000, text only 0.705 ± 0.000" in text
 
 
+def test_a_method_alone_has_nothing_to_be_compared_with():
+    assert markdown(verdicts({"late_fusion": (150, 150, 150)})).count("| scenario |") == 1
+
+
 def test_curves_have_a_colour_for_each_model_and_a_line_for_each_seed():
     log = [{"epoch": 0.5, "loss": 2.0}, {"epoch": 1.0, "eval_accuracy": 0.4}, {"epoch": 1.0, "loss": 1.0}]
     loss, watched = plot_curves({"a": [log, log], "b": [log]}).axes

@@ -60,7 +60,8 @@ def markdown(found: Verdicts) -> str:
         text += f"\nUnimodal models trained on what remains: {', '.join(single)}.\n"
     rivals: list[str | None] = [name for name in found.methods if name in LATE_FUSION]
     for rival in rivals + ([None] if found.single else []):
-        others = [name for name in found.methods if name != rival]
+        if not (others := [name for name in found.methods if name != rival]):
+            continue
         text += f"\nDifference to {rival or 'the best unimodal model on what remains'}, 95% interval over test samples "
         text += "and seeds, bold where it leaves out 0:\n\n"
         rows = [[_signed(found.over(name, rival, scenario)) for name in others] for scenario in found.scenarios]
