@@ -54,7 +54,8 @@ class Names(TorchDispatchMode):
 def models(families, **options):
     """The same model twice; the second captures."""
     built = {name: tiny_encoders.build(family, seed=i) for i, (name, family) in enumerate(families.items())}
-    eager = U2A(built, CLASSES, lora=LoraConfig(r=2, lora_alpha=4), **options).double().train()
+    lora = LoraConfig(r=2, lora_alpha=4)
+    eager = U2A(built, CLASSES, lora=lora, translate_all=True, **options).double().train()
     for name, parameter in eager.named_parameters():
         if "lora_b" in name or "translators" in name:
             torch.nn.init.normal_(parameter, std=0.3)
