@@ -26,6 +26,7 @@ TASKS = {
 EXAMPLES = {
     "text": ("", '"a short text"'),
     "image": ("from PIL import Image\n", 'Image.new("RGB", (224, 224))'),
+    "video": ("import numpy as np\n", "np.zeros((16, 224, 224, 3), np.uint8)"),
     "audio": ("import numpy as np\n", '{"array": np.zeros(16_000), "sampling_rate": 16_000}'),
 }
 

@@ -23,6 +23,7 @@ OPTIONAL = {
     "peft": "no comparison with PEFT in the benches",
     "soundfile": "no audio files",
     "scipy": "no resampling of audio",
+    "av": "no video files, no AAC or M4A",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,6 +16,8 @@ from .data.inputs import DecodeError, is_absent, to_image
 from .data.presence import without_unreadable
 from .lora_config import LoraConfig
 from .methods import METHODS
+
+logger = logging.getLogger(__name__)
 
 
 def option(default: Any, help: str) -> Any:
@@ -229,4 +232,6 @@ def default_encoders(options: TrainOptions, splits: Mapping[str, Any]) -> dict[s
         "audio": data_module.whisper_folder,
     }
     columns = splits["train"].column_names
+    if "video" in columns:
+        logger.warning("no small encoder of videos is known, and the column video is left out: name one in --encoders")
     return {name: str(folder()) for name, folder in folders.items() if name in columns}

@@ -1,8 +1,10 @@
 """Processors, encoder folders and a table of samples, all tiny and made on the spot."""
 
 import csv
+import io
 from pathlib import Path
 
+import av
 import numpy as np
 import tiny_encoders
 from PIL import Image
@@ -67,3 +69,17 @@ def write_table(folder: Path, count: int) -> Path:
             image = "" if i % 7 == 6 and text else name
             writer.writerow({"image": image, "text": text, "label": colour})
     return folder / "table.csv"
+
+
+def clip_file(shades, size: tuple[int, int] = (64, 32), form: str = "mp4", codec: str = "mpeg4") -> bytes:
+    """A video file with a frame in each of these shades of grey, 0 to 255."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height = size
+        stream.pix_fmt = "rgb24" if codec == "png" else "yuv420p"
+        for shade in shades:
+            pixels = np.full((size[1], size[0], 3), shade, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .inputs import DecodeError, is_absent, read_cell
+from .inputs import FRAMES, DecodeError, is_absent, read_cell
 from .processed_cache import ProcessedCache
 from .texts import give_padding, has_fixed_length, longest_text, show_a_token
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 REPORTED = 5  # broken files that are named; the others are counted
 LABELS = ("labels", "label")
-MEMBERS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
+MEMBERS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor", "video": "video_processor"}
 LENGTH = "length"  # of a clip before it was cut, kept beside what the processor made of it
 SHORTEST_CLIP = 40  # of a second: the first window of a spectrogram needs 25 ms
 
@@ -33,15 +33,18 @@ Inputs = dict[str, Tensor]
 class MultimodalCollator:
     """Turn samples into a batch; a data collator for Trainer and `DataLoader(collate_fn=...)`.
 
-    `processors` maps each modality to its Hugging Face tokenizer, image processor or feature extractor; its order is
-    the modality order. A sample is a dictionary such as {"image": .., "text": .., "label": ..}. A modality is absent
-    where its key is missing, the cell is None or NaN, the text is blank, or the file cannot be decoded; the last is
-    counted in `undecodable` ({modality: count}; a DataLoader worker counts for itself) and logged once a file.
+    `processors` maps each modality to its Hugging Face tokenizer, image or video processor or feature extractor; its
+    order is the modality order. A sample is a dictionary such as {"image": .., "text": .., "label": ..}. A modality is
+    absent where its key is missing, the cell is None or NaN, the text is blank, or the file cannot be decoded; the last
+    is counted in `undecodable` ({modality: count}; a DataLoader worker counts for itself) and logged once a file.
 
     Images may be paths, bytes, {"path", "bytes"} records, PIL images or uint8 arrays; clips the same, or arrays and
     {"array", "sampling_rate"}. Images become white squares, but for SigLIP 2, which takes any shape, and clips mono at
     the extractor's rate with a peak of 1. Raw waveforms always get an attention mask; a group norm over time, as in
     wav2vec2-base, sees the padding all the same.
+    Videos may be lists of images, uint8 arrays [T, H, W, channels], or files (paths, bytes, records). As many frames as
+    the processor's `num_frames` says, which a model sets to what its encoder takes, are read, evenly spaced, and of a
+    shorter video repeated.
     Other keys than the modalities, `label` and `labels` are ignored.
 
     Texts end at the tokenizer's `model_max_length`, which a model lowers to what its encoder takes, and clips at their
@@ -178,6 +181,8 @@ class MultimodalCollator:
                 sample = np.zeros(self.processors[modality].sampling_rate, np.float32)
             else:
                 sample = "." if kind == "text" else Image.new("RGB", (64, 64))
+            if kind == "video":
+                sample = [sample] * frames_of(self.processors[modality])
             self._blanks[modality] = self._process(modality, [sample])
         return self._blanks[modality]
 
@@ -188,6 +193,8 @@ class MultimodalCollator:
             if len(getattr(processor, "image_mean", None) or ()) == 1:  # an encoder of grey pictures
                 values = [image.convert("L") for image in values]
             return dict(processor(images=values, return_tensors="pt"))
+        if kind == "video":
+            return dict(processor(values, return_tensors="pt"))
         return self._process_clips(modality, values) if kind == "audio" else self._process_texts(modality, values)
 
     def _process_clips(self, modality: str, clips: list[np.ndarray]) -> Inputs:
@@ -213,7 +220,7 @@ class MultimodalCollator:
         return dict(tokenizer(texts, **options))
 
     def measure(self, modality: str, values: list[Any]) -> None:
-        """Count which of these texts or clips are too long; of pictures none is."""
+        """Count which of these texts or clips are too long; of pictures and videos none is."""
         processor = self.processors[modality]
         if self.kinds[modality] == "text" and values:
             lengths = [len(ids) for ids in processor(values, verbose=False)["input_ids"]]
@@ -268,7 +275,7 @@ def stands_alone(kind: str, processor: Any) -> bool:
     (True, False)
     """
     if kind != "audio":
-        return kind == "image"
+        return kind != "text"
     padding = inspect.signature(type(processor).__call__).parameters.get("padding")
     own_window = padding is None or padding.default == "max_length"
     return own_window and not getattr(processor, "dither", 0.0)  # which is noise, drawn anew
@@ -278,7 +285,24 @@ def _options(kind: str, processor: Any) -> dict[str, Any]:
     """How `read_cell` reads for this processor: SigLIP 2's cuts patches out of pictures of any shape."""
     if kind == "image":
         return {"square": not hasattr(processor, "max_num_patches")}
+    if kind == "video":
+        return {"frames": frames_of(processor)}
     return {"rate": processor.sampling_rate} if kind == "audio" else {}
+
+
+def frames_of(processor: Any) -> int:
+    """The frames that are read of a video."""
+    return getattr(processor, "num_frames", None) or FRAMES
+
+
+def takes_videos(processor: Any) -> bool:
+    """Whether an image processor's pictures are frames of videos.
+
+    >>> from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
+    >>> takes_videos(VideoMAEImageProcessorPil())
+    True
+    """
+    return "videos" in inspect.signature(processor.preprocess).parameters
 
 
 def cell_name(value: Any) -> str:
@@ -288,7 +312,7 @@ def cell_name(value: Any) -> str:
 
 
 def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
-    """The kind of a processor (text, image or audio) and the part of it that reads `modality`."""
+    """The kind of a processor (text, image, audio or video) and the part of it that reads `modality`."""
     from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
     from transformers.image_processing_utils import BaseImageProcessor
 
@@ -305,7 +329,7 @@ def _fitting(modality: str, processor: Any) -> tuple[str, Any]:
         if isinstance(processor, parent):
             if kind == "text":
                 give_padding(modality, processor)
-            return kind, processor
+            return "video" if kind == "image" and takes_videos(processor) else kind, processor
     raise ValueError(
         f"the processor given for {modality!r} is a {type(processor).__name__}; a Hugging Face tokenizer, image "
         "processor or feature extractor is needed"

@@ -1,4 +1,6 @@
-"""One cell of a table as what a processor takes: a square RGB picture, a mono clip at a given rate, or a text."""
+"""One cell of a table as what a processor takes: a square RGB picture, a mono clip at a given rate, a text, or so many
+frames of a video.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -25,7 +27,10 @@ MOST_PIXELS = 2**27  # half a gigabyte in RGBA
 MOST_SAMPLES = 2**29  # 2 GiB of float32, 9 hours at 16 kHz
 HIGHEST_RATE = 768_000
 
-KINDS = ("image", "text", "audio")
+FRAMES = 16  # of a video, for processors that state no number: VideoMAE's
+
+KINDS = ("image", "text", "audio", "video")
+RECORDINGS = "recordings are read with soundfile and SciPy"
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -48,11 +53,11 @@ def is_absent(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, without importing it
 
 
-def read_cell(kind: str, value: Any, rate: int = 16_000, square: bool = True) -> Any:
-    """What a processor takes of a cell of this kind (image, text or audio); None where the cell is absent.
+def read_cell(kind: str, value: Any, rate: int = 16_000, square: bool = True, frames: int = FRAMES) -> Any:
+    """What a processor takes of a cell of this kind (image, text, audio or video); None where the cell is absent.
 
     Args:
-        rate: of a clip. square: whether pictures become squares.
+        rate: of a clip. square: whether pictures become squares. frames: of a video.
 
     Raises:
         DecodeError: it cannot be decoded, so that it counts as absent.
@@ -64,6 +69,8 @@ def read_cell(kind: str, value: Any, rate: int = 16_000, square: bool = True) ->
         return to_image(value, square)
     if kind == "audio":
         return to_audio(value, rate)
+    if kind == "video":
+        return to_video(value, frames)
     if not isinstance(value, str):
         raise TypeError(f"holds a {type(value).__name__}; a text must be a string")
     # Half of a surrogate pair is no character; tokenizers raise on it.
@@ -204,7 +211,7 @@ def _mono(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
     if source_rate != rate:
         _check_size(samples.size, 1, source_rate, rate)
         divisor = math.gcd(source_rate, rate)
-        resample_poly = _import_for_audio("scipy.signal").resample_poly
+        resample_poly = _needed("scipy.signal", RECORDINGS, "demo").resample_poly
         samples = resample_poly(samples, rate // divisor, source_rate // divisor)
     peak = np.abs(samples).max()
     return (samples / peak if peak > 0 else samples).astype(np.float32)
@@ -212,7 +219,7 @@ def _mono(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
 
 def _read_clip(source: str | Path | io.BytesIO, rate: int) -> tuple[np.ndarray, int]:
     """A file's samples, [samples] or [samples, channels], and their rate."""
-    soundfile = _import_for_audio("soundfile")
+    soundfile = _needed("soundfile", RECORDINGS, "demo")
     try:
         with soundfile.SoundFile(source) as file:
             _check_size(file.frames, file.channels, file.samplerate, rate)
@@ -258,6 +265,87 @@ def _as_float(samples: Any) -> np.ndarray:
     return samples if samples.dtype.kind == "f" else samples.astype(np.float32)
 
 
+# ----------------------------------------------------------------------------------------------------------- videos
+def to_video(value: Any, frames: int = FRAMES) -> list[Image.Image]:
+    """A video as `frames` square pictures, evenly spaced over it; frames of a shorter one are repeated.
+
+    Takes a list of pictures (each as `to_image` takes it), an uint8 array or tensor [T, H, W, channels], or a file that
+    PyAV reads, as a path, bytes or {"path", "bytes"}.
+
+    Raises:
+        DecodeError: a file that cannot be read, or no frame.
+        TypeError: another kind of value.
+        ValueError: an array of another shape.
+        ModuleNotFoundError: a file without PyAV.
+    """
+    if type(value).__name__ == "Tensor":
+        value = value.cpu().numpy()
+    if not isinstance(value, np.ndarray | list | tuple):
+        return _read_video(_source(value, "video"), frames)
+    if isinstance(value, np.ndarray) and value.ndim != 4:
+        raise ValueError(f"a video array must be [frames, H, W, channels], not {list(value.shape)}")
+    given = [frame for frame in value if not is_absent(frame)]
+    if not given:
+        raise DecodeError("a video needs a frame, and has none")
+    chosen = evenly(len(given), frames)
+    pictures = {i: to_image(given[i]) for i in dict.fromkeys(chosen)}
+    return [pictures[i] for i in chosen]
+
+
+def evenly(count: int, frames: int) -> list[int]:
+    """Which of `count` frames are taken: as in transformers, each first one of `frames` equal parts.
+
+    >>> evenly(8, 4), evenly(2, 4)
+    ([0, 2, 4, 6], [0, 0, 1, 1])
+    """
+    return [i * count // frames for i in range(frames)]
+
+
+def _read_video(source: str | Path | io.BytesIO, frames: int) -> list[Image.Image]:
+    av = _needed("av", "videos are read with PyAV (the package `av`)", "media")
+    try:
+        # Opened here and not by its name, which libav may take for an address.
+        with source if isinstance(source, io.BytesIO) else open(source, "rb") as file:
+            with av.open(file) as container:
+                stream = _video_stream(container)
+                count = sum(packet.size > 0 for packet in container.demux(stream))  # what headers say may be wrong
+            while count:
+                chosen = evenly(count, frames)
+                pictures, read = _decoded(av, file, set(chosen))
+                if pictures.keys() == set(chosen):
+                    return [pictures[i] for i in chosen]
+                count = min(read, count - 1)  # some packets hold no picture
+    except DecodeError:
+        raise
+    except Exception as error:  # as for pictures
+        raise DecodeError(str(error) or type(error).__name__) from error
+    raise DecodeError("no frame of it can be decoded")
+
+
+def _decoded(av: ModuleType, file: BinaryIO, chosen: set[int]) -> tuple[dict[int, Image.Image], int]:
+    """{number: picture} of the chosen frames, and how many frames there were up to the last of these."""
+    pictures, number = {}, 0
+    file.seek(0)
+    with av.open(file) as container:
+        stream = _video_stream(container)
+        stream.thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(stream), start=1):
+            if number - 1 in chosen:
+                pictures[number - 1] = to_image(frame.to_image().rotate(frame.rotation, expand=True))
+            if len(pictures) == len(chosen):
+                break
+    return pictures, number
+
+
+def _video_stream(container: Any) -> Any:
+    if not container.streams.video:
+        raise DecodeError("there is no video in it")
+    stream = container.streams.video[0]
+    if stream.width * stream.height > MOST_PIXELS:
+        raise DecodeError(f"{stream.width} x {stream.height} pixels are too many")
+    return stream
+
+
 # ------------------------------------------------------------------------------------------------------------- both
 def _source(value: Any, kind: str) -> str | Path | io.BytesIO:
     """What a decoder can open: the bytes where there are any, the path otherwise."""
@@ -285,12 +373,12 @@ def _start(source: str | Path | io.BytesIO) -> bytes:
         return file.read(12)
 
 
-def _import_for_audio(name: str) -> ModuleType:
+def _needed(module: str, what: str, extra: str) -> ModuleType:
+    """A package without which no file of a kind can be read."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        message = "recordings are read with soundfile and SciPy; get them with `pip install 'u2a-fast[demo]'`"
-        raise ModuleNotFoundError(message, name=error.name) from error
+        raise ModuleNotFoundError(f"{what}; get it with `pip install 'u2a-fast[{extra}]'`", name=error.name) from error
 
 
 def _optional(module: str, package: str, what: str) -> ModuleType:

@@ -29,8 +29,8 @@ def readable(dataset: Any, modalities: Modalities, decode: bool = True, source: 
     """bool [n, M]: which cells of `dataset` (anything with len and integer indices) hold something that can be read.
 
     A cell is decoded as the collator decodes it: by its processor's kind where `modalities` is a collator, and by the
-    name (image, text, audio) where it is a sequence of names; of other names, and with `decode=False`, every cell
-    counts that is not empty. What cannot be decoded is reported in one warning a modality, with `source` and rows.
+    name (image, text, audio, video) where it is a sequence of names; of other names, and with `decode=False`, every
+    cell counts that is not empty. What cannot be decoded is reported in one warning a modality, with `source` and rows.
 
     Raises:
         ValueError: a modality that is a column of no sample, or a cell that such a column should not hold.
@@ -113,7 +113,7 @@ def warn_of_losses(collate: MultimodalCollator, count: int) -> None:
 def warn_of_cuts(processors: Mapping[str, Any], dataset: Any) -> None:
     """Warn before training of the texts and recordings of a data set that are cut in every epoch."""
     collate = MultimodalCollator(processors)
-    names = [name for name, kind in collate.kinds.items() if kind != "image"]
+    names = [name for name, kind in collate.kinds.items() if kind in ("text", "audio")]
     for samples in batches_of(samples_of(dataset), CHUNK):
         for name in names:
             collate.measure(name, [value for s in samples if (value := collate.read(name, s.get(name))) is not None])
@@ -145,7 +145,7 @@ def undecoded(dataset: Any) -> Any:
     if hasattr(dataset, "iloc"):
         return dataset.to_dict("records")
     for name, feature in (getattr(dataset, "features", None) or {}).items():
-        if type(feature).__name__ in ("Image", "Audio") and feature.decode:
+        if type(feature).__name__ in ("Image", "Audio", "Video") and feature.decode:
             dataset = dataset.cast_column(name, type(feature)(decode=False))
     return dataset
 

@@ -1,4 +1,4 @@
-"""What a processor makes of one picture or recording, kept on disk, so that it is neither decoded nor processed again.
+"""What a processor makes of a picture, recording or video, kept on disk, so that it is not decoded and processed again.
 
 The key is the sha256 of the cell's content, of the processor (class and configuration) and of the versions of what
 decodes and processes: a file that is copied, moved or renamed is found, one that is changed is not. Processes may share
@@ -61,7 +61,8 @@ class ProcessedCache:
             value = read(cell)
             if value is None:
                 return None
-            content = _array_digest(np.asarray(value))
+            arrays = value if isinstance(value, list) else [value]  # the frames of a video
+            content = " ".join(_array_digest(np.asarray(array)) for array in arrays)
         key = digest(f"{prefix} {content}")
         stored = self._files.read(key)
         if stored is None:

@@ -13,7 +13,7 @@ from .labels import label_feature
 if TYPE_CHECKING:
     import datasets
 
-MODALITIES = ("image", "text", "audio")
+MODALITIES = ("image", "text", "audio", "video")
 SHARES = {"train": 0.65, "validation": 0.10, "test": 0.25}
 
 Row = dict[str, Any]
@@ -94,8 +94,8 @@ def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None) -> datasets.DatasetDict:
     """The data set of `splits`; the columns of a split are the keys of its rows.
 
-    Images and recordings are stored as {"path", "bytes"} and not decoded, so that a broken file reaches the collator
-    as an absent modality instead of ending an epoch. With `class_names` a label is one of them, and becomes a
+    Images, recordings and videos are stored as {"path", "bytes"} and not decoded, so that a broken file reaches the
+    collator as an absent modality instead of ending an epoch. With `class_names` a label is one of them, and becomes a
     ClassLabel, or a vector with a mark for each; without, it is a number or a list of numbers.
     """
     import datasets
@@ -108,6 +108,7 @@ def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None
         "image": record,
         "text": datasets.Value("string"),
         "audio": record,
+        "video": record,
         "label": label_feature(class_names, vectors),
         "group": datasets.Value("string"),
     }
@@ -120,9 +121,9 @@ def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None
             {column: [row.get(column) for row in part] for column in columns},
             features=datasets.Features({column: features[column] for column in columns}),
         )
-        for column, feature in (("image", datasets.Image(decode=False)), ("audio", datasets.Audio(decode=False))):
+        for column, feature in {"image": datasets.Image, "audio": datasets.Audio, "video": datasets.Video}.items():
             if column in columns:
-                made[name] = made[name].cast_column(column, feature)
+                made[name] = made[name].cast_column(column, feature(decode=False))
     return datasets.DatasetDict(made)
 
 

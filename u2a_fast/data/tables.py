@@ -1,4 +1,4 @@
-"""A user's own data: a table with any of the columns image, text and audio, and a label."""
+"""A user's own data: a table with any of the columns image, text, audio and video, and a label."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ COLUMNS = {
     "image": ("img", "photo", "image_path", "img_path", "file_name"),
     "text": ("title", "caption", "sentence"),
     "audio": ("recording", "speech", "audio_path"),
+    "video": ("video_path", "clip_path"),
     "label": ("labels", "class", "category", "target"),
     "group": (),
     "split": (),
 }
+FILES = ("image", "audio", "video")  # columns of paths, bytes or records
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
@@ -48,10 +50,10 @@ def load_table(
     validation (val, dev) and test, whole or in shards. A single table is split by its `split` column where it has
     one, by `seed` otherwise (65 / 10 / 25%, classes balanced, rows of one `group` together).
 
-    Columns, whatever their case: any of image, text and audio; `label`; optionally `group` and `split`. Others are
-    ignored. Images and recordings are paths relative to their table, bytes, {"path", "bytes"} records, or for
-    recordings {"array", "sampling_rate"}. A blank or NaN cell, or a file that does not exist, means that the modality
-    is absent. Labels: see `settle_labels`. A table without a label column loads without labels.
+    Columns, whatever their case: any of image, text, audio and video; `label`; optionally `group` and `split`. Others
+    are ignored. Images, recordings and videos are paths relative to their table, bytes, {"path", "bytes"} records, or
+    for recordings {"array", "sampling_rate"}. A blank or NaN cell, or a file that does not exist, means that the
+    modality is absent. Labels: see `settle_labels`. A table without a label column loads without labels.
 
     Args:
         task: classification, multi_label or regression; None: what the labels look like.
@@ -101,7 +103,7 @@ def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
     """The rows of a table with our columns only, every one of them in every row, absent cells as None."""
     names, rows = read_rows(path)
     chosen = _choose_columns(names, columns, path)
-    readers = {"image": _file_cell, "audio": _file_cell, "text": _text_cell, "group": _group_cell}
+    readers = {**dict.fromkeys(FILES, _file_cell), "text": _text_cell, "group": _group_cell}
     made = []
     for number, given in enumerate(rows, start=1):
         given = _lower_case(given, set(chosen.values()), path, number)
@@ -114,7 +116,7 @@ def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
             except ValueError as error:
                 raise ValueError(f"{path}, row {number}, column {theirs}: {error}") from error
         made.append(row)
-    for column in {"image", "audio"} & set(chosen):
+    for column in [name for name in FILES if name in chosen]:
         _drop_missing_files(made, column, path)
     if decode:
         _drop_undecodable(made, [name for name in MODALITIES if name in chosen], path)
@@ -185,7 +187,8 @@ def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
         if any(isinstance(part, int | float | list) for part in cell):
             what, cure = "a list of numbers", 'write a path, or a clip as {"array": .., "sampling_rate": ..}'
         else:
-            what, cure = f"{len(cell)} files", "write one a row"
+            what = f"{len(cell)} files"
+            cure = "write the file of one clip" if column == "video" else "write one a row"
         raise ValueError(f"holds {what}: {cure}")
     if isinstance(cell, bytes):
         return {"path": None, "bytes": cell}

@@ -17,7 +17,7 @@ from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_e
 from ..quantization import read_quantization
 from .captured import CapturedSteps, PaddingMasks
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
-from .loading import as_encoder, fit_tokenizer, load_processor, overlay, saved_processors, saved_state
+from .loading import as_encoder, fit_processor, load_processor, overlay, saved_processors, saved_state
 from .presence import Rows, check_modalities, presence, present_rows, refuse_empty
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -238,7 +238,7 @@ class MultimodalModel(CapturedSteps, PreTrainedModel):
         """`{modality: processor}` in modality order, loaded from the encoders' own folders where none was given.
 
         Setting it replaces those that are named and keeps the others. A tokenizer's limit is lowered to what its
-        encoder takes.
+        encoder takes, and a video's frames are as many as that takes.
 
         Raises:
             ValueError: a modality has no processor and its encoder no folder to load one from; an unknown modality.
@@ -249,7 +249,7 @@ class MultimodalModel(CapturedSteps, PreTrainedModel):
     def processors(self, processors: Mapping[str, Any]) -> None:
         check_modalities(processors, self.config.modalities)
         for name, processor in processors.items():
-            fit_tokenizer(processor, self.encoders[name])
+            fit_processor(processor, self.encoders[name])
         self._processors.update(processors)
 
     def _processors_of(self, names: Sequence[str]) -> dict[str, Any]:

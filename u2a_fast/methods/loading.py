@@ -28,7 +28,10 @@ RESERVED = ("modality_mask", "label", "labels", "return_dict", "self")  # keywor
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DINOV3_DEFAULTS = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
 FIXED_LENGTH = ("siglip_text_model", "siglip2_text_model")
-PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor}
+PROCESSORS = {
+    **{"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor},
+    "video": AutoImageProcessor,
+}
 
 
 def as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_8bit: bool = False) -> Encoder:
@@ -80,11 +83,15 @@ def _dinov3_processor(source: str) -> ViTImageProcessorPil | None:
     return ViTImageProcessorPil(**DINOV3_DEFAULTS | settings)
 
 
-def fit_tokenizer(processor: Any, encoder: Encoder) -> None:
-    """Lower a tokenizer's limit to the positions that its encoder has; many tokenizers know none, or one too many.
+def fit_processor(processor: Any, encoder: Encoder) -> None:
+    """Tell a video's processor how many frames its encoder takes, and a tokenizer how many tokens.
 
-    SigLIP's texts all have that length, whichever tokenizer makes them.
+    Its limit is lowered to the positions that there are; many tokenizers know none, or one too many. SigLIP's texts all
+    have that length, whichever tokenizer makes them.
     """
+    frames = getattr(encoder.config, "num_frames", None)
+    if frames is not None:
+        processor.num_frames = frames
     tokenizer = getattr(processor, "tokenizer", processor)
     tables = (
         module
