@@ -20,6 +20,9 @@ FAMILIES = {
     "mean-pooled": {"audio": "wav2vec2_stable", "image": "siglip_vision"},
     "padding on both sides": {"text": "electra", "audio": "hubert"},
     "three": {"image": "deit", "text": "roberta", "audio": "whisper"},
+    "rotary, windows and gates": {"text": "modernbert", "image": "dinov3"},
+    "rotary, causal, shared keys": {"image": "dinov3_gated", "text": "qwen3_windows"},
+    "norms of updates and heads": {"text": "gemma3", "image": "dinov2_gated"},
 }
 COUNT = 6
 LABELS = torch.arange(COUNT) % 5
@@ -93,7 +96,7 @@ def test_prompt_counts_and_depths(families, options, device):
 
 
 @pytest.mark.parametrize("kind", ["left", "holes"])
-@pytest.mark.parametrize("family", ["bert", "clip_text"])
+@pytest.mark.parametrize("family", ["bert", "clip_text", "modernbert", "gemma3"])
 def test_padding_anywhere(family, kind, device):
     families = {"image": "vit", "text": family}
     fast, reference, names = models(families, device)

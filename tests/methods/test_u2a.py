@@ -15,6 +15,9 @@ PAIRS = {
     "layer scale and causal": {"text": "clip_text", "image": "dinov2"},
     "mean-pooled": {"audio": "wav2vec2_stable", "image": "siglip_vision"},
     "three": {"image": "deit", "text": "roberta", "audio": "whisper"},
+    "rotary, windows and gates": {"text": "modernbert", "image": "dinov3"},
+    "rotary, causal, shared keys": {"image": "dinov3_gated", "text": "qwen3_windows"},
+    "norms of updates and heads": {"text": "gemma3", "image": "dinov2_gated"},
 }
 COUNT = 6
 
@@ -58,6 +61,27 @@ def test_forward_loss_and_gradients_equal_the_reference(families, unequal, trans
         out.loss.backward()
         expected.loss.backward()
         parity.assert_same_gradients(fast, reference, names, 1e-9)
+
+
+@pytest.mark.parametrize("absent", ["pack", "where"])
+@pytest.mark.parametrize("kind", ["left", "holes"])
+@pytest.mark.parametrize("family", ["bert", "clip_text", "modernbert", "gemma3"])
+def test_padding_anywhere(family, kind, absent, device):
+    families = {"image": "vit", "text": family}
+    fast, reference, names = models(families, device)
+    fast.absent = absent
+    inputs, present = parity.batch(families, COUNT, padded=False), parity.random_presence(COUNT, 2, 1)
+    mask, labels = inputs["text"]["attention_mask"], torch.arange(COUNT) % 5
+    if kind == "left":
+        mask[1, :3] = mask[2, :1] = 0
+    else:
+        mask[1, 2] = mask[4, 1] = mask[4, 3] = 0
+    out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
+    expected = reference(inputs, present, labels)
+    parity.assert_close(out.logits, expected.logits, 1e-9, "logits")
+    out.loss.backward()
+    expected.loss.backward()
+    parity.assert_same_gradients(fast, reference, names, 1e-9)
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("fc1", "fc2"), ("q", "k", "v", "o", "fc1", "fc2")])

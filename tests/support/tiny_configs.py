@@ -11,7 +11,6 @@ PADS_WITH_ONE = TEXT | {"pad_token_id": 1}
 IDS = {"bos_token_id": 0, "pad_token_id": 0, "eos_token_id": END_OF_TEXT}
 LLAMA = TEXT | IDS | {"num_key_value_heads": 2, "head_dim": 6}
 GEMMA = LLAMA | {"head_dim": 10, "sliding_window": 3, "query_pre_attn_scalar": 7, "num_key_value_heads": 1}
-LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
 CLIP_TEXT = TEXT | {"bos_token_id": 0, "pad_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT}
 IMAGE = dict(image_size=24, patch_size=8, **LAYERS)
 BEIT = IMAGE | {"use_absolute_position_embeddings": True, "layer_scale_init_value": 0.1}
@@ -66,8 +65,8 @@ TEXTS = {
     "qwen2": _of("Qwen2", TEXT | IDS | {"num_key_value_heads": 1}),
     "mistral": _of("Mistral", LLAMA | {"sliding_window": 3}),
     "qwen3": _of("Qwen3", LLAMA),
-    "qwen3_windows": _of("Qwen3", LLAMA | LAYER_TYPES | {"use_sliding_window": True, "sliding_window": 2}),
-    "gemma3": _of("Gemma3Text", GEMMA | LAYER_TYPES),
+    "qwen3_windows": _of("Qwen3", LLAMA | {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 1}),
+    "gemma3": _of("Gemma3Text", GEMMA | {"sliding_window_pattern": 2}),
     "embedding_gemma": _of(
         "Gemma3Text", GEMMA | {"use_bidirectional_attention": True, "sliding_window": 4, "sliding_window_pattern": 2}
     ),

@@ -218,7 +218,8 @@ def vicreg(predicted: Tensor, real: Tensor) -> Tensor:
 def train_biases(encoders: Iterable[Encoder]) -> None:
     """BitFit (arXiv 2106.10199): every bias inside the blocks trains, LayerNorm's included, in fp32 at least.
 
-    Whisper's keys have no bias; ours are zeros, and train: a bias of the keys cannot change what attention gives.
+    Keys may have no bias beside queries that do (Whisper, DINOv3); ours are zeros, and train. Where positions do not
+    turn keys, they cannot change what attention gives.
     """
     for block in (block for encoder in encoders for block in encoder.blocks):
         for module in (*block.linears, *block.norms):

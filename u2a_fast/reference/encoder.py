@@ -153,6 +153,15 @@ class ReferenceEncoder(nn.Module):
         return {key: (part.lora_a, part.lora_b) for key, part in parts.items() if isinstance(part, LoraLinear)}
 
     def train_biases(self) -> None:
-        """BitFit (Ben Zaken et al., arXiv 2106.10199): every bias inside the layers trains, LayerNorm's included."""
+        """BitFit (Ben Zaken et al., arXiv 2106.10199): every bias inside the layers trains, LayerNorm's included.
+
+        Ours: where one of q, k and v has a bias, the others have one as well, of zeros.
+        """
+        for index in range(self.num_layers):
+            heads = [self.part(index, name) for name in "qkv"]
+            given = [part.bias for part in heads if part.bias is not None]
+            for part in heads if given else ():
+                if part.bias is None:
+                    part.bias = nn.Parameter(given[0].new_zeros(part.out_features))
         for name, parameter in self.layers.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
