@@ -82,6 +82,12 @@ class LoraLinear(nn.Module):
         """`"float"`, `"int8"` or `"nf4"`."""
         return storage_of(self.weight)
 
+    def rows_of(self, role: str) -> slice:
+        """The rows of the weight, and of the output, that are `role`'s."""
+        place = self.roles.index(role)
+        first = sum(self.widths[:place])
+        return slice(first, first + self.widths[place])
+
     def store(self, weight: torch.Tensor, weight_scale: torch.Tensor | None) -> None:
         """Replace the frozen weight by the same one stored in another way (see quantization.py)."""
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)

@@ -11,12 +11,13 @@ from . import kernels
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension (Zhang & Sennrich, arXiv 1910.07467).
+    """y = x / sqrt(mean(x^2) + eps) * factor * (offset + weight) over the last dimension (arXiv 1910.07467).
 
     Args:
         weight: `[D]`.
         eps: added to the mean of squares.
         offset: 1 for Gemma, whose weights are differences from one.
+        factor: of the softmax's scale, where it is taken into the norm of queries.
 
     >>> RMSNorm(torch.zeros(2), eps=0.0, offset=1.0)(torch.tensor([[1.0, 7.0]]))
     tensor([[0.2000, 1.4000]])
@@ -24,17 +25,20 @@ class RMSNorm(nn.Module):
 
     bias = None
 
-    def __init__(self, weight: torch.Tensor, eps: float, offset: float = 0.0):
+    def __init__(self, weight: torch.Tensor, eps: float, offset: float = 0.0, factor: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset, self.factor = eps, offset, factor
 
     @property
     def scale(self) -> torch.Tensor:
-        """`offset + weight` `[D]`; with an offset in fp32 at least, since a narrow dtype would lose small weights."""
+        """`factor * (offset + weight)` `[D]`; in fp32 at least where it is not the weight, which it would round."""
         weight = self._parameters["weight"]
         assert weight is not None
-        return weight if not self.offset else self.offset + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if not self.offset and self.factor == 1:
+            return weight
+        scale = self.offset + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return scale if self.factor == 1 else self.factor * scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return normalise(self, x)

@@ -19,6 +19,8 @@ from ..rotary import Rotation
 
 LENGTHS = 32  # of texts in a captured step
 
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # linears that a layer may have as one
+
 EmbedResult = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -54,6 +56,7 @@ class Family:
         clamps_fp16: whether layers keep their fp16 results finite (Whisper).
         requires: what the config must say, where one class has layers of two kinds (Wav2Vec2).
         refuses: what it must not say, and what that is called.
+        held_as: the name under which a model of several parts holds it (CLIP's towers).
     """
 
     name: str
@@ -79,6 +82,7 @@ class Family:
     clamps_fp16: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
+    held_as: str = ""
 
     def paths(self, role: str) -> tuple[str, ...]:
         """Where a layer may keep the linear of a role."""
@@ -88,6 +92,35 @@ class Family:
     def path(self, role: str) -> str:
         """Where it does, of the family as `family_of` gives it for a model."""
         return self.paths(role)[0]
+
+    @property
+    def linears(self) -> dict[str, tuple[str, ...]]:
+        """`{path inside a layer: the roles of a block that this linear plays}`, of such a family."""
+        return {self.path(role): FUSED.get(role, (role,)) for role in self.roles}
+
+    @property
+    def vectors(self) -> dict[str, str]:
+        """`{name in a block: path inside a layer}` of the norms and the scales."""
+        names = ("norm1", "norm2", "update_norm1", "update_norm2", "q_norm", "k_norm", "scale1", "scale2")
+        pairs = self.norms, self.update_norms, self.head_norms, self.scales
+        paths = (path for pair in pairs for path in pair or (None, None))
+        return {name: path for name, path in zip(names, paths, strict=True) if path is not None}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `unload` needs to know of the model that an encoder was read from.
+
+    Args:
+        model_class: its class.
+        kept: its tensors that the encoder does not use (a pooler), by name.
+    """
+
+    model_class: type[nn.Module]
+    kept: Mapping[str, torch.Tensor]
+
+    def __deepcopy__(self, memo: dict) -> Origin:
+        return self  # nothing writes to it: copies of an encoder have the same one
 
 
 class Encoder(nn.Module):
@@ -100,6 +133,7 @@ class Encoder(nn.Module):
         blocks: `nn.ModuleList` of `Block`.
         width: D. num_layers: number of blocks. config: the Hugging Face config. name_or_path: where it came from.
         loaded_in_8bit: whether bitsandbytes had quantised it before.
+        origin: what it was read from; None where it was put together by hand.
     """
 
     def __init__(
@@ -110,8 +144,10 @@ class Encoder(nn.Module):
         blocks: list[Block],
         rotary: nn.ModuleDict,
         name_or_path: str = "",
+        origin: Origin | None = None,
     ):
         super().__init__()
+        self.origin = origin
         self.family, self.config, self.name_or_path = family, config, name_or_path
         self.stem, self.rotary = stem, rotary
         self.blocks = nn.ModuleList(blocks)

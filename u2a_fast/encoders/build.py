@@ -16,7 +16,7 @@ from ..lora import LoraLinear
 from ..norms import BlockNorm, RMSNorm
 from ..quantization import warn_if_slow
 from ..rotary import rotary_of
-from .base import Encoder, Family
+from .base import Encoder, Family, Origin
 from .families import FAMILIES, REFUSED
 
 SUPPORTED = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
@@ -64,9 +64,25 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
     if family.rotary is not None:
         for kind in {block.heads.rotary or "" for block in blocks}:
             rotary[kind] = rotary_of(_share(_get(model, family.rotary)), config, kind)
-    encoder = Encoder(family, config, stem, blocks, rotary, name_or_path=getattr(model, "name_or_path", "") or "")
+    name_or_path = getattr(model, "name_or_path", "") or ""
+    encoder = Encoder(family, config, stem, blocks, rotary, name_or_path, origin_of(model, family))
     warn_if_slow(encoder.dtype)
     return encoder.train(model.training)
+
+
+def origin_of(model: nn.Module, family: Family) -> Origin:
+    """The class of a model, and its tensors that an `Encoder` of it does not use; int8 ones in floating point."""
+    used = {*family.stem.values(), family.rotary}
+    for i in range(len(_get(model, family.layers))):
+        used |= {f"{family.layers}.{i}.{path}" for path in (*family.linears, *family.vectors.values())}
+    kept = {}
+    for owner, module in model.named_modules():
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            full = f"{owner}.{name}" if owner else name
+            if tensor is None or any(full == path or full.startswith(f"{path}.") for path in used):
+                continue
+            kept[full] = (_plain(module).weight if tensor.dtype == torch.int8 else tensor).detach()
+    return Origin(type(model), kept)
 
 
 def without_adapters(encoder: Encoder) -> Encoder:
@@ -249,8 +265,7 @@ def _head_norms(layer: nn.Module, family: Family, config: Any, width: int) -> tu
     q, k = (_norm(_get(layer, path), family) for path in family.head_norms)
     assert isinstance(q, RMSNorm) and isinstance(k, RMSNorm)
     if family.query_scale is not None:
-        scale = family.query_scale(config, width)
-        q = RMSNorm(q.scale * scale, q.eps)
+        q.factor = family.query_scale(config, width)
     return q, k
 
 
@@ -287,6 +302,16 @@ def _stored(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, scb.detach().float() / 127
 
 
+def _plain(linear: nn.Linear) -> nn.Linear:
+    """A linear that bitsandbytes has made int8 in floating point: outside the blocks nothing stays quantised."""
+    weight, scale = _stored(linear)
+    plain = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    plain.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach())
+    whole = weight if scale is None else weight * scale[:, None]
+    plain.weight = nn.Parameter(whole if plain.bias is None else whole.to(plain.bias.dtype))
+    return plain
+
+
 def _norm(norm: nn.Module, family: Family) -> BlockNorm | None:
     """A copy, since BitFit trains biases and the caller's model must not change; None of an identity (ModernBERT)."""
     if isinstance(norm, nn.Identity):
@@ -299,7 +324,11 @@ def _norm(norm: nn.Module, family: Family) -> BlockNorm | None:
 
 def _share(module: nn.Module) -> nn.Module:
     """A frozen copy of the module that shares the caller's matrices, but not the vectors: biases may train."""
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters() if p.dim() > 1}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters() if p.dim() > 1
+    }
+    linears = (part for part in module.modules() if isinstance(part, nn.Linear))
+    memo |= {id(linear): _plain(linear) for linear in linears if linear.weight.dtype == torch.int8}
     return copy.deepcopy(module, memo).requires_grad_(False)
 
 

@@ -38,13 +38,13 @@ BERT_ROLES: Roles = {
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
 }
-VIT_ROLES: Roles = {  # DINOv2's had other names before transformers 5.18
+VIT_ROLES: Roles = {  # other names: DINOv2's before transformers 5.18, and all before 5
     "q": ("attention.q_proj", "attention.attention.query"),
     "k": ("attention.k_proj", "attention.attention.key"),
     "v": ("attention.v_proj", "attention.attention.value"),
     "o": ("attention.o_proj", "attention.output.dense"),
-    "fc1": "mlp.fc1",
-    "fc2": "mlp.fc2",
+    "fc1": ("mlp.fc1", "intermediate.dense"),
+    "fc2": ("mlp.fc2", "output.dense"),
 }
 EARLIER_VIT_ROLES = {
     "q": "attention.attention.query",
@@ -270,6 +270,7 @@ GEMMA3 = replace(
     norms=("input_layernorm", "pre_feedforward_layernorm"),
     update_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
+    held_as="language_model",
     query_scale=gemma_scale,
     activation="hidden_activation",
     requires={"use_bidirectional_attention": False},
@@ -286,6 +287,7 @@ CLIP_TEXT = Family(
     name="CLIP text",
     classes=("CLIPTextModel",),
     stem={"embeddings": "embeddings", "final_norm": "final_layer_norm"},
+    held_as="text_model",
     layers="encoder.layers",
     roles=CLIP_ROLES,
     norms=("layer_norm1", "layer_norm2"),
@@ -299,6 +301,7 @@ CLIP_VISION = Family(
     classes=("CLIPVisionModel",),
     # No final norm: Hugging Face applies `post_layernorm` to its pooled row only.
     stem={"embeddings": "embeddings", "pre_norm": "pre_layrnorm"},
+    held_as="vision_model",
     layers="encoder.layers",
     roles=CLIP_ROLES,
     norms=("layer_norm1", "layer_norm2"),
@@ -308,6 +311,7 @@ SIGLIP_VISION = Family(
     name="SigLIP vision",
     classes=("SiglipVisionModel",),
     stem={"embeddings": "embeddings", "final_norm": "post_layernorm"},
+    held_as="vision_model",
     layers="encoder.layers",
     roles=CLIP_ROLES,
     norms=("layer_norm1", "layer_norm2"),
@@ -324,6 +328,7 @@ SIGLIP_TEXT = Family(
     class_token="last",
     embed=embed_siglip_text,
     padding=text_padding,
+    held_as="text_model",
 )
 SIGLIP2_VISION = replace(
     SIGLIP_VISION,
@@ -370,6 +375,7 @@ WHISPER = Family(
     name="Whisper encoder",
     classes=("WhisperEncoder",),
     stem={"conv1": "conv1", "conv2": "conv2", "positions": "embed_positions", "final_norm": "layer_norm"},
+    held_as="encoder",
     layers="layers",
     roles={**CLIP_ROLES, "fc1": "fc1", "fc2": "fc2"},
     norms=("self_attn_layer_norm", "final_layer_norm"),

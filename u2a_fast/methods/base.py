@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .. import host
 from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
 from ..quantization import read_quantization
+from .adapters import Adapters
 from .captured import CapturedSteps, PaddingMasks
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
 from .loading import as_encoder, fit_processor, load_processor, overlay, saved_processors, saved_state
@@ -23,7 +24,7 @@ from .presence import Rows, check_modalities, presence, present_rows, refuse_emp
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
-class MultimodalModel(CapturedSteps, PreTrainedModel):
+class MultimodalModel(Adapters, CapturedSteps, PreTrainedModel):
     """Frozen encoders under one head. Subclasses say what `encode` keeps of each sample and how `fuse` classifies it.
 
     `encode` looks at each sample once and never at which other modalities it has, so that every missing-modality
@@ -383,6 +384,7 @@ class MultimodalModel(CapturedSteps, PreTrainedModel):
             built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
         model = cls(built, num_labels=config.num_labels, problem_type=config.problem_type, **arguments)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
+        model._restore_adapters(config.adapters)
         state, folder = saved_state(name_or_path)
         overlay(model, state, str(name_or_path))
         model.processors = saved_processors(folder / "processors")

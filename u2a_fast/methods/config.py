@@ -50,6 +50,7 @@ class MultimodalConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["task_loss", "align_loss"]
+    adapters = dict[str, Any]()  # by modality, of those that `load_adapter` brought; never changed in place
 
     def __init__(
         self,
