@@ -279,21 +279,17 @@ class Block(GradientCheckpointingLayer):
 
     def _turn(self, rows: torch.Tensor, rotation: Rotation | None, heads: int, first: int) -> torch.Tensor:
         """rows `[..., C]`; their `heads` heads in front, queries and keys from `first` on, normalised and turned."""
-        if rotation is None and self.q_norm is None:
-            return rows
-        cos, sin, weight, eps = self._turning(rotation)
-        weight = None if weight is None else weight[first : first + heads]
-        return kernels.rotary(rows.flatten(0, -2), heads, cos, sin, weight, eps).view(rows.shape)
+        turn = self._turning(rotation, heads, first)
+        return rows if turn is None else kernels.rotary(rows.flatten(0, -2), *turn).view(rows.shape)
 
-    def _turning(
-        self, rotation: Rotation | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, float]:
-        """cos and sin of rows, the weight of queries' and keys' norms `[query + key heads, Dh]`, and its eps."""
-        cos, sin = rotation or (None, None)
-        if self.q_norm is None or self.k_norm is None:
-            return cos, sin, None, 0.0
-        each = (self.q_norm.scale, self.heads.query), (self.k_norm.scale, self.heads.key)
-        return cos, sin, torch.cat([scale.expand(heads, -1) for scale, heads in each]), self.q_norm.eps
+    def _turning(self, rotation: Rotation | None, heads: int, first: int = 0) -> kernels.Turn | None:
+        """What kernels take of these angles and of the norms of `heads` queries and keys from `first` on."""
+        q_norm, k_norm = self._modules["q_norm"], self._modules["k_norm"]
+        if not isinstance(q_norm, RMSNorm) or not isinstance(k_norm, RMSNorm):
+            return None if rotation is None else kernels.Turn(heads, *rotation)
+        each = (q_norm.scale, self.heads.query), (k_norm.scale, self.heads.key)
+        weight = torch.cat([scale.expand(count, -1) for scale, count in each])  # [query + key heads, Dh]
+        return kernels.Turn(heads, *(rotation or (None, None)), weight[first : first + heads], q_norm.eps)
 
     def _fused(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor | None:
         """Both sublayers as one op; None where they have to run in parts."""
@@ -319,9 +315,7 @@ class Block(GradientCheckpointingLayer):
         see = kernels.Attention(heads.query, groups, layout.lengths, layout.suffix, heads.causal, heads.key)
         if heads.window is not None:
             see = see._replace(window=heads.window, positions=layout.uneven_positions(rows.device))
-        turn = None
-        if heads.rotary is not None or modules["q_norm"] is not None:
-            turn = kernels.Turn(heads.query + heads.key, *self._turning(self._rotation(layout)))
+        turn = self._turning(self._rotation(layout), heads.query + heads.key)
         return kernels.transformer_block(rows, attention, mlp, see, self.between, turn)
 
     def project(
