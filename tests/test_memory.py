@@ -8,6 +8,7 @@ from pathlib import Path
 
 import parity
 import pytest
+import tiny_configs
 import tiny_encoders
 import torch
 import transformers
@@ -189,8 +190,8 @@ def test_the_plan_counts_what_our_model_takes(mode):
 @pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_every_family_can_be_planned(family):
     encoder = tiny_encoders.build(family, num_hidden_layers=5).config
-    modality = "text" if family in tiny_encoders.TEXT_FAMILIES else "image"
-    other = {"other": transformers.BertConfig(**tiny_encoders.TEXT)}
+    modality = "text" if family in tiny_configs.TEXT_FAMILIES else "image"
+    other = {"other": transformers.BertConfig(**tiny_configs.TEXT)}
     rows = memory.plan({modality: encoder, **other}, batch=2)
     assert all(row.activations > 0 and row.weights > 0 for row in rows)
     assert rows[0].total < rows[2].total

@@ -220,7 +220,8 @@ def test_nothing_but_a_hub_id_is_asked_for_over_the_network(folder, tmp_path, mo
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no adapter_config.json")
     refused(tmp_path / "nowhere", "no folder of an adapter")
-    refused("../../etc", "no folder of an adapter")
+    monkeypatch.chdir(tmp_path)
+    refused("../../nowhere", "no folder of an adapter")
     refused(folder / CONFIG, "no folder of an adapter")
 
 

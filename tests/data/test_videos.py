@@ -9,8 +9,8 @@ import av
 import datasets
 import numpy as np
 import pytest
+import tiny_configs
 import tiny_data
-import tiny_encoders
 import torch
 import transformers
 from PIL import Image
@@ -243,7 +243,7 @@ def test_presence_is_decided_by_decoding(caplog):
 
 # -------------------------------------------------------------------------------------------------------------- models
 def video_mae(**sizes):
-    config = {"num_frames": 4, "tubelet_size": 2, "image_size": SIDE, "patch_size": 8, **tiny_encoders.LAYERS, **sizes}
+    config = {"num_frames": 4, "tubelet_size": 2, "image_size": SIDE, "patch_size": 8, **tiny_configs.LAYERS, **sizes}
     torch.manual_seed(0)
     return transformers.VideoMAEModel(transformers.VideoMAEConfig(**config)).eval()
 

@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+import tiny_configs
 import tiny_data
 import tiny_encoders
 import torch
@@ -75,7 +76,7 @@ def test_texts_are_cut_where_the_positions_of_the_encoder_end(family, usable):
 def test_relatives_of_roberta_are_read_by_its_spec(name):
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**tiny_encoders.TEXT)
+    config = getattr(transformers, f"{name}Config")(**tiny_configs.TEXT)
     theirs = getattr(transformers, f"{name}Model")(config, add_pooling_layer=False).eval()
     inputs = tiny_encoders.inputs("roberta", 3, padded=True)
     real = inputs["attention_mask"].bool()
