@@ -17,7 +17,7 @@ from u2a_fast.kernels import unpack_nf4
 from u2a_fast.quantization import MODES, read_quantization
 
 PAIR = {"image": "vit", "text": "bert"}
-FAMILIES = ["bert", "vit", "dinov2", "clip_text", "whisper"]
+FAMILIES = ["bert", "vit", "dinov2", "clip_text", "whisper", "modernbert", "qwen3_windows", "gemma3", "dinov3_gated"]
 
 
 def dequantised(linear, dtype):

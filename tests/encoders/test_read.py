@@ -42,13 +42,13 @@ def test_values_and_gradients_are_those_of_all_rows(family, suffix, device, mode
 
 
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
-@pytest.mark.parametrize("family", ["vit", "bert"])
+@pytest.mark.parametrize("family", ["vit", "bert", "qwen3", "dinov3"])
 def test_values_and_gradients_are_those_of_all_rows_where_weights_are_quantised(family, mode, device):
     test_values_and_gradients_are_those_of_all_rows(family, 2, device, mode)
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "nf4"])
-@pytest.mark.parametrize("family", ["vit", "bert"])
+@pytest.mark.parametrize("family", ["vit", "bert", "qwen3", "dinov3"])
 def test_rows_that_nobody_reads_are_not_computed(family, mode):
     encoder, seen = encoder_of(family), []
     quantize_encoder(encoder, mode)

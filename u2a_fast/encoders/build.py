@@ -316,10 +316,12 @@ def _norm(norm: nn.Module, family: Family) -> BlockNorm | None:
     """A copy, since BitFit trains biases and the caller's model must not change; None of an identity (ModernBERT)."""
     if isinstance(norm, nn.Identity):
         return None
+    if norm.weight is None:
+        raise ValueError(f"a {type(norm).__name__} without weights is not supported: give it ones")
     if isinstance(norm, nn.LayerNorm):
         return copy.deepcopy(norm)
     eps = next(getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name))
-    return RMSNorm(norm.weight, eps, family.norm_offset)
+    return RMSNorm(norm.weight, torch.finfo(norm.weight.dtype).eps if eps is None else eps, family.norm_offset)
 
 
 def _share(module: nn.Module) -> nn.Module:
