@@ -105,7 +105,7 @@ def _rms_norm(x, weight, eps):
         dtype, own = _dtypes(x, weight)
         return torch.ops.aten._fused_rms_norm(x.to(dtype), weight.shape, weight.to(own), eps)
     rows, weight = x.reshape(-1, x.shape[-1]), cast(weight, backend.wide(x.dtype))
-    h, rstd = rows.new_empty(rows.shape), rows.new_empty(len(rows), 1, dtype=weight.dtype)
+    h, rstd = rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], 1, dtype=weight.dtype)
     for s in _chunks(rows):
         part = cast(rows[s], weight.dtype)
         norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)

@@ -190,7 +190,7 @@ def embed_whole_image(
             f"pictures of {height} x {width} pixels have {patches.shape[1]} patches, and this encoder has positions "
             f"for {positions.shape[1] - 1}: resize them, or pass interpolate_pos_encoding=True"
         )
-    first = (embeddings.cls_token + positions[:, :1]).expand(len(patches), -1, -1)
+    first = (embeddings.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
     return torch.cat([first, patches + positions[:, 1:]], dim=1), None
 
 
