@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ ROLES = ("q", "k", "v", "o", "fc1", "fc2")  # of every block; fc1 of a gated MLP
 GATED = ("gate", "up")
 TARGETS = (*ROLES, *GATED)
 ALIASES = {"down": "fc2"}
+MOST_RANK = 2**16
 
 # What the projections are called in the encoders we know: PEFT's target names, read as roles.
 ROLE_OF_NAME = {
@@ -63,8 +65,12 @@ class LoraConfig:
         if unknown or not targets:
             allowed = ", ".join((*TARGETS, *ALIASES))
             raise ValueError(f"target_modules must name roles out of {allowed}, not {unknown or 'nothing'}")
-        if self.r < 1 or self.r != int(self.r):
-            raise ValueError(f"r must be a whole number of at least 1, not {self.r}")
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+        if not isinstance(self.r, numbers.Integral) or not 1 <= self.r <= MOST_RANK:
+            raise ValueError(f"r must be a whole number from 1 to {MOST_RANK}, not {self.r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
 

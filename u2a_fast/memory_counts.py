@@ -74,7 +74,9 @@ def _fake() -> Iterator[None]:
 
 def read_config(source: str | os.PathLike | PreTrainedConfig, modality: str) -> PreTrainedConfig:
     """The config of an encoder, without dropout, of which one tower is taken where there are two."""
-    config = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source)
+    config = (
+        source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source, trust_remote_code=False)
+    )
     if (config.model_type, modality) in TOWERS:
         config = config.text_config if modality == "text" else config.vision_config
     config = copy.deepcopy(config)

@@ -1,4 +1,4 @@
-"""U2A with static shapes leaves as one program: exported, saved, reloaded, and equal to eager for batches of any size."""
+"""U2A with static shapes leaves as one program: exported, saved, reloaded, equal to eager for batches of any size."""
 
 import io
 

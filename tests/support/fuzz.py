@@ -1,30 +1,33 @@
-"""Malformed files, tables, labels and lines, each drawn from its number, and what the product may do with them.
+"""Malformed files, tables, labels, lines and models, each drawn from its number, and what the product may do with them.
 
 `python tests/support/fuzz.py 10000` tries that many and prints what happened; the suite tries a few hundred. A case may
 end well or be refused by a ValueError, TypeError or OSError of one sentence; it may not take 5 s, nor 1 GiB, nor leave
-a part of an output behind.
+a part of an output behind, nor use the network, a pickle or the keyboard, nor write beside its own folder.
 """
 
-import io
-import json
+import builtins
 import logging
+import os
+import pickle
 import random
 import resource
+import socket
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
-import pyarrow as pa
-import soundfile
-import tiny_data
-from PIL import Image
-from pyarrow import parquet
+import fuzz_models
+import torch
+import transformers
+from fuzz_models import World, world
+from malformed import cell, clip, comma_table, json_lines, parquet_table, picture
 
-from u2a_fast import U2A
 from u2a_fast.data import load_table
 from u2a_fast.data.inputs import to_audio, to_image
 from u2a_fast.data.labels import settle_labels
@@ -32,179 +35,26 @@ from u2a_fast.prediction import predict_answers, samples_from, write_answers
 
 STEMS = ("t", "t", "train", "train", "val", "train-00000-of-00001", "train-00000-of-00002")
 SECONDS, KIBIBYTES = 5.0, 2**20
-FORMS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "ICO", "PPM", "TGA", "PCX", "JPEG2000")
-SOUNDS = (
-    *(("WAV", "PCM_16"), ("WAV", "GSM610"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")),
-    *(("AIFF", "PCM_24"), ("AU", "G721_32"), ("CAF", "ALAW")),
+FORBIDDEN = (
+    *((socket.socket, "connect"), (socket, "getaddrinfo"), (builtins, "input"), (torch, "load")),
+    *((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")),
 )
-ODD = (
-    *("", " ", "\0", "\ud800", "\u2028", "\ufeff", '"', "'", ";", "|", ",", "\t", "\n", "nan", "inf", "-0", "1e999"),
-    *("None", "[]", "{}", "a.png", "../a.png", "/dev/null", "https://a.b/c.png", "[bold]x[/b]", "é", "e\u0301", "true"),
-    *("1", "1.0", "x" * 300),
-)
-HEADERS = (
-    "image",
-    "text",
-    "audio",
-    "label",
-    "split",
-    "group",
-    "Text",
-    " text ",
-    "title",
-    "caption",
-    "labels",
-    "path",
-    "",
-    "text",
-)
-PLAIN = {
-    "image": ("a.png", "a.png", ""),
-    "audio": ("a.wav", ""),
-    "text": ("a dog", "red square", ""),
-    "label": ("x", "y", 1, 0, 0.5, ["x", "y"]),
-    "split": ("train", "test", "val"),
-}
 
 
 class Broken(AssertionError):
     """The product did what it must not do."""
 
 
-# ---------------------------------------------------------------------------------------------------------- malformed
-def damage(draw: random.Random, content: bytes) -> bytes:
-    """Bits flipped, numbers set to their extremes, parts cut, doubled or put in."""
-    content = bytearray(content)
-    for _ in range(draw.choice((0, 1, 1, 2, 4, 16))):
-        place = draw.randrange(len(content) + 1)
-        way = draw.randrange(5)
-        if way == 0 and content:
-            content[place % len(content)] ^= 1 << draw.randrange(8)
-        elif way == 1:
-            content[place : place + 4] = draw.choice(
-                (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x80")
-            )
-        elif way == 2:
-            content = content[:place]
-        elif way == 3:
-            content[place:place] = content[place : place + 40]
-        else:
-            content[place:place] = draw.randbytes(draw.randrange(12))
-    return bytes(content)
-
-
-def picture(draw: random.Random) -> bytes:
-    mode = draw.choice(("RGB", "L", "P", "RGBA", "1", "CMYK"))
-    width, height = draw.randint(1, 40), draw.randint(1, 40)
-    image, file = (
-        Image.frombytes("RGB", (width, height), draw.randbytes(3 * width * height)).convert(mode),
-        io.BytesIO(),
-    )
-    form = draw.choice(FORMS)
-    try:
-        image.save(file, form)
-    except (OSError, ValueError, KeyError):  # a mode that this format does not have
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "PNG")
-    return damage(draw, file.getvalue())
-
-
-def clip(draw: random.Random) -> bytes:
-    form, subtype = draw.choice(SOUNDS)
-    samples, file = np.sin(np.arange(draw.randint(1, 4000)) / 9), io.BytesIO()
-    soundfile.write(file, samples, draw.choice((8000, 16_000, 44_100)), format=form, subtype=subtype)
-    return damage(draw, file.getvalue())
-
-
-def cell(draw: random.Random, depth: int = 2):
-    ways = ("odd", "odd", "word", "number", "none", "bool", "bytes", "list", "record")
-    way = draw.choice(ways if depth else ways[:-2])
-    if way == "odd":
-        return draw.choice(ODD)
-    if way == "word":
-        return "".join(draw.choice("abcé犬 ;,|\"'\n") for _ in range(draw.randrange(8)))
-    if way == "number":
-        return draw.choice((0, 1, -1, 10**30, 0.5, 1e308, float("nan"), float("inf"), draw.random()))
-    if way == "list":
-        return [cell(draw, depth - 1) for _ in range(draw.randrange(4))]
-    if way == "record":
-        names = draw.sample(("path", "bytes", "array", "sampling_rate", "x"), draw.randrange(4))
-        return {name: cell(draw, depth - 1) for name in names}
-    return {"none": None, "bool": draw.random() < 0.5, "bytes": draw.randbytes(5)}[way]
-
-
-def header(draw: random.Random) -> list[str]:
-    names = HEADERS[:5] if draw.random() < 0.6 else HEADERS
-    return draw.sample(names, draw.randint(1, 4))
-
-
-def filled(draw: random.Random, name: str):
-    """What a column should hold, for the most part."""
-    plain = PLAIN.get(name.strip().lower(), ("a",))
-    return draw.choice(plain) if draw.random() < 0.96 else cell(draw)
-
-
-def row(draw: random.Random) -> dict:
-    return {name: filled(draw, name) for name in header(draw)}
-
-
-def without_bytes(value):
-    if isinstance(value, dict):
-        return {name: without_bytes(part) for name, part in value.items()}
-    return (
-        [without_bytes(part) for part in value]
-        if isinstance(value, list)
-        else None
-        if isinstance(value, bytes)
-        else value
-    )
-
-
-def json_lines(draw: random.Random) -> bytes:
-    lines = [json.dumps(without_bytes(row(draw)), ensure_ascii=draw.random() < 0.5) for _ in range(draw.randrange(6))]
-    if draw.random() < 0.3:
-        lines.insert(
-            draw.randrange(len(lines) + 1), draw.choice(("null", "[1]", "{", "3", '"a"', "[" * 5000, '{"a":' * 3000))
-        )
-    content = draw.choice(("\n", "\r\n", "\n\n")).join(lines).encode("utf-8", "surrogatepass")
-    return damage(draw, content) if draw.random() < 0.2 else content
-
-
-def comma_table(draw: random.Random) -> bytes:
-    separator = draw.choice((",", ";", "\t", "|"))
-    names = header(draw)
-    rows = [
-        [str(cell(draw, 0)) for _ in range(len(names) + draw.choice((0, 0, 0, 1, -1)))]
-        for _ in range(draw.randrange(6))
-    ]
-    text = "\n".join(separator.join(cells) for cells in [names, *rows])
-    encoding = draw.choice(("utf-8",) * 8 + ("utf-8-sig", "utf-16", "cp1252"))
-    content = text.encode(encoding, "surrogatepass" if encoding[:3] == "utf" else "replace")
-    return damage(draw, content) if draw.random() < 0.2 else content
-
-
-def parquet_table(draw: random.Random) -> bytes:
-    names = draw.sample(HEADERS[:6], draw.randint(1, 3))
-    kinds = {
-        name: draw.choice((pa.string(), pa.binary(), pa.int64(), pa.float64(), pa.list_(pa.string()))) for name in names
-    }
-    values = {pa.string(): "a", pa.binary(): b"a", pa.int64(): 1, pa.float64(): 0.5, pa.list_(pa.string()): ["a"]}
-    columns = {n: pa.array([draw.choice((values[k], None)) for _ in range(4)], k) for n, k in kinds.items()}
-    file = io.BytesIO()
-    parquet.write_table(pa.table(columns), file)
-    return damage(draw, file.getvalue()) if draw.random() < 0.3 else file.getvalue()
-
-
 # --------------------------------------------------------------------------------------------------------------- cases
-def try_picture(draw: random.Random, folder: Path, model: U2A) -> None:
+def try_picture(draw: random.Random, folder: Path, given: World) -> None:
     to_image(picture(draw))
 
 
-def try_clip(draw: random.Random, folder: Path, model: U2A) -> None:
+def try_clip(draw: random.Random, folder: Path, given: World) -> None:
     to_audio(clip(draw), 16_000)
 
 
-def try_labels(draw: random.Random, folder: Path, model: U2A) -> None:
+def try_labels(draw: random.Random, folder: Path, given: World) -> None:
     rows = [{"place": f"row {i}", "label": cell(draw)} for i in range(draw.randint(1, 6))]
     settle_labels(rows, draw.choice((None, "classification", "multi_label", "regression")), draw.choice((None, "|")))
 
@@ -218,17 +68,17 @@ def table_file(draw: random.Random, folder: Path) -> Path:
     return path
 
 
-def try_table(draw: random.Random, folder: Path, model: U2A) -> None:
+def try_table(draw: random.Random, folder: Path, given: World) -> None:
     path = table_file(draw, folder)
     load_table(draw.choice((path, folder)), decode=draw.random() < 0.7, label_separator=draw.choice((None, "|")))
 
 
-def try_prediction(draw: random.Random, folder: Path, model: U2A) -> None:
+def try_prediction(draw: random.Random, folder: Path, given: World) -> None:
     path, output = table_file(draw, folder), folder / "out" / draw.choice(("a.csv", "a.jsonl"))
     output.parent.mkdir()
     try:
         samples = samples_from(str(path))
-        write_answers(predict_answers(model, samples), str(output))
+        write_answers(predict_answers(given.model, samples), str(output))
     except BaseException:
         if list(output.parent.iterdir()):
             raise Broken(f"a part of {output.name} was left behind") from None
@@ -237,19 +87,51 @@ def try_prediction(draw: random.Random, folder: Path, model: U2A) -> None:
         raise Broken("the output is cut short")
 
 
-CASES = (try_picture, try_clip, try_labels, try_table, try_prediction)
+CASES = (try_picture, try_clip, try_labels, try_table, try_prediction, *fuzz_models.CASES)
 
 
-def attempt(number: int, model: U2A) -> str:
+@contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+    """Within it nothing is asked for over the network, unpickled or typed, and no file is written beside `folder`."""
+    used: list[str] = []
+
+    def refuse(name: str):
+        def call(*args, **kwargs):
+            used.append(name)
+            raise OSError(f"{name} was called")
+
+        return call
+
+    before = files_beside(folder)
+    with ExitStack() as stack:
+        for owner, name in FORBIDDEN:
+            stack.enter_context(mock.patch.object(owner, name, refuse(name)))
+        try:
+            yield
+        finally:
+            if used:
+                raise Broken(f"{used[0]} was called")
+            if before != files_beside(folder):
+                raise Broken("a file was written")
+
+
+def files_beside(folder: Path) -> set[tuple[str, int]]:
+    """Every file beside `folder`, with the time it was written."""
+    around = (Path(name) / file for name, _, files in os.walk(folder.parent) for file in files)
+    return {(str(path), path.stat().st_mtime_ns) for path in around if folder not in path.parents}
+
+
+def attempt(number: int, given: World) -> str:
     """Try case `number`: `"fine"` or `"refused"`; raises Broken with the case otherwise."""
     draw = random.Random(number)
     case = CASES[number % len(CASES)]
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     outcome = "fine"
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(dir=given.saved.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            case(draw, Path(folder), model)
+            with guarded(Path(folder)):
+                case(draw, Path(folder), given)
         except (ValueError, TypeError, OSError) as error:
             outcome = "refused"
             if not str(error) or len(str(error).splitlines()) > 1 or type(error) is UnicodeDecodeError:
@@ -263,19 +145,16 @@ def attempt(number: int, model: U2A) -> str:
     return outcome
 
 
-def tiny_model(folder: Path) -> U2A:
-    return U2A(tiny_data.encoder_folders(folder), num_labels=3, processors=tiny_data.processors()).eval()
-
-
 def main(count: int) -> None:
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        model = tiny_model(Path(folder))
+        given = world(Path(folder))
         start, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(count):
             try:
-                outcomes[f"{CASES[number % len(CASES)].__name__} {attempt(number, model)}"] += 1
+                outcomes[f"{CASES[number % len(CASES)].__name__} {attempt(number, given)}"] += 1
             except Broken as error:
                 outcomes["broken"] += 1
                 print(error)

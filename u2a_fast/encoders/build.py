@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,12 +101,14 @@ def load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
     Of a model with two towers (CLIP, SigLIP) it is the one for the modality; of Whisper it is the encoder.
 
     Raises:
-        ValueError: nothing can be loaded from there.
+        ValueError: nothing can be loaded from there, or only by code or pickles of the folder, which are never run.
     """
     try:
         return _load(name_or_path, modality, **options)
-    except (OSError, ValueError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+    except Exception as error:  # whatever transformers makes of a damaged folder
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if any(Path(name_or_path).glob("pytorch_model*.bin")):
+            why = "pytorch_model.bin is not read, since a pickle can run code: save the model again, as safetensors"
         raise ValueError(
             f"the {modality} encoder cannot be loaded from {name_or_path!r}: name another folder or hub id with "
             f"encoders={{{modality!r}: ...}}, on the command line --encoders '{{\"{modality}\": ...}}' ({why})"
@@ -116,7 +119,8 @@ def _load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    config = AutoConfig.from_pretrained(name_or_path)
+    options |= {"trust_remote_code": False, "use_safetensors": True}
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if config.model_type == "whisper":
         if config.architectures == ["WhisperEncoder"]:
             return WhisperEncoder.from_pretrained(name_or_path, **options)

@@ -9,6 +9,7 @@ from .base import MultimodalModel
 from .joint_embedding import JointEmbedding
 from .late_fusion import LateFusion
 from .pmf import PMF
+from .saved import first_line, read_config
 from .u2a import U2A
 
 METHODS = {method.config_class.model_type: method for method in (U2A, PMF, JointEmbedding, LateFusion)}
@@ -26,16 +27,13 @@ def load_model(name_or_path: str | os.PathLike, **options: Any) -> MultimodalMod
     Raises:
         ValueError: there is no config, or it names none of ours.
     """
-    from transformers import PreTrainedConfig
-
     try:
-        kind = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+        kind = read_config(name_or_path).get("model_type")
     except (OSError, ValueError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"{name_or_path} is no folder of a trained model, nor a model of the Hugging Face hub: name the output_dir "
-            f"of a run that has ended ({why})"
+            f"of a run that has ended ({first_line(error)})"
         ) from error
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise ValueError(f"{name_or_path} holds a {kind!r} model: u2a_fast loads {', '.join(METHODS)}")
     return METHODS[kind].from_pretrained(name_or_path, **options)

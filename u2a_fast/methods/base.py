@@ -18,13 +18,15 @@ from ..quantization import read_quantization
 from .adapters import Adapters
 from .captured import CapturedSteps, PaddingMasks
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
-from .loading import as_encoder, fit_processor, load_processor, overlay, saved_processors, saved_state
+from .hub import Hub
+from .loading import as_encoder, check_parts, fit_processor, load_processor, overlay, saved_processors
 from .presence import Rows, check_modalities, presence, present_rows, refuse_empty
+from .saved import saved_config, saved_state
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
-class MultimodalModel(Adapters, CapturedSteps, PreTrainedModel):
+class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
     """Frozen encoders under one head. Subclasses say what `encode` keeps of each sample and how `fuse` classifies it.
 
     `encode` looks at each sample once and never at which other modalities it has, so that every missing-modality
@@ -62,8 +64,7 @@ class MultimodalModel(Adapters, CapturedSteps, PreTrainedModel):
         for name, value in arguments.items():
             if isinstance(option := getattr(type(self), name, None), Option):
                 option.check(value)
-        if num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, not {num_labels}")
+        check_parts(encoders, num_labels)
         if problem_type is not None:
             check_choice("problem_type", problem_type, PROBLEM_TYPES)
         if len(encoders) < self.min_modalities:
@@ -366,11 +367,9 @@ class MultimodalModel(Adapters, CapturedSteps, PreTrainedModel):
             overrides: constructor arguments to change, for example `quantization="int8"`.
 
         Raises:
-            ValueError: an encoder has no name, or the file does not fit the encoders.
+            ValueError: an encoder has no name, a file is damaged, or does not fit the encoders.
         """
-        config = cls.config_class.from_pretrained(name_or_path)
-        if config.model_type != cls.config_class.model_type:
-            raise ValueError(f"{name_or_path} holds a {config.model_type} model, not {cls.config_class.model_type}")
+        config = saved_config(cls, name_or_path)
         check_modalities(encoders or (), config.modalities)
         arguments = {**config.arguments, **overrides}
         modes = read_quantization(arguments.get("quantization"), config.modalities)
@@ -385,9 +384,8 @@ class MultimodalModel(Adapters, CapturedSteps, PreTrainedModel):
         model = cls(built, num_labels=config.num_labels, problem_type=config.problem_type, **arguments)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         model._restore_adapters(config.adapters)
-        state, folder = saved_state(name_or_path)
-        overlay(model, state, str(name_or_path))
-        model.processors = saved_processors(folder / "processors")
+        overlay(model, saved_state(name_or_path), str(name_or_path))
+        model.processors = saved_processors(name_or_path)
         return model.eval()
 
 

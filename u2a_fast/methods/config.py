@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,21 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
+MOST_CLASSES = 100_000  # names and a head are made for as many as a file says
+
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {json.dumps(list(choices))}, not {value!r}")
+
+
+def check_count(name: str, value: Any, least: int, most: int = 2**16) -> None:
+    """Refuse what is no whole number from `least` to `most`; more than that would be a slip, or end in no memory."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if not least <= value <= most:
+        bound = f"least {least}" if value < least else f"most {most}"
+        raise ValueError(f"{name} must be at {bound}, not {value}")
 
 
 class Option:
@@ -39,7 +51,11 @@ class Option:
         model.config.arguments[self.name] = value
 
     def check(self, value: Any) -> None:
-        if not self.accepts(value):
+        try:
+            accepted = self.accepts(value)
+        except TypeError:  # it does not compare with a number
+            accepted = False
+        if not accepted:
             raise ValueError(f"{self.name} must be {self.rule}, not {value!r}")
 
 

@@ -15,7 +15,7 @@ from ..encoders.frozen import add_adapters
 from ..lora_config import LoraConfig, read_lora
 from ..padding import Padding
 from .base import MultimodalModel, PaddingMasks
-from .config import MultimodalConfig, Option, check_choice
+from .config import MultimodalConfig, Option, check_choice, check_count
 
 
 class JointEmbeddingConfig(MultimodalConfig):
@@ -89,8 +89,7 @@ class JointEmbedding(MultimodalModel):
         processors: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
     ):
-        if read_only_prompts < 1:
-            raise ValueError(f"read_only_prompts must be at least 1, not {read_only_prompts}")
+        check_count("read_only_prompts", read_only_prompts, 1)
         if isinstance(tuning, str) and tuning != "bitfit":
             raise ValueError(f'tuning must be "bitfit" or a LoraConfig, not {tuning!r}')
         check_choice("fusion", fusion, ("concat", "average"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoFeatureExtractor, AutoTokenizer, BitsAndBytesConfig, ImageProcessingMixin, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -17,15 +17,15 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 # Not from the package itself: that of transformers 5.17 has it only beside torchvision, which nothing here needs.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from transformers.utils import cached_file
 
 from .. import encoders as encoders_module
 from ..encoders import Encoder, without_adapters
+from .config import MOST_CLASSES, check_count
+from .saved import first_line, saved_folder
 
 logger = logging.getLogger(__name__)
 
 RESERVED = ("modality_mask", "label", "labels", "return_dict", "self")  # keywords of forward, columns of a sample
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DINOV3_DEFAULTS = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
 FIXED_LENGTH = ("siglip_text_model", "siglip2_text_model")
 PROCESSORS = {
@@ -34,9 +34,16 @@ PROCESSORS = {
 }
 
 
+def check_parts(encoders: Any, num_labels: Any) -> None:
+    """Refuse encoders that are no dictionary, and no number of classes."""
+    if not isinstance(encoders, Mapping | nn.ModuleDict):
+        raise TypeError(f"encoders must be a dictionary {{modality: encoder}}, not {type(encoders).__name__}")
+    check_count("num_labels", num_labels, 1, MOST_CLASSES)
+
+
 def as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_8bit: bool = False) -> Encoder:
     """A module, hub id or folder as an `Encoder`; `dtype` and `in_8bit` (by bitsandbytes) hold where it is loaded."""
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"modality name {name!r} must be an identifier, since forward takes it as a keyword")
     if name in RESERVED or hasattr(nn.ModuleDict, name):
         raise ValueError(f"modality name {name!r} has another meaning: choose a name such as 'image'")
@@ -59,18 +66,17 @@ def load_processor(name: str, source: str) -> Any:
     if name not in PROCESSORS or not source:
         raise ValueError(f"no processor for {name!r} is known: set model.processors = {{{name!r}: ...}}")
     try:
-        return PROCESSORS[name].from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source} holds no processor for {name!r}: set model.processors = {{{name!r}: ...}}"
-        ) from error
+        return PROCESSORS[name].from_pretrained(source, trust_remote_code=False)
     except ImportError as error:
         if name == "image" and (processor := _dinov3_processor(source)) is not None:
             return processor
-        what = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
             f"the processor for {name!r} in {source} needs a package: install it, or set model.processors = "
-            f"{{{name!r}: ...}} ({what})"
+            f"{{{name!r}: ...}} ({first_line(error)})"
+        ) from error
+    except Exception as error:  # whatever the libraries make of a damaged file
+        raise ValueError(
+            f"{source} holds no processor for {name!r}: set model.processors = {{{name!r}: ...}} ({first_line(error)})"
         ) from error
 
 
@@ -107,9 +113,21 @@ def fit_processor(processor: Any, encoder: Encoder) -> None:
             tokenizer.fixed_length = True
 
 
-def saved_processors(folder: Path) -> dict[str, Any]:
-    """The processors that `save_pretrained` left, each in a folder named after its modality."""
-    return {path.name: _processor_class(path).from_pretrained(path) for path in sorted(folder.glob("*/"))}
+def saved_processors(source: str | os.PathLike) -> dict[str, Any]:
+    """The processors that `save_pretrained` left under a folder or hub id, each in a folder named by its modality.
+
+    Raises:
+        ValueError: one of them cannot be loaded.
+    """
+    folder = saved_folder(source, "processors")
+    return {path.name: _saved_processor(path) for path in sorted(folder.glob("*/"))}
+
+
+def _saved_processor(folder: Path) -> Any:
+    try:
+        return _processor_class(folder).from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries make of a damaged file
+        raise ValueError(f"the processor in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _processor_class(folder: Path) -> Any:
@@ -120,16 +138,6 @@ def _processor_class(folder: Path) -> Any:
         return AutoTokenizer
     settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     return AutoFeatureExtractor if "feature_extractor_type" in settings else AutoImageProcessor
-
-
-def saved_state(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Path]:
-    """What `save_pretrained` wrote under `source`, a folder or hub id, in one file or several; and the local folder."""
-    file = cached_file(source, WEIGHTS, _raise_exceptions_for_missing_entries=False)
-    if file is not None:
-        return load_file(file), Path(file).parent
-    index = Path(cached_file(source, INDEX))
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return {k: v for shard in shards for k, v in load_file(cached_file(source, shard)).items()}, index.parent
 
 
 def overlay(model: PreTrainedModel, state: dict[str, torch.Tensor], source: str) -> None:

@@ -19,7 +19,7 @@ from ..kernels import Group
 from ..layout import Layout
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
-from .config import MultimodalConfig, Option
+from .config import MultimodalConfig, Option, check_count
 from .presence import Rows
 
 Layouts = Callable[[int], Layout]  # the layout of one modality's rows with so many learned rows after each sample's
@@ -226,8 +226,7 @@ class PMF(MultimodalModel):
         counts = {"query_prompts": query_prompts, "query_context_prompts": query_context_prompts}
         counts |= {"fusion_context_prompts": fusion_context_prompts, "fusion_layers": fusion_layers}
         for name, count in counts.items():
-            if count < (least := 0 if "context" in name else 1):
-                raise ValueError(f"{name} must be at least {least}, not {count}")
+            check_count(name, count, 0 if "context" in name else 1)
         super().__init__(
             encoders,
             num_labels,

@@ -141,7 +141,9 @@ class U2A(MultimodalModel):
         return self._joined(encoded, present)
 
     def _joined(self, encoded: Mapping[str, Read], present: Tensor) -> U2AEncoded:
-        nothing = self.head.weight.new_zeros(present.shape[0], self.head.in_features)  # `len` is a constant in an export
+        nothing = self.head.weight.new_zeros(
+            present.shape[0], self.head.in_features
+        )  # `len` is a constant in an export
         class_tokens, proxies = [], []
         for i, name in enumerate(self.config.modalities):
             tokens, stand_ins = encoded.get(name, (nothing, nothing.expand(present.shape[1] - 1, -1, -1)))

@@ -1,0 +1,72 @@
+"""Models to the Hugging Face hub: the whole folder that `save_pretrained` writes, processors included."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from torch import nn
+
+
+class Hub(nn.Module):
+    """Part of `MultimodalModel`. transformers uploads a folder's files and those one level below: no processor."""
+
+    config: Any
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> str:
+        """Save to a repository of the hub, from which `from_pretrained(repo_id)` reads it.
+
+        Encoders are not uploaded, their names are. It warns of one that is a folder of this machine.
+
+        Args:
+            repo_id: `"name"` or `"somebody/name"`; made where there is none.
+            private, token, revision, create_pr: as in `huggingface_hub.HfApi`.
+            options: of `save_pretrained`, for example `max_shard_size`.
+
+        Returns:
+            the address of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        for name, source in self.config.encoders.items():
+            if not source or Path(source).exists():
+                warnings.warn(
+                    f"the {name} encoder is on this machine alone ({source or 'it has no name'}): whoever loads "
+                    f"{repo_id} elsewhere has to pass encoders={{{name!r}: ...}}",
+                    stacklevel=2,
+                )
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)  # type: ignore[operator]
+            self._card().save(os.path.join(folder, "README.md"))
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return str(commit)
+
+    def _card(self) -> ModelCard:
+        """What the hub has to know; `u2a-fast train` writes the card of a run."""
+        known = sorted({source for source in self.config.encoders.values() if source and not Path(source).exists()})
+        about = ModelCardData(library_name="u2a_fast", base_model=known or None, tags=[self.config.model_type])
+        names = ", ".join(self.config.modalities)
+        return ModelCard(
+            f"---\n{about.to_yaml()}\n---\n\nFrozen encoders of {names} under a {type(self).__name__} of "
+            '[u2a-fast](https://pypi.org/project/u2a-fast/): `u2a_fast.load_model("name of this repository")`.\n'
+        )
