@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .lora_config import LoraConfig
     from .methods import PMF, U2A, JointEmbedding, LateFusion, load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded when first asked for: the kernels alone need neither transformers nor torchmetrics, which take seconds.
 _HOME = {
