@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-gpu test-oldest fast lint bench gpu-report fuzz clean
+.PHONY: demo test test-gpu test-oldest fast lint docs bench gpu-report fuzz clean
 
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
@@ -32,6 +32,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages as a site in out/site; a link that leads nowhere or a name that is not there is an error.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 # The results are written even where a limit was missed; the target fails then.
 bench: $(READY)

@@ -1,7 +1,7 @@
 """From a run of the benches to what people read.
 
     python benches/summary.py run.json       results/<class>.json, .csv and charts, and a table of ratios
-    python benches/summary.py --readme       the figures of README.md, out of results/*.json
+    python benches/summary.py --readme       the figures of docs/speed.md, out of results/*.json
 
 `run.json` is what `pytest benches --benchmark-only --benchmark-json=run.json` wrote; `make bench` runs both.
 """
@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "speed.md"
 START, END = "<!-- figures: python benches/summary.py --readme -->", "<!-- end of figures -->"
 
 Result = dict[str, Any]
 
-# Which figures README.md shows, and what it calls them; `benches/results` has all.
+# Which figures the page shows, and what it calls them; `benches/results` has all.
 HEADLINES = {
     "u2a_step ViT-B + BERT-base, 70% missing: gain over the best PEFT arm": (
         "U2A step, ViT-B + BERT-base, batch 16, texts of 8 to 128 tokens, 70% missing, against the best PEFT arm"
@@ -170,9 +170,9 @@ def limits_in(results: list[Result]) -> dict[str, dict[str, Any]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------------------------ docs/speed.md
 def figures(where: Path) -> str:
-    """The table of README.md: one column a class of machine that has results."""
+    """The table of docs/speed.md: one column a class of machine that has results."""
     classes = {path.stem: limits_in(json.loads(path.read_text())) for path in sorted(where.glob("*.json"))}
     if not classes:
         raise SystemExit(f"{where} holds no results: run `make bench` first")
@@ -181,7 +181,7 @@ def figures(where: Path) -> str:
         cells = [_cell(found.get(name)) for found in classes.values()]
         if any(cells):
             lines.append(f"| {said} | " + " | ".join(cells) + " |")
-    charts = [f"[{p.stem}](benches/results/{p.name})" for p in sorted(where.glob("*.png"))]
+    charts = [f"`benches/results/{p.name}`" for p in sorted(where.glob("*.png"))]
     return "\n".join([*lines, "", "Charts: " + ", ".join(charts) + "."])
 
 
@@ -194,19 +194,19 @@ def _cell(entry: dict[str, Any] | None) -> str:
     return figure + noise + ("" if entry["kept"] else f", **missed{entry['said']}**".replace("missed,", "missed:"))
 
 
-def rewrite_readme(where: Path, readme: Path = README) -> None:
-    text = readme.read_text()
+def rewrite_page(where: Path, page: Path = PAGE) -> None:
+    text = page.read_text()
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise SystemExit(f"{readme} has no block between {START!r} and {END!r}")
-    readme.write_text(f"{before}{START}\n{figures(where)}\n{END}{after}")
+        raise SystemExit(f"{page} has no block between {START!r} and {END!r}")
+    page.write_text(f"{before}{START}\n{figures(where)}\n{END}{after}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--readme", action="store_true", help="rewrite the figures of README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the figures of docs/speed.md")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where results lie")
     options = parser.parse_args()
     if options.run is None and not options.readme:
@@ -217,7 +217,7 @@ def main() -> None:
         print_ratios(results, name)
         print_limits(results)
     if options.readme:
-        rewrite_readme(options.results)
+        rewrite_page(options.results)
 
 
 if __name__ == "__main__":

@@ -43,15 +43,15 @@ def test_summary_smoke(benchmark, tmp_path):
     assert {".json", ".csv", "-time.png", "-memory.png"} <= made
 
 
-def test_readme_smoke(benchmark, tmp_path):
+def test_page_smoke(benchmark, tmp_path):
     name, results = summary.read_run(a_run(tmp_path))
     summary.write(results, name, tmp_path / "results")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{summary.START}\nold\n{summary.END}\nafter\n")
-    benchmark.pedantic(summary.rewrite_readme, args=(tmp_path / "results", readme), rounds=1)
-    text = readme.read_text()
+    page = tmp_path / "speed.md"
+    page.write_text(f"before\n{summary.START}\nold\n{summary.END}\nafter\n")
+    benchmark.pedantic(summary.rewrite_page, args=(tmp_path / "results", page), rounds=1)
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "1.50 (noise 1.0%), **missed: promised at least 1.9**" in text and "5.00 (noise 1.0%) |" in text
-    readme.write_text("no block")
+    page.write_text("no block")
     with pytest.raises(SystemExit, match="has no block"):
-        summary.rewrite_readme(tmp_path / "results", readme)
+        summary.rewrite_page(tmp_path / "results", page)

@@ -203,14 +203,6 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common,
     assert not (tmp_path / "out").exists()
 
 
-def test_every_command_of_the_readme_parses():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"u2a-fast (?:train|evaluate|predict|compare|memory|doctor)[^`#\n]*", text)
-    assert len(commands) > 8
-    for command in commands:
-        build_parser().parse_args(shlex.split(command)[1:])
-
-
 def test_doctor_names_what_it_found(capsys):
     main(["doctor"])
     out = capsys.readouterr().out
