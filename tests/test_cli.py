@@ -2,8 +2,6 @@
 
 import csv
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from transformers import Trainer
 
 from u2a_fast import load_model
 from u2a_fast.card import data_hash
-from u2a_fast.cli import build_parser, main
+from u2a_fast.cli import main
 from u2a_fast.data import load_table
 from u2a_fast.evaluation import scenario_logits
 

@@ -24,6 +24,7 @@ from u2a_fast.data import load_table
 from u2a_fast.encoders.families import FAMILIES, REFUSED
 
 EXECUTED = [page for page in PAGES if blocks(page) and page != "serving"]  # which a test of its own runs
+SHORT = {"train": ("--max-steps", "2"), "compare": ("--max-steps", "2", "--seeds", "[0]")}
 PACKAGES = (u2a_fast, kernels, u2a_fast.encoders, u2a_fast.data)
 
 
@@ -56,7 +57,7 @@ def run_page(page, stand_ins, monkeypatch):
 
 
 def run_command(command, stand_ins, monkeypatch):
-    """As it stands where its data is at hand (two steps of a training run); of any other that it may be typed so."""
+    """As it stands where its data is at hand (two steps, one seed); of any other that it may be typed so."""
     before, _, command = command.rpartition(" | ")
     program, *arguments = shlex.split(command)
     if program == "make":
@@ -77,7 +78,7 @@ def run_command(command, stand_ins, monkeypatch):
                 patch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(said)))
             patch.setattr(u2a_fast.data, "dinov2_folder", lambda image_size: stand_ins["facebook/dinov2-small"])
             patch.setattr(u2a_fast.data, "minilm_folder", lambda: stand_ins["bert-base-uncased"])
-            main([*arguments, *(["--max-steps", "2"] if arguments[0] in ("train", "compare") else [])])
+            main([*arguments, *SHORT.get(arguments[0], ())])
     else:
         pytest.fail(f"nobody knows how to try {command!r}")
 
