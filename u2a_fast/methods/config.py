@@ -24,8 +24,8 @@ def check_count(name: str, value: Any, least: int, most: int = 2**16) -> None:
     """Refuse what is no whole number from `least` to `most`; more than that would be a slip, or end in no memory."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
-    if not least <= value <= most:
-        bound = f"least {least}" if value < least else f"most {most}"
+    if not least <= int(value) <= most:
+        bound = f"least {least}" if int(value) < least else f"most {most}"
         raise ValueError(f"{name} must be at {bound}, not {value}")
 
 

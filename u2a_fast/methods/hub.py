@@ -50,7 +50,7 @@ class Hub(nn.Module):
                     stacklevel=2,
                 )
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options)  # type: ignore[operator]
+            self.save_pretrained(folder, **options)
             self._card().save(os.path.join(folder, "README.md"))
             commit = api.upload_folder(
                 repo_id=repo_id,

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,8 +118,7 @@ def saved_state(source: str | os.PathLike) -> dict[str, torch.Tensor]:
     shards = _tried(f"{INDEX} in {source}", lambda: _shards(index))
     state: dict[str, torch.Tensor] = {}
     for shard in shards:
-        path = cached_file(source, shard)
-        state |= _tried(f"{shard} in {source}", lambda path=path: load_file(path))
+        state |= _tried(f"{shard} in {source}", partial(load_file, cached_file(source, shard)))
     return state
 
 
