@@ -62,7 +62,7 @@ $(READY): pyproject.toml setup.py constraints.txt requirements-demo.txt
 .venv-oldest/.ready: pyproject.toml setup.py constraints-oldest.txt requirements-demo.txt
 	$(call install,constraints-oldest.txt)
 
-# Ten thousand malformed files, tables, labels and lines; the suite tries a few hundred.
+# Ten thousand malformed files, tables, labels, lines and models; the suite tries a few hundred.
 fuzz: $(READY)
 	$(BIN)/python tests/support/fuzz.py 10000
 

@@ -14,7 +14,6 @@ FAMILIES = {
     "pre and post norm": {"image": "vit", "text": "bert"},
     "rotary and windows": {"text": "modernbert", "image": "dinov3"},
     "causal, RMSNorm and shared keys": {"image": "vit_mae", "text": "qwen3"},
-    "three": {"image": "deit", "text": "clip_text", "audio": "whisper"},
 }
 
 
