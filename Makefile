@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-gpu test-oldest fast lint docs bench gpu-report fuzz clean
+.PHONY: demo test test-gpu test-oldest fast lint docs bench gpu-report fuzz chaos clean
 
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
@@ -65,6 +65,10 @@ $(READY): pyproject.toml setup.py constraints.txt requirements-demo.txt
 # Ten thousand malformed files, tables, labels, lines and models; the suite tries a few hundred.
 fuzz: $(READY)
 	$(BIN)/python tests/support/fuzz.py 10000
+
+# Runs that are killed at fifty random points, resumed, and compared with one that nobody disturbed; the suite: five.
+chaos: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/chaos.py 50
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info

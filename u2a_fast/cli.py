@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from jsonargparse import ArgumentParser, Namespace
+from safetensors import SafetensorError
 
 from .comparison import CompareOptions, compare
 from .evaluation import evaluate
@@ -153,6 +154,6 @@ def main(arguments: list[str] | None = None) -> None:
     values: Namespace = parsed[parsed.command]
     try:
         run(options(**{item.name: values[item.name] for item in fields(options)}))
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         sentence = next(iter(str(error).splitlines()), repr(error))  # Hugging Face's go on for paragraphs
         sys.exit(f"u2a-fast {parsed.command}: {sentence}")

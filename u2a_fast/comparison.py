@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,9 @@ from .methods.config import check_choice
 from .metrics import headline
 from .options import TrainOptions, load_sources, option
 from .paired import TALLIES
+from .processes import processes
 from .reports import UNIMODAL, Row, plot_curves, plot_report
-from .runs import RUN_FILE, check_directory, claim_directory
+from .runs import RUN_FILE, check_directory, claim_directory, write_whole
 from .training import BASELINES, STATE, run_once
 from .verdicts import Cell, Verdicts, markdown
 
@@ -42,6 +44,8 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
         `{method: {scenario: (mean, standard deviation) over seeds}}` of the accuracy (macro F1 of several labels a
         sample, R2 of a regression), baselines included.
     """
+    if processes().num_processes > 1:
+        raise ValueError("compare trains one model after another in one process: start it without a launcher")
     ours = [name for name, method in METHODS.items() if not method.baseline]
     methods, seeds = options.methods or ours, options.seeds or [0, 1, 2]
     for name in methods:
@@ -82,10 +86,11 @@ def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:
         rows = BASELINES[name](one, splits, sources)
     else:
         rows = run_once(one, splits, sources)
-    with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / "rows.csv", table.getvalue())  # half of it would pass for a run that is finished
     return rows
 
 

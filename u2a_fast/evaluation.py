@@ -20,6 +20,7 @@ from .data.presence import batches_of, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
 from .metrics import score
 from .paired import TALLIES, tally
+from .processes import is_main
 from .reports import Row, plot_confusion, write_report
 
 RATES = (0.3, 0.5, 0.7, 0.9)
@@ -136,7 +137,7 @@ def scenario_logits(
     model.eval()
     try:
         batches = batches_of(samples_of(dataset), batch_size)
-        for samples in tqdm(batches, desc="evaluating", unit="batch", total=total):
+        for samples in tqdm(batches, desc="evaluating", unit="batch", total=total, disable=not is_main()):
             batch = collate(samples)
             present, target = batch.pop("modality_mask"), batch.pop("labels", None)
             if target is None:

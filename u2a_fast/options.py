@@ -107,15 +107,19 @@ class TrainOptions:
     num_workers: int | None = option(None, "processes that prepare batches; None: 2 where there is a GPU, otherwise 0")
     dtype: str = option("auto", "dtype of the frozen encoders: float32, bfloat16, or auto (bfloat16 where it is fast)")
     baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")
+    save_steps: int | None = option(None, "steps between checkpoints, and what a killed run may lose; None: an epoch")
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "image_size", "learning_rate", "head_learning_rate", "lora_alpha"):
+        counts = ("epochs", "batch_size", "save_steps", "image_size")
+        for name in (*counts, "learning_rate", "head_learning_rate", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"--num-workers must be 0 or more, not {self.num_workers}")
+        if self.save_steps is not None and self.metric_for_best:
+            raise ValueError("--metric-for-best keeps the best epoch: leave --save-steps out beside it")
 
     @property
     def lora(self) -> LoraConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from .options import TrainOptions
 
 RUN_FILE = "run.yaml"
-ELSEWHERE = ("output_dir", "resume", "data_cache", "num_workers")  # say where and how fast, not what comes out
+ELSEWHERE = ("output_dir", "resume", "data_cache", "num_workers", "save_steps")  # bear on nothing that comes out
 LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
 
 
@@ -46,7 +47,14 @@ def _last_checkpoint(folder: Path) -> str | None:
 def claim_directory(options: TrainOptions) -> None:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(yaml.safe_dump(_run(options), sort_keys=False), encoding="utf-8")
+    write_whole(folder / RUN_FILE, yaml.safe_dump(_run(options), sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, should the process die or the disk be full."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="")
+    os.replace(part, path)
 
 
 def _run(options: TrainOptions) -> dict[str, Any]:

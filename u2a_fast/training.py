@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import EvalPrediction, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
@@ -22,9 +23,12 @@ from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
 from .methods.base import MultimodalModel
 from .methods.config import check_choice
+from .methods.loading import overlay
 from .methods.presence import check_modalities
+from .methods.saved import saved_state
 from .metrics import measures, score
 from .options import BESIDES, TrainOptions, choices, default_encoders, load_sources, read_whole, settled
+from .processes import for_main, is_main, least, on_cpu, processes, refuse_shards, share
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
 from .runs import check_directory, claim_directory
 
@@ -43,6 +47,8 @@ SAMPLE_BYTES = 150 * 2**20  # kept for backward by a sample, ViT-B + BERT-base w
 def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> list[Row]:
     """Train, evaluate every scenario, and write checkpoint, `report.csv`, `report.png`, `curves.png` and `README.md`.
 
+    Under `accelerate launch` or `torchrun` the processes share each step's batch; the first one writes.
+
     Args:
         splits: `{"train", "validation", "test"}` of Hugging Face data sets or streams in place of `options.data`, with
             columns as `load_table` gives them. A stream needs `max_steps` and features that name the classes.
@@ -53,9 +59,12 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
     """
     if options.method not in METHODS:
         raise ValueError(f"unknown method {options.method!r}: use one of {', '.join(METHODS)}")
+    refuse_shards()
     check_directory(options)
     if splits is None:
-        return run_once(options, *load_sources(options))
+        with processes().local_main_process_first():  # encoders are unpacked once
+            splits, sources = load_sources(options)
+        return run_once(options, splits, sources)
     splits = read_whole(splits, options.all_absent)
     return run_once(options, splits, dict(options.encoders or default_encoders(options, splits)))
 
@@ -65,22 +74,23 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     checkpoint = check_directory(options)
     check_data(options, splits, sources)
     chosen = settled(options, splits)
-    if said := choices(options, chosen, list(sources)):
-        print(said)
     trainer = make_trainer(METHODS[options.method], chosen, splits, sources, Path(options.output_dir))
-    print(trainer.train_dataset.summary())
-    if hasattr(splits["train"], "__len__"):
-        warn_of_cuts(trainer.model.processors, training_split(chosen, splits))
-    trainer.model.print_trainable_parameters()
-    claim_directory(options)
+    processes().wait_for_everyone()  # all have looked at the folder
+    if is_main():
+        print(*filter(None, [choices(options, chosen, list(sources))]), trainer.train_dataset.summary(), sep="\n")
+        if hasattr(splits["train"], "__len__"):
+            warn_of_cuts(trainer.model.processors, training_split(chosen, splits))
+        trainer.model.print_trainable_parameters()
+        claim_directory(options)
     model = run_trainer(trainer, checkpoint)
-    rows = evaluate(model, splits["test"], seed=options.seed, output_dir=options.output_dir)
+    rows = evaluate(model, splits["test"], seed=options.seed, output_dir=for_main(options.output_dir))
     for name, baseline in BASELINES.items() if options.baselines else ():
         within = replace(chosen, output_dir=str(Path(options.output_dir) / "baselines"))
         rows += with_baseline(baseline(within, splits, sources), name)
-    write_report(rows, options.output_dir)
-    write_card(model, chosen, rows, trainer.train_dataset, training_split(chosen, splits))
-    print_report(rows, title=f"{options.method} on {options.data}, seed {options.seed}")
+    if is_main():
+        write_report(rows, options.output_dir)
+        write_card(model, chosen, rows, trainer.train_dataset, training_split(chosen, splits))
+        print_report(rows, title=f"{options.method} on {options.data}, seed {options.seed}")
     return rows
 
 
@@ -135,13 +145,20 @@ class LossBar(ProgressCallback):
 
 def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalModel:
     """Train to the end, from a checkpoint where one is given; the model, saved."""
-    trainer.train(resume_from_checkpoint=checkpoint)
+    state = TrainerState.load_from_json(str(Path(checkpoint) / STATE)) if checkpoint else None
+    if state is not None and state.global_step >= state.max_steps:  # in the middle of an epoch Trainer would go on
+        best = state.best_model_checkpoint or str(checkpoint)
+        overlay(trainer.model, saved_state(best), best)
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     if isinstance(trainer.data_collator, StandardLabels):
         trainer.data_collator.into_head(trainer.model)
-    trainer.model.save_pretrained(trainer.args.output_dir)
-    folder = Path(trainer.args.output_dir)
-    trainer.state.save_to_json(str(folder / STATE))
-    plot_curves({"": [trainer.state.log_history]}).savefig(folder / "curves.png", dpi=120)
+    if is_main():
+        trainer.model.save_pretrained(trainer.args.output_dir)
+        folder = Path(trainer.args.output_dir)
+        trainer.state.save_to_json(str(folder / STATE))
+        plot_curves({"": [trainer.state.log_history]}).savefig(folder / "curves.png", dpi=120)
     return trainer.model
 
 
@@ -253,7 +270,8 @@ def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim
 
 def training_arguments(options: TrainOptions, folder: Path, workers: int) -> TrainingArguments:
     assert options.batch_size is not None  # settled
-    part = fitting_batch(options.batch_size)
+    own = share(options.batch_size)
+    part = least(fitting_batch(own))
     best = {
         "eval_strategy": "epoch",
         "load_best_model_at_end": True,
@@ -265,13 +283,16 @@ def training_arguments(options: TrainOptions, folder: Path, workers: int) -> Tra
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         per_device_train_batch_size=part,
-        gradient_accumulation_steps=options.batch_size // part,
-        auto_find_batch_size=torch.cuda.is_available(),
+        gradient_accumulation_steps=own // part,
+        auto_find_batch_size=torch.cuda.is_available() and processes().num_processes == 1,  # or one would wait for ever
+        ddp_find_unused_parameters=False,  # every encoder runs in every process, on no rows if need be
+        use_cpu=on_cpu(),
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=10,
         logging_steps=10,
-        save_strategy="epoch",
+        save_strategy="steps" if options.save_steps else "epoch",
+        save_steps=options.save_steps or 500,
         save_total_limit=1,
         seed=options.seed,
         report_to="none",
@@ -297,7 +318,7 @@ def fitting_batch(batch_size: int) -> int:
     """The batch, halved until its activations take no more than half of the memory that is free."""
     part = batch_size
     if not torch.cuda.is_available():  # on a GPU Trainer itself halves what does not fit
-        free = psutil.virtual_memory().available
+        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         while part > 1 and part % 2 == 0 and part * SAMPLE_BYTES > free / 2:
             part //= 2
     return part
@@ -321,7 +342,7 @@ def late_fusion_rows(options: TrainOptions, splits: Mapping[str, Any], sources: 
     """Late fusion with zeros for what is missing, under every scenario."""
     folder = Path(options.output_dir) / "late_fusion"
     model = run_trainer(make_trainer(LateFusion, options, splits, sources, folder))
-    return evaluate(model, splits["test"], seed=options.seed, output_dir=folder)
+    return evaluate(model, splits["test"], seed=options.seed, output_dir=for_main(folder))
 
 
 def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> list[Row]:
@@ -336,7 +357,8 @@ def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Map
             remains.pop("validation", None)  # it is in the pool
         folder = Path(options.output_dir) / f"{name}_only"
         model = run_trainer(make_trainer(LateFusion, options, remains, {name: source}, folder))
-        rows += [{**row, "scenario": f"{name} only"} for row in evaluate(model, splits["test"], output_dir=folder)]
+        found = evaluate(model, splits["test"], output_dir=for_main(folder))
+        rows += [{**row, "scenario": f"{name} only"} for row in found]
     return rows
 
 

@@ -117,6 +117,13 @@ def test_a_folder_that_does_not_fit_is_refused(folders, tmp_path):
         load_model(folders["text"])
 
 
+def test_encoders_on_several_devices_are_refused_with_the_reason(folders, tmp_path):
+    make_model(folders).save_pretrained(tmp_path / "saved")
+    for load in (load_model, U2A.from_pretrained):
+        with pytest.raises(ValueError, match=r"device_map is not supported: .*take turns; call model\.to\(device\)"):
+            load(tmp_path / "saved", device_map={"text": 0, "image": 1})
+
+
 def make_trainer(model, folder, **options):
     arguments = TrainingArguments(
         str(folder),

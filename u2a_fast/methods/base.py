@@ -19,8 +19,8 @@ from .adapters import Adapters
 from .captured import CapturedSteps, PaddingMasks
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
 from .hub import Hub
-from .loading import as_encoder, check_parts, fit_processor, load_processor, overlay, saved_processors
-from .presence import Rows, check_modalities, presence, present_rows, refuse_empty
+from .loading import as_encoder, check_parts, fit_processor, load_processor, one_device, overlay, saved_processors
+from .presence import Rows, all_take_part, check_modalities, nobody, presence, present_rows, refuse_empty
 from .saved import saved_config, saved_state
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -190,11 +190,12 @@ class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
     def rows(
         self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None = None
     ) -> dict[str, Rows]:
-        """The samples of each modality that the batch holds inputs of, by name. See `encode` for `padding`."""
+        """The samples of each modality that the batch holds inputs of; of all while processes train together."""
         if padding is None:
             (present,), padding = self._to_host(inputs, present)
         here = zip(self.config.modalities, present.unbind(1), strict=True)
-        return {name: present_rows(inputs[name], rows, padding[name]) for name, rows in here if name in inputs}
+        found = {name: present_rows(inputs[name], rows, padding[name]) for name, rows in here if name in inputs}
+        return {name: nobody(self.device) for name in self.encoders} | found if all_take_part() else found
 
     def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.problem_type(labels) == "regression":
@@ -369,6 +370,7 @@ class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
         Raises:
             ValueError: an encoder has no name, a file is damaged, or does not fit the encoders.
         """
+        one_device(overrides)
         config = saved_config(cls, name_or_path)
         check_modalities(encoders or (), config.modalities)
         arguments = {**config.arguments, **overrides}

@@ -61,6 +61,15 @@ def as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_
     return encoder
 
 
+def one_device(arguments: Mapping[str, Any]) -> None:
+    """ValueError where one asks for encoders on several devices, or for accelerate's hooks on a single one."""
+    if "device_map" in arguments:
+        raise ValueError(
+            "device_map is not supported: the encoders of a model meet in every step, so two devices would take turns; "
+            "call model.to(device), and start one process a device to use several"
+        )
+
+
 def load_processor(name: str, source: str) -> Any:
     """The processor in the folder or hub id `source` of the modality `name`."""
     if name not in PROCESSORS or not source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..layout import Layout
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option, check_count
-from .presence import Rows
+from .presence import Rows, nobody
 
 Layouts = Callable[[int], Layout]  # the layout of one modality's rows with so many learned rows after each sample's
 
@@ -69,9 +70,12 @@ class FusionPart(nn.Module):
         # Two modalities need no target in the name: translator.0.weight, not translator.image.0.weight.
         self.translator = nn.ModuleDict(translators) if len(targets) > 1 else next(iter(translators.values()))
 
+    def translator_to(self, target: str) -> nn.Module:
+        return self.translator[target] if isinstance(self.translator, nn.ModuleDict) else self.translator
+
     def message(self, target: str, y: Tensor) -> Tensor:
         """What the rows y `[b, n, d]` say to modality `target`: `[b, n, d']`."""
-        return (self.translator[target] if isinstance(self.translator, nn.ModuleDict) else self.translator)(y)
+        return self.translator_to(target)(y)
 
     def query(self, block: Block, kv: Tensor, layout: Layouts) -> Tensor:
         """y = Layer([x ; qcp ; qp])[-n:], `[b, n, D]`. kv: K and V of the rows x."""
@@ -246,7 +250,17 @@ class PMF(MultimodalModel):
         prompts = query_prompts, query_context_prompts, fusion_context_prompts, train_fusion_context
         self.layers = nn.ModuleList(FusionLayer(widths, *prompts) for _ in range(fusion_layers))
         self.head = nn.ModuleDict({m: nn.Linear(d, num_labels) for m, d in widths.items()})
+        self._freeze_unheard()
         self.post_init()
+
+    def _freeze_unheard(self) -> None:
+        """What is said to a causal encoder changes none of its tokens: DDP would wait for the gradients for ever."""
+        causal = [name for name, encoder in self.encoders.items() if encoder.blocks[-1].causal]
+        for layer, name in itertools.product(self.layers, causal):
+            layer[name].fusion_context_prompt.requires_grad_(False)
+            for source, part in layer.items():
+                if source != name:
+                    part.translator_to(name).requires_grad_(False)
 
     @classmethod
     def recipe(cls, options: Any) -> dict[str, Any]:
@@ -257,13 +271,10 @@ class PMF(MultimodalModel):
     ) -> list[PackedTokens]:
         """The tokens below the fusion layers, of the rows that are present only."""
         rows, encoded = self.rows(inputs, present, padding), []
-        nobody = torch.zeros(0, dtype=torch.long)
         for name, encoder in self.encoders.items():
-            if name in rows:
-                encoded.append(PackedTokens(rows[name].positions, rows[name].index, *self.below(name, rows[name])))
-            else:
-                nothing = torch.zeros(0, 1, encoder.width, dtype=encoder.dtype, device=self.device)
-                encoded.append(PackedTokens(nobody, host.send(nobody, self.device), nothing, None))
+            own = rows.get(name) or nobody(self.device)
+            tokens = self.below(name, own) if own.inputs else own.embed(encoder)  # there is nothing to train below
+            encoded.append(PackedTokens(own.positions, own.index, *tokens))
         return encoded
 
     def below(self, name: str, rows: Rows) -> tuple[Tensor, Padding | None]:
@@ -289,6 +300,11 @@ class PMF(MultimodalModel):
         ]
         rows = [layout(0).pack(packed.tokens) for layout, packed in zip(layouts, kept, strict=True)]
         indices, unread = [packed.index for packed in kept], [None] * len(kept)
+        if any(hasattr(encoder.blocks[-1].qkv.weight, "placements") for encoder in self.encoders.values()):
+            raise ValueError(
+                "fusion layers of PMF run parts of blocks, which FSDP2 does not see: shard the model as a whole "
+                "(fsdp_auto_wrap_policy: NO_WRAP), or use DDP"
+            )
         for i, layer in enumerate(self.layers):
             blocks = [encoder.blocks[i - len(self.layers)] for encoder in self.encoders.values()]
             is_last = i == len(self.layers) - 1

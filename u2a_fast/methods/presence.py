@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .. import host
 from ..encoders import Encoder
@@ -77,7 +77,7 @@ class Rows:
     Attributes:
         positions: int64 `[b]`, their places in the batch, on the CPU; None in a step of fixed shapes.
         index: the same on the device of the inputs.
-        inputs: their rows of every input tensor; other inputs as they are.
+        inputs: their rows of every input tensor; other inputs as they are. Empty where the batch has none at all.
         padding_mask: bool `[b, S]` of their tokens on the CPU, where it is known before they are embedded.
     """
 
@@ -88,6 +88,8 @@ class Rows:
 
     def embed(self, encoder: Encoder) -> tuple[Tensor, Padding | None]:
         """Tokens `[b, S, D]` and their padding."""
+        if not self.inputs:
+            return torch.zeros(0, 1, encoder.width, dtype=encoder.dtype, device=self.index.device), None
         tokens, mask = encoder.embed(**self.inputs)
         return tokens, padding_of(mask, self.padding_mask)
 
@@ -96,6 +98,20 @@ class Rows:
         shape = list(values.shape)
         shape[dim] = batch
         return values.new_zeros(shape).index_copy(dim, self.index, values)
+
+
+def nobody(device: torch.device) -> Rows:
+    """No sample, of a modality that the batch holds no inputs of."""
+    nowhere = torch.zeros(0, dtype=torch.long)
+    return Rows(nowhere, host.send(nowhere, device), {})
+
+
+def all_take_part() -> bool:
+    """Whether an encoder runs though the batch has no inputs of it, on no rows: other processes may have some.
+
+    DDP waits for a gradient of every parameter, and FSDP2 for every process to collect the shards of a block.
+    """
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def present_rows(inputs: Mapping[str, Any], here: Tensor, padding_mask: Tensor | None = None) -> Rows:

@@ -16,7 +16,7 @@ from ..lora_config import LoraConfig, read_lora
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option
-from .presence import Rows
+from .presence import Rows, all_take_part, nobody
 
 PARTS = 8  # of a batch: how finely the samples of a captured step are counted
 Read = tuple[Tensor, Tensor]  # what one encoder says: class tokens [B, D], proxies [M - 1, B, D]
@@ -217,11 +217,8 @@ class U2A(MultimodalModel):
 
     def _packed(self, inputs: Mapping[str, Any], present: Tensor, padding: PaddingMasks | None) -> dict[str, Read]:
         """Only the rows that are present run; the others stay 0."""
-        encoded = {}
-        for name, rows in self.rows(inputs, present, padding).items():
-            class_token, proxies = self.read(name, *rows.embed(self.encoders[name]))
-            encoded[name] = rows.spread(class_token, len(present)), rows.spread(proxies, len(present), dim=1)
-        return encoded
+        rows = self.rows(inputs, present, padding)
+        return {name: self._spread(name, own, len(present)) for name, own in rows.items()}
 
     def _static(self, inputs: Mapping[str, Any], present: Tensor) -> dict[str, Read]:
         """All rows run; absent ones start from zeros, since a NaN there would reach the gradients."""
@@ -230,7 +227,13 @@ class U2A(MultimodalModel):
             if name in inputs:
                 tokens, mask = self.encoders[name].embed(**_clean(inputs[name], here))
                 encoded[name] = self.read(name, tokens, padding_of(mask, static=True), here)
+            elif all_take_part():
+                encoded[name] = self._spread(name, nobody(self.device), len(present))
         return encoded
+
+    def _spread(self, name: str, rows: Rows, batch: int) -> Read:
+        class_token, proxies = self.read(name, *rows.embed(self.encoders[name]))
+        return rows.spread(class_token, batch), rows.spread(proxies, batch, dim=1)
 
     def read(self, name: str, tokens: Tensor, padding: Padding | None, here: Tensor | None = None) -> Read:
         """tokens `[B, S, D_m]` -> class tokens `[B, D]` and proxies `[M - 1, B, D]`.
