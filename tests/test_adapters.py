@@ -95,7 +95,7 @@ def test_a_description_brings_back_shapes_and_scalings(name, mlp):
     [
         ({"roles": ["q", "fc1"]}, "not 'fc1'"),
         ({"roles": 3}, "blocks.0.qkv"),
-        ({"r": 0}, "at least 1"),
+        ({"r": 0}, "from 1 to 65536"),
         ({"r": "2"}, "blocks.0.qkv"),
         ({"scaling": float("nan")}, "finite"),
         ({"scaling": None}, "blocks.0.qkv"),

@@ -28,7 +28,7 @@ def case(name, device):
 @pytest.mark.parametrize("name", MASKS)
 def test_unpacking_undoes_packing(name, suffix, device):
     tokens, mask, padding = case(name, device)
-    learned = moved(torch.randn(suffix, 3), device)
+    learned = moved(torch.randn(1, suffix, 3), device)  # the same for every sample
     layout = layout_of(tokens, padding, suffix)
     rows = layout.pack(tokens)
     rows = layout.join(rows, learned) if suffix else rows

@@ -81,7 +81,7 @@ def read_config(source: str | os.PathLike | PreTrainedConfig, modality: str) -> 
         config = config.text_config if modality == "text" else config.vision_config
     config = copy.deepcopy(config)
     for name, value in list(vars(config).items()):
-        if "drop" in name and isinstance(value, (int, float)):
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, 0.0)
     if hasattr(config, "apply_spec_augment"):
         config.apply_spec_augment = False

@@ -198,7 +198,10 @@ def test_dinov3s_pictures_are_processed_without_torchvision(tmp_path, caplog):
 
 
 def test_a_processor_whose_package_is_missing_says_so_in_a_sentence(monkeypatch):
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda source: requires_backends("It", ["torchvision"]))
+    def needs_a_package(source, **options):
+        requires_backends("It", ["torchvision"])
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", needs_a_package)
     message = r"the processor for 'text' in a folder needs a package: install it.*orchvision"
     with pytest.raises(ValueError, match=message) as caught:
         load_processor("text", "a folder")
