@@ -14,6 +14,7 @@ from models import TINY
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
+from u2a_fast import kernels
 from u2a_fast.doctor import int8_path
 from u2a_fast.encoders import from_pretrained_model
 from u2a_fast.encoders.frozen import quantize_encoder
@@ -43,7 +44,7 @@ class BitsAndBytesLinear(nn.Module):
         return None  # the block runs in parts
 
     def after_norm(self, norm, tokens, **learned):
-        return self(tokens if norm is None else norm(tokens)), tokens
+        return self(tokens if norm.weight is None else kernels.layer_norm(tokens, *norm[:3])), tokens
 
     def forward(self, x):
         return self.linear(x)
