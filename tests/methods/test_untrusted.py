@@ -103,3 +103,10 @@ def test_a_config_that_is_no_dictionary_is_refused(saved, text):
 def test_torn_weights_are_refused_by_name(saved):
     (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-5])
     refused(saved, rf"{WEIGHTS} in .* cannot be read: ")
+
+
+def test_what_an_older_config_does_not_say_has_its_default(saved):
+    config = json.loads((saved / CONFIG).read_text())
+    del config["encoders_in_8bit"]
+    (saved / CONFIG).write_text(json.dumps(config))
+    assert load_model(saved).config.encoders_in_8bit == []

@@ -108,7 +108,9 @@ def try_constructor(draw: random.Random, folder: Path, given: World) -> None:
     for name in draw.sample(names, draw.randint(0, 2)):
         arguments[name] = changed(draw, {"r": 4, "lora_alpha": 8}) if name == "lora" else value(draw)
     if draw.random() < 0.2:
-        arguments["encoders"] = {**given.encoders, value_key(draw): draw.choice((value(draw), given.encoders["text"]))}
+        encoder = draw.choice((value(draw), given.encoders["text"]))
+        encoder = f"./{encoder}" if isinstance(encoder, str) else encoder  # a bare word may be an id of the hub
+        arguments["encoders"] = {**given.encoders, value_key(draw): encoder}
     method(**arguments)
 
 
