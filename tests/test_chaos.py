@@ -10,7 +10,7 @@ import pytest
 from ranks import run_command
 from transformers import Trainer
 
-from u2a_fast import cli
+from u2a_fast import cli, training
 from u2a_fast.options import TrainOptions
 from u2a_fast.runs import RUN_FILE, check_directory, claim_directory
 
@@ -55,6 +55,22 @@ def test_a_checkpoint_whose_state_was_cut_short_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert check_directory(asked) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_run_goes_on_with_as_many_samples_at_once_as_before(tmp_path, monkeypatch):
+    """Memory that is short halves the batch; parts are summed in another order, and have other pairs to align."""
+    asked = TrainOptions(batch_size=16)
+    monkeypatch.setattr(training, "fitting_batch", lambda batch_size: 4)
+    assert at_once(asked, tmp_path) == (4, 4)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3, "train_batch_size": 8}')
+    assert at_once(asked, tmp_path) == (8, 2)
+    assert at_once(TrainOptions(batch_size=12), tmp_path) == (4, 3)  # of a share that it does not divide
+
+
+def at_once(options, folder):
+    arguments = training.training_arguments(options, folder, workers=0)
+    return arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
 
 
 def test_checkpoints_between_epochs_do_not_go_with_the_best_epoch():

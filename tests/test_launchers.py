@@ -13,10 +13,13 @@ from types import SimpleNamespace
 import pytest
 import tiny_data
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from ranks import launched, run_command
 from safetensors.torch import load_file
 
 from u2a_fast import processes, training
+from u2a_fast.block import Block
 from u2a_fast.cli import main
 from u2a_fast.comparison import CompareOptions, compare
 
@@ -93,6 +96,16 @@ def test_two_processes_of_the_command_line_write_one_run(common, tmp_path):
     whole, shared = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, tensor in whole.items():
         torch.testing.assert_close(shared[name], tensor, atol=1e-3, rtol=1e-3, msg=name)  # Adam enlarges what is tiny
+
+
+def test_accelerate_knows_every_setting_of_our_files():
+    """FSDP2 of accelerate needs GPUs: here, that the file asks for what tests/test_distributed.py does by hand."""
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    files = {path.stem: load_config_from_file(str(path)) for path in (EXAMPLES / "accelerate").glob("*.yaml")}
+    kinds = {name: config.distributed_type.value for name, config in files.items()}
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert files["fsdp2"].fsdp_config.keys() <= known.keys()
+    assert files["fsdp2"].fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == Block.__name__
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch, tmp_path):

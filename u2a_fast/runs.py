@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,21 @@ def check_directory(options: TrainOptions) -> str | None:
     return None
 
 
+def split_before(folder: Path) -> int | None:
+    """How many samples each process took at once in the run that is to go on; None where there is none."""
+    return max(_whole_checkpoints(folder), default=(0, "", None))[2]
+
+
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole: Trainer writes its state last, and a killed run may have got less far."""
-    whole = []
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
+    return max(_whole_checkpoints(folder), default=(0, None))[1]
+
+
+def _whole_checkpoints(folder: Path) -> Iterator[tuple[int, str, int | None]]:
+    """Step, folder and samples at once: Trainer writes its state last, and a killed run may have got less far."""
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(json.JSONDecodeError):
-            whole.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
-    return max(whole, default=(0, None))[1]
+            state = json.loads(path.read_text(encoding="utf-8"))
+            yield state["global_step"], str(path.parent), state.get("train_batch_size")
 
 
 def claim_directory(options: TrainOptions) -> None:

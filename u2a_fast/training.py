@@ -30,7 +30,7 @@ from .metrics import measures, score
 from .options import BESIDES, TrainOptions, choices, default_encoders, load_sources, read_whole, settled
 from .processes import for_main, is_main, least, on_cpu, processes, refuse_shards, share
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
-from .runs import check_directory, claim_directory
+from .runs import check_directory, claim_directory, split_before
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = {
@@ -271,7 +271,8 @@ def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim
 def training_arguments(options: TrainOptions, folder: Path, workers: int) -> TrainingArguments:
     assert options.batch_size is not None  # settled
     own = share(options.batch_size)
-    part = least(fitting_batch(own))
+    before = split_before(folder)  # or a run that goes on with other memory would round otherwise
+    part = least(before if before and own % before == 0 else fitting_batch(own))
     best = {
         "eval_strategy": "epoch",
         "load_best_model_at_end": True,

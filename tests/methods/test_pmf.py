@@ -95,6 +95,15 @@ def test_prompt_counts_and_depths(families, options, device):
     assert_parity(fast, reference, names, inputs, present, device)
 
 
+@pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES.keys())
+def test_every_parameter_that_trains_has_a_gradient(families):
+    """DDP would wait for it. What is said to a causal encoder (CLIP text) is heard by none of its tokens, so frozen."""
+    model = PMF(encoders(families, False), num_labels=5).double().train()
+    model(**parity.batch(families, COUNT), labels=LABELS).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert any(name.startswith("layers.0.") for name, p in model.named_parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("kind", ["left", "holes"])
 @pytest.mark.parametrize("family", ["bert", "clip_text", "modernbert", "gemma3"])
 def test_padding_anywhere(family, kind, device):

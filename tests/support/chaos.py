@@ -54,6 +54,7 @@ def start(given: list[str], log: Path) -> int:
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(1)  # makes the pool anew that the fork has lost, before two threads ask for it at once
         training.TrainingArguments = every_loss
+        training.fitting_batch = lambda batch_size: batch_size  # whatever memory a start finds free
         try:
             main(given)
             code = 0

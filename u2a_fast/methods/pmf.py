@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -255,12 +254,16 @@ class PMF(MultimodalModel):
 
     def _freeze_unheard(self) -> None:
         """What is said to a causal encoder changes none of its tokens: DDP would wait for the gradients for ever."""
-        causal = [name for name, encoder in self.encoders.items() if encoder.blocks[-1].causal]
-        for layer, name in itertools.product(self.layers, causal):
-            layer[name].fusion_context_prompt.requires_grad_(False)
-            for source, part in layer.items():
-                if source != name:
-                    part.translator_to(name).requires_grad_(False)
+        causal = {name for name, encoder in self.encoders.items() if encoder.blocks[-1].causal}
+        for name, part in (named for layer in self.layers for named in layer.items()):
+            others = self.encoders.keys() - {name}
+            for target in others & causal:
+                part.translator_to(target).requires_grad_(False)
+            if others <= causal:
+                part.query_prompt.requires_grad_(False)
+                part.query_context_prompt.requires_grad_(False)
+            if name in causal:
+                part.fusion_context_prompt.requires_grad_(False)
 
     @classmethod
     def recipe(cls, options: Any) -> dict[str, Any]:
