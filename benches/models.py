@@ -24,6 +24,7 @@ from u2a_fast.gpu_report.models import (
     loss_of,
     with_peft,
 )
+from u2a_fast.gpu_report.modern_step import texts
 from u2a_fast.memory import saved_bytes
 
 __all__ = [
@@ -55,15 +56,6 @@ def tiny_encoders(layers: int = 2, dtype: torch.dtype = torch.float32) -> Models
 
 def presence_table(batch: int, missing_rate: float) -> Tensor:
     return MissingPattern(rate=missing_rate, kind="both").table(batch, ("image", "text"))
-
-
-def texts(lengths: Tensor) -> Inputs:
-    """Random tokens of these lengths, padded to the longest on the right."""
-    generator = torch.Generator().manual_seed(0)
-    longest = int(lengths.max())
-    mask = torch.arange(longest) < lengths[:, None]
-    ids = torch.randint(1000, 20000, (len(lengths), longest), generator=generator) * mask
-    return {"input_ids": ids, "attention_mask": mask.long()}
 
 
 def make_batch(lengths: Tensor, present: Tensor, image_size: int = 224) -> Inputs:

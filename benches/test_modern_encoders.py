@@ -14,65 +14,22 @@ import copy
 
 import pytest
 import torch
-import transformers
 from arms import DEVICE, FAST, best, counted_flops, hold, measure
-from models import ALPHA, CLASSES, RANK, even_lengths, kept_by, loss_of, on_device, step, texts, with_peft
-from torch import nn
-from torch.nn import functional as F
+from models import even_lengths, kept_by, loss_of, on_device, step
 
-from u2a_fast import LoraConfig
-from u2a_fast.methods import LateFusion
+from u2a_fast.gpu_report.modern_step import (
+    TINY_CASES,
+    PeftClassifier,
+    dinov3,
+    labelled,
+    modernbert,
+    ours,
+    pictures,
+    qwen3,
+    texts,
+)
 
 ROUNDS = 7
-VOCABULARY = {"vocab_size": 20_000, "pad_token_id": 0}
-TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-
-
-def modernbert(**sizes):
-    special = dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1)
-    return transformers.ModernBertModel(transformers.ModernBertConfig(**VOCABULARY, **special, **sizes))
-
-
-def qwen3(**sizes):
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 16, "intermediate_size": 3072} | sizes
-    heads = {"num_key_value_heads": sizes["num_attention_heads"] // 2, "head_dim": 128} | sizes
-    return transformers.Qwen3Model(transformers.Qwen3Config(**VOCABULARY, rope_theta=1e6, use_cache=False, **heads))
-
-
-def dinov3(**sizes):
-    """Without the chance that its positions are drawn by in training, which ours leave out."""
-    options = {"num_register_tokens": 4, "pos_embed_rescale": None}
-    return transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**options | sizes))
-
-
-class PeftClassifier(nn.Module):
-    """The encoder's own forward under a head, as one writes it with transformers and PEFT.
-
-    Args:
-        attention: transformers' name of an implementation.
-        autocast: compute in bf16 over the weights' own dtype.
-    """
-
-    def __init__(self, model, attention, autocast=False):
-        super().__init__()
-        self.encoder, self.autocast = with_peft(model, attention), autocast
-        self.reads_last = model.config.model_type == "qwen3"
-        self.head = nn.Linear(model.config.hidden_size, CLASSES)
-        self.to(DEVICE)
-
-    def forward(self, labels, **inputs):
-        (inputs,) = inputs.values()
-        if "pixel_values" in inputs:
-            inputs = {"pixel_values": inputs["pixel_values"].to(self.encoder.base_model.model.dtype)}
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
-            rows = self.encoder(**inputs).last_hidden_state
-        last = inputs["attention_mask"].sum(dim=1) - 1 if self.reads_last else torch.zeros_like(labels)
-        return F.cross_entropy(self.head(rows[torch.arange(len(rows)), last].float()), labels)
-
-
-def ours(model, modality, dtype=FAST):
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA)
-    return LateFusion({modality: copy.deepcopy(model).to(dtype)}, CLASSES, lora=lora).to(DEVICE).train()
 
 
 def peft_arms(model):
@@ -86,19 +43,10 @@ def peft_arms(model):
     }
 
 
-def labelled(modality, inputs):
-    size = len(next(iter(inputs.values())))
-    return on_device({modality: inputs, "labels": torch.arange(size) % CLASSES})
-
-
-def pictures(count, side):
-    return labelled("image", {"pixel_values": torch.randn(count, 3, side, side)})
-
-
 def time_step(benchmark, model, batch, case, rounds=ROUNDS, **facts):
     modality = next(iter(batch))
-    model = model.eval().to(DEVICE)
-    arms = {"ours": ours(model, modality), **peft_arms(model)}
+    model, batch = model.eval().to(DEVICE), on_device(batch)
+    arms = {"ours": ours(model, modality, FAST), **peft_arms(model)}
     steps = {name: step(arm, **batch) for name, arm in arms.items()}
     facts |= {
         "saved_bytes": {name: kept_by(arm, **batch) for name, arm in arms.items()},
@@ -129,14 +77,7 @@ def test_qwen3(benchmark):
 
 
 def test_dinov3(benchmark):
-    time_step(benchmark, dinov3(), pictures(16, 224), "DINOv3-S", real_rows=16 * 201)
-
-
-TINY_CASES = {
-    "modernbert": lambda: (modernbert(**TINY, local_attention=4), labelled("text", texts(even_lengths(4, 2, 9)))),
-    "qwen3": lambda: (qwen3(**TINY, head_dim=16), labelled("text", texts(even_lengths(4, 2, 9)))),
-    "dinov3": lambda: (dinov3(**TINY, image_size=32), pictures(4, 32)),
-}
+    time_step(benchmark, dinov3(), labelled("image", pictures(16, 224)), "DINOv3-S", real_rows=16 * 201)
 
 
 @pytest.mark.parametrize("case", TINY_CASES)
@@ -148,6 +89,7 @@ def test_smoke(benchmark, case):
 def test_both_compute_the_same_smoke(benchmark, case):
     """The loss of PEFT's arm is ours, with adapters that are zero still and the same head."""
     model, batch = TINY_CASES[case]()
+    model, batch = model.to(DEVICE), on_device(batch)
     theirs, mine = PeftClassifier(model, "sdpa").train(), ours(model.eval(), next(iter(batch)), torch.float32)
     theirs.head.load_state_dict(mine.head.state_dict())
     expected = benchmark.pedantic(lambda: loss_of(mine(**batch)), rounds=1)

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
         lambda u: F.gelu(u, approximate="tanh"),
         lambda d, u: gelu_backward(d, u, approximate="tanh"),
     ),
-    "quick_gelu": (lambda u: F.silu(1.702 * u) / 1.702, lambda d, u: silu_backward(d, 1.702 * u)),
+    "quick_gelu": (lambda u: u * torch.sigmoid(1.702 * u), lambda d, u: silu_backward(d, 1.702 * u)),
     "relu": (F.relu, lambda d, u: threshold_backward(d, u, 0)),
     "silu": (F.silu, silu_backward),
 }
@@ -43,10 +43,10 @@ def activate(u, NAME: tl.constexpr):
     if NAME == "gelu":
         share = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
         return u * share, share + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
-    inner, slope = u, 1.0  # silu
+    inner = 1.702 * u if NAME == "quick_gelu" else u
+    steep = inner  # u times the derivative of inner
     if NAME == "gelu_tanh":
-        inner, slope = 1.5957691216057308 * u * (1 + 0.044715 * u * u), 1.5957691216057308 * (1 + 0.134145 * u * u)
-    if NAME == "quick_gelu":
-        inner, slope = 1.702 * u, 1.702
+        inner = 1.5957691216057308 * u * (1 + 0.044715 * u * u)
+        steep = 1.5957691216057308 * u * (1 + 0.134145 * u * u)
     share = 1 / (1 + tl.exp(-inner))
-    return u * share, share + u * slope * share * (1 - share)
+    return u * share, share + steep * share * (1 - share)

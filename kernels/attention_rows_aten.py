@@ -52,7 +52,7 @@ def parts_of(
 
 def _from_to(tensors, start, end):
     """Rows of each; of all of them no view, whose gradient would be copied between zeros."""
-    return [t if t is None or len(t) == end - start else t[start:end] for t in tensors]
+    return [t if t is None or t.shape[0] == end - start else t[start:end] for t in tensors]  # len() fixes a size
 
 
 def _bias(q, k, *seen):

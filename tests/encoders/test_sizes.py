@@ -1,5 +1,7 @@
 """Odd widths, heads and windows, and every scaling of rotary positions that is read, equal Hugging Face."""
 
+from functools import partial
+
 import pytest
 import tiny_encoders
 import torch
@@ -37,15 +39,16 @@ SIZES = [
 @pytest.mark.parametrize("name, sizes", SIZES, ids=[f"{name} {i}" for i, (name, _) in enumerate(SIZES)])
 def test_hidden_states_and_learned_rows(name, sizes, device):
     model = tiny_encoders.build(name, **sizes).double()
-    encoder, reference = from_pretrained_model(model).to(device), ReferenceEncoder(model)
+    encoder, reference = from_pretrained_model(model).to(device), ReferenceEncoder(model).to(device)
     inputs = tiny_encoders.inputs(name, 3, dtype=torch.float64)
     if "attention_mask" in inputs:
         inputs["attention_mask"][1, :4] = inputs["attention_mask"][2, 3] = 0
-    expected = tiny_encoders.hidden_states(model, name, **inputs)
+    theirs = partial(tiny_encoders.hidden_states, model.to(device), name)  # with the tables of our device
+    expected = on(device, theirs)(**inputs)
     real = tiny_encoders.token_mask(model, name, **inputs)
     real = torch.ones(expected.shape[:2], dtype=torch.bool) if real is None else real
     learned = torch.randn(2, encoder.width, dtype=torch.float64)
-    oracle = reference.read(inputs, learned)
+    oracle = on(device, reference.read)(inputs, learned)
     assert (on(device, encoder)(**inputs) - expected)[real].abs().max() < 1e-9
     tokens, mask = encoder.embed(**moved(inputs, device))
     read = encoder.read(tokens, padding_of(mask), moved(learned, device))

@@ -81,7 +81,7 @@ def test_it_is_as_exact_as_plain_low_precision(implementation, case, dtype, devi
         got = results(on(device, norm_linear), given)
     assert ("assemble_norm_project_forward" in launched) == (implementation == "triton")
     for name in exact:
-        assert_as_exact_as(got[name], plain[name], exact[name], 2 if name == "y" else 3, name)
+        assert_as_exact_as(got[name], plain[name], exact[name], 2 if name == "y" else 3, name, device)
 
 
 @pytest.mark.parametrize("case", ["q, k, v", "q twice as wide", "no norm", "no adapter", "no bias", "RMSNorm"])

@@ -52,7 +52,7 @@ def models(families, device, unequal=False, tuning="bitfit", fusion="concat"):
             (m, *key): factors for m, e in reference.encoders.items() for key, factors in e.lora_factors().items()
         }
         parity.share_factors(fast, reference)
-    return fast, reference, parity.share_named(fast, reference, ("prompts", "predictor", "head"))
+    return fast, reference.to(device), parity.share_named(fast, reference, ("prompts", "predictor", "head"))
 
 
 def assert_same_bias_gradients(fast, reference):
@@ -75,7 +75,7 @@ def assert_parity(fast, reference, names, inputs, present, device):
     fast.zero_grad()
     reference.zero_grad()
     out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
-    expected = reference(inputs, present, LABELS)
+    expected = on(device, reference)(inputs, present, LABELS)
     for name in ("logits", "task_loss", "align_loss", "loss"):
         parity.assert_close(getattr(out, name), getattr(expected, name), 1e-9, name)
     out.loss.backward()
@@ -233,7 +233,7 @@ def test_a_modality_absent_in_the_whole_batch(lost, device):
     present[:, lost] = False
     inputs = parity.batch(PAIR, COUNT)
     out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
-    parity.assert_close(out.logits, reference(inputs, present).logits, 1e-9, "logits")
+    parity.assert_close(out.logits, on(device, reference)(inputs, present).logits, 1e-9, "logits")
     out.loss.backward()
     name = list(PAIR)[lost]
     without_keyword = on(device, fast)(**{m: v for m, v in inputs.items() if m != name})

@@ -47,14 +47,14 @@ def models(families, device, unequal=False, **options):
             torch.nn.init.normal_(parameter)
     fast = PMF(built, num_labels=5, **options).double().to(device)
     names = parity.share_named(fast, reference, ("layers", "head"))
-    return fast, reference, [name for name in names if fast.get_parameter(name).requires_grad]
+    return fast, reference.to(device), [name for name in names if fast.get_parameter(name).requires_grad]
 
 
 def assert_parity(fast, reference, names, inputs, present, device):
     fast.zero_grad()
     reference.zero_grad()
     out = on(device, fast)(**inputs, modality_mask=present, labels=LABELS)
-    expected = reference(inputs, present, LABELS)
+    expected = on(device, reference)(inputs, present, LABELS)
     for name in ("logits", "task_loss", "loss"):
         parity.assert_close(getattr(out, name), getattr(expected, name), 1e-9, name)
     out.loss.backward()
@@ -146,7 +146,9 @@ def test_a_modality_absent_in_the_whole_batch(lost, device):
     assert_parity(fast, reference, names, inputs, present, device)
     name = list(PAIR)[lost]
     without_keyword = on(device, fast)(**{m: v for m, v in inputs.items() if m != name}).logits
-    parity.assert_close(without_keyword, reference(inputs, present).logits, 1e-9, "logits without the keyword")
+    parity.assert_close(
+        without_keyword, on(device, reference)(inputs, present).logits, 1e-9, "logits without the keyword"
+    )
     prompt = fast.layers[0][name].query_prompt  # it speaks for the missing modality
     assert prompt.grad.any() and not fast.head[name].weight.grad.any()
 

@@ -36,7 +36,7 @@ def models(families, device, unequal=False, targets=("q", "k", "v", "o"), transl
     fast = U2A(built, num_labels=5, lora=lora, modality_dropout=0.0, **options).double().to(device)
     parity.share_factors(fast, reference)
     names = parity.share_named(fast, reference, ("mask_tokens", "translators", "head"))
-    return fast, reference, names
+    return fast, reference.to(device), names
 
 
 @pytest.mark.parametrize("absent", ["pack", "where"])
@@ -54,7 +54,7 @@ def test_forward_loss_and_gradients_equal_the_reference(families, unequal, trans
         fast.zero_grad()
         reference.zero_grad()
         out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
-        expected = reference(inputs, present, labels)
+        expected = on(device, reference)(inputs, present, labels)
         for name in ("logits", "task_loss", "align_loss", "loss"):
             parity.assert_close(getattr(out, name), getattr(expected, name), 1e-9, name)
         out.loss.backward()
@@ -76,7 +76,7 @@ def test_padding_anywhere(family, kind, absent, device):
     else:
         mask[1, 2] = mask[4, 1] = mask[4, 3] = 0
     out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
-    expected = reference(inputs, present, labels)
+    expected = on(device, reference)(inputs, present, labels)
     parity.assert_close(out.logits, expected.logits, 1e-9, "logits")
     out.loss.backward()
     expected.loss.backward()
@@ -90,7 +90,7 @@ def test_any_roles_can_be_adapted(targets, device):
     inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 2, 1)
     labels = torch.arange(COUNT) % 5
     out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
-    expected = reference(inputs, present, labels)
+    expected = on(device, reference)(inputs, present, labels)
     parity.assert_close(out.logits, expected.logits, 1e-9, "logits")
     out.loss.backward()
     expected.loss.backward()
@@ -129,7 +129,7 @@ def test_a_modality_absent_in_the_whole_batch(absent, lost, device):
     present[:, lost] = False
     inputs = parity.batch(families, COUNT)
     out = on(device, fast)(**inputs, modality_mask=present, labels=torch.zeros(COUNT, dtype=torch.long))
-    parity.assert_close(out.logits, reference(inputs, present).logits, 1e-9, "logits")
+    parity.assert_close(out.logits, on(device, reference)(inputs, present).logits, 1e-9, "logits")
     out.loss.backward()
     assert out.align_loss == 0
     name = list(families)[lost]
@@ -183,7 +183,7 @@ def test_prior_for_a_sample_with_nothing(device):
     present = torch.tensor([[True, True], [False, False], [False, True]])
     inputs, labels = parity.batch(families, 3), torch.tensor([0, 1, 2])
     out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
-    expected = reference(inputs, present, labels)
+    expected = on(device, reference)(inputs, present, labels)
     parity.assert_close(out.logits, expected.logits, 1e-9, "logits")
     out.loss.backward()
     expected.loss.backward()

@@ -235,15 +235,15 @@ SLIPS = {
     ),
     "SiLU's slope without its second term": (
         ACTIVATIONS,
-        "share + u * slope * share * (1 - share)",
+        "share + steep * share * (1 - share)",
         "share",
         gated("silu"),
     ),
-    "quick_gelu's slope is SiLU's": (ACTIVATIONS, "1.702 * u, 1.702", "1.702 * u, 1.0", gated("quick_gelu")),
+    "quick_gelu's slope is SiLU's": (ACTIVATIONS, "steep = inner ", "steep = u ", gated("quick_gelu")),
     "tanh-GELU's slope without its square": (
         ACTIVATIONS,
-        "1.5957691216057308 * (1 + 0.134145 * u * u)",
-        "1.5957691216057308",
+        "* (1 + 0.134145 * u * u)",
+        "",
         gated("gelu_tanh"),
     ),
     # heads of q that share one of k and v

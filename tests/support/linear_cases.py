@@ -159,4 +159,4 @@ def assert_right(got: dict, given: dict, dtype: torch.dtype, kept=None, device: 
     exact, plain = written_out(given, torch.float64, kept), written_out(given, dtype, kept, device)
     assert got.keys() == exact.keys()
     for name in exact:
-        assert_as_exact_as(got[name], plain[name], exact[name], 2 if name == "y" else 3, name)
+        assert_as_exact_as(got[name], plain[name], exact[name], 2 if name == "y" else 3, name, device)

@@ -1,9 +1,10 @@
 """Every kernel, forward and backward, against its formula in fp64 on the CPU.
 
 The error is at most twice (gradients: three times) that of the reference backend in the same precision on the same
-device, and no smaller than the rounding of the result itself. TF32 keeps as many bits as fp16 and so may err as much:
-not every product of the reference is rounded to it. Each runs once over memory that was filled with NaN, and
-twice more, whose bits must be the same where all kernels are ours. A GPU computes through Triton and through ATen.
+device or, since that adds up in another order, on the CPU, and no smaller than the rounding of the result itself.
+Tensor cores cut operands to TF32 where a library may round them: what the reference loses with cut ones counts. Each
+runs once over memory that was filled with NaN, and twice more, whose bits must be the same where all kernels are ours.
+A GPU computes through Triton and through ATen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import get_backend, set_backend
 from .cases import CASES, Case, Draw, Operands
@@ -41,9 +43,10 @@ def check(case: Case, name: str, device: torch.device, backends: list[str]) -> E
     made = case.make(Draw(dtype))
     with tf32(name == "tf32"):
         exact = results(case, made, torch.device("cpu"), "reference", torch.float64)
-        plain = [results(case, made, device, "reference", dtype)]
+        plain = [results(case, made, where, "reference", dtype) for where in {device, torch.device("cpu")}]
         if name == "tf32":
-            plain.append(results(case, made, device, "reference", torch.float16))
+            with CutToTF32():
+                plain.append(results(case, made, torch.device("cpu"), "reference", dtype))
         for backend in backends:
             ours = backend == "triton" or device.type == "cpu"  # a GPU's library may add up in any order
             with filled_with_nan():
@@ -142,6 +145,22 @@ def tf32(on: bool) -> Iterator[None]:
     finally:
         if on:
             setattr(matmul, name, before)
+
+
+class CutToTF32(TorchDispatchMode):
+    """Inside, a product of fp32 reads of each operand the sign, the exponent and ten bits of the fraction."""
+
+    PRODUCTS = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.baddbmm: 1}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        first = self.PRODUCTS.get(func.overloadpacket)
+        if first is not None:  # what is added to the product is no operand of it
+            args = (*args[:first], *(cut(t) if t.dtype == torch.float32 else t for t in args[first:]))
+        return func(*args, **(kwargs or {}))
+
+
+def cut(t: Tensor) -> Tensor:
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def main(function: str, name: str, dtype: str) -> None:

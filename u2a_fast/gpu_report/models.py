@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -86,8 +86,8 @@ def on_device(tree: Any, device: torch.device) -> Any:
     return tree.to(device) if torch.is_tensor(tree) else tree
 
 
-def clear(model: nn.Module) -> None:
-    for parameter in model.parameters():
+def clear(trained: Iterable[nn.Parameter]) -> None:
+    for parameter in trained:
         parameter.grad = None
 
 

@@ -148,21 +148,22 @@ def passes(entries: Entries) -> list[str]:
     return [*table(("pass", "us", "GB/s", "of a copy's", "A/A"), rows), *how(timed)]
 
 
-def u2a_step(entries: Entries) -> list[str]:
+def training_steps(entries: Entries) -> list[str]:
+    """A table for each case; entries are named "70% missing", "70% missing: an arm", "70% missing: kernels of an arm"."""
     lines = []
-    for missing in dict.fromkeys(name.split(":")[0] for name in entries if "missing" in name):
+    for case in dict.fromkeys(name.split(":")[0] for name, entry in entries.items() if "wall" in entry):
         rows = [
-            (arm, ratio_to_base(e, arm), e["wall"]["ms"][arm], e["host"]["ms"][arm], *kernels(entries, missing, arm, e))
-            for arm, e in arms_of(entries, missing).items()
+            (arm, ratio_to_base(e, arm), e["wall"]["ms"][arm], e["host"]["ms"][arm], *kernels(entries, case, arm, e))
+            for arm, e in arms_of(entries, case).items()
         ]
-        head = (missing, f"time over {BASE}", "wall ms", "host ms", "device ms", "kernels", "peak MiB")
+        head = (case, f"time over {BASE}", "wall ms", "host ms", "device ms", "kernels", "peak MiB")
         lines += table(head, rows)
     return lines
 
 
-def arms_of(entries: Entries, missing: str) -> Entries:
+def arms_of(entries: Entries, case: str) -> Entries:
     """{arm: the entry it was timed in}; an arm beside which the base ran once more stands in its own."""
-    timed = [entry for name, entry in entries.items() if name.split(":")[0] == missing and "wall" in entry]
+    timed = [entry for name, entry in entries.items() if name.split(":")[0] == case and "wall" in entry]
     found: Entries = {}
     for entry in timed:
         for arm in entry["wall"]["ms"]:
@@ -177,8 +178,8 @@ def ratio_to_base(entry: dict[str, Any], arm: str) -> str:
     return f"1 (A/A {wall['noise']:.1%})" if arm == BASE else said(ratio, wall["noise"])
 
 
-def kernels(entries: Entries, missing: str, arm: str, timed: dict[str, Any]) -> tuple[Any, Any, Any]:
-    found = entries.get(f"{missing}: kernels of {arm}", {})
+def kernels(entries: Entries, case: str, arm: str, timed: dict[str, Any]) -> tuple[Any, Any, Any]:
+    found = entries.get(f"{case}: kernels of {arm}", {})
     return found.get("device_ms", ""), found.get("kernels", ""), timed["peak_mib"].get(arm) or ""
 
 
@@ -200,6 +201,7 @@ BODIES: dict[str, Callable[[Entries], list[str]]] = {
     "f": waits,
     "g": products,
     "h": passes,
-    "i": u2a_step,
+    "i": training_steps,
     "j": variants,
+    "k": training_steps,
 }

@@ -34,6 +34,7 @@ STEPS = {
     "g": Step("products", "products against the library's", 8),
     "h": Step("passes", "memory-bound passes", 4),
     "j": Step("variants", "varlen attention, int8, nf4", 6),
+    "k": Step("modern_step", "a step of one encoder of the 2020s", 6),
     "i": Step("u2a_step", "a U2A step, ViT-B + BERT-base", 16),
 }
 

@@ -97,5 +97,5 @@ def time_stored(
     for _ in range(2):
         arm.step(batch)
     entry |= kernels_of(arm, batch)
-    clear(model)
+    clear(arm.trained)
     return entry | {"ratio": round(entry["device_ms"] / plain_ms, 3) if plain_ms else None}
