@@ -121,7 +121,8 @@ def hidden_states(model: nn.Module, name: str, **inputs) -> Tensor:
     """[B, S, D] by Hugging Face's own forward, its layers and norms in the dtype of the model throughout."""
     if name == "vit_mae":  # in order, none of them masked
         pixels = inputs["pixel_values"]
-        inputs["noise"] = torch.arange(pixels[0, 0].numel() / 8**2).expand(len(pixels), -1)
+        patches = torch.arange(pixels[0, 0].numel() / 8**2, device=pixels.device)
+        inputs["noise"] = patches.expand(len(pixels), -1)
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer) or type(module).__name__.endswith("RMSNorm"):

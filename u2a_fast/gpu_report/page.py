@@ -149,7 +149,7 @@ def passes(entries: Entries) -> list[str]:
 
 
 def training_steps(entries: Entries) -> list[str]:
-    """A table for each case; entries are named "70% missing", "70% missing: an arm", "70% missing: kernels of an arm"."""
+    """A table for each case; entries are named "case", "case: arm" and "case: kernels of arm"."""
     lines = []
     for case in dict.fromkeys(name.split(":")[0] for name, entry in entries.items() if "wall" in entry):
         rows = [

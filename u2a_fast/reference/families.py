@@ -35,9 +35,9 @@ def picture_angles(angles: nn.Module, config: Any, kind: str | None, tokens: Ten
     """DINOv3: patches of a square picture turn by their places in it; class, register and learned rows do not."""
     first = 1 + config.num_register_tokens
     side = math.isqrt(tokens.shape[1] - first) * config.patch_size
-    cos, sin = torch.ones(*places.shape, 1), torch.zeros(*places.shape, 1)
     of_patches = angles(tokens.new_empty(1, 3, side, side))  # cos, sin [patches, Dh]
-    cos, sin = (part.repeat(1, 1, of_patches[0].shape[1]).to(tokens) for part in (cos, sin))
+    shape = *places.shape, of_patches[0].shape[1]
+    cos, sin = tokens.new_ones(shape), tokens.new_zeros(shape)
     cos[:, first : tokens.shape[1]], sin[:, first : tokens.shape[1]] = of_patches
     return cos, sin
 
