@@ -52,7 +52,8 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
         check_choice("methods", name, list(METHODS))
     runs: dict[str, list[list[Row]]] = {}
     models: dict[str, list[Path]] = {}
-    due = [(name, seed) for seed in seeds for name in (*methods, *(BASELINES if options.baselines else ()))]
+    baselines = [name for name in BASELINES if options.baselines and _folder_name(name) not in methods]
+    due = [(name, seed) for seed in seeds for name in (*methods, *baselines)]
     for name, seed in tqdm(due, desc="comparing", unit="run"):
         runs.setdefault(name, []).append(_run(options, name, seed))
         for model, folder in _models(options, name, seed).items():
@@ -68,7 +69,11 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
 
 
 def _folder(options: CompareOptions, name: str, seed: int) -> Path:
-    return Path(options.output_dir) / f"{name.replace(' ', '_')}-seed{seed}"
+    return Path(options.output_dir) / f"{_folder_name(name)}-seed{seed}"
+
+
+def _folder_name(name: str) -> str:
+    return name.replace(" ", "_")
 
 
 def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:

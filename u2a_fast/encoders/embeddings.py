@@ -112,9 +112,7 @@ def embed_whisper(
     return hidden.transpose(1, 2) + positions, None  # Whisper ignores the padding mask of its mel frames
 
 
-def embed_rotary_text(
-    encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> EmbedResult:
+def embed_ids(encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> EmbedResult:
     return encoder.stem["embeddings"](input_ids), text_padding(encoder, attention_mask=attention_mask)
 
 
@@ -126,12 +124,6 @@ def embed_nomic_text(
 ) -> EmbedResult:
     tokens = encoder.stem["embeddings"](input_ids, token_type_ids=token_type_ids)
     return tokens, text_padding(encoder, attention_mask=attention_mask)
-
-
-def embed_distilbert(
-    encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> EmbedResult:
-    return encoder.stem["embeddings"](input_ids), text_padding(encoder, attention_mask=attention_mask)
 
 
 def embed_protein(encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> EmbedResult:

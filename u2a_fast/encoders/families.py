@@ -9,12 +9,11 @@ from .base import Family
 from .embeddings import (
     clip_text_padding,
     embed_clip_text,
-    embed_distilbert,
     embed_flexible_image,
+    embed_ids,
     embed_image,
     embed_nomic_text,
     embed_protein,
-    embed_rotary_text,
     embed_siglip_text,
     embed_spectrogram,
     embed_square_image,
@@ -206,7 +205,7 @@ DISTILBERT = Family(
     pre_norm=False,
     heads="n_heads",
     activation="activation",
-    embed=embed_distilbert,
+    embed=embed_ids,
     padding=text_padding,
 )
 ESM = Family(
@@ -232,7 +231,7 @@ MODERNBERT = Family(
     activation="hidden_activation",
     rotary="rotary_emb",
     window=look_around,
-    embed=embed_rotary_text,
+    embed=embed_ids,
     padding=text_padding,
 )
 NOMIC_BERT = Family(
@@ -257,7 +256,7 @@ EUROBERT = Family(
     norms=("input_layernorm", "post_attention_layernorm"),
     class_token="mean",
     rotary="rotary_emb",
-    embed=embed_rotary_text,
+    embed=embed_ids,
     padding=text_padding,
 )
 LLAMA = replace(EUROBERT, name="Llama", classes=("LlamaModel",), causal=True, class_token="last")
