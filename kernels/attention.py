@@ -79,38 +79,47 @@ def _pairs(t: Tensor, sharing: int = 1) -> Tensor:
     return pairs if sharing == 1 else pairs.view(len(pairs) // sharing, -1, t.shape[3])
 
 
-def _chunks(q: Tensor, k: Tensor, masks: list[Tensor]):
-    """Slices of the pairs, and what is hidden from each."""
+def _chunks(q: Tensor, k: Tensor, biases: list[Tensor]):
+    """Slices of the pairs, and what is added to the scores of each."""
     pairs, size = q.shape[0], max(1, CHUNK_BYTES // max(1, q.shape[1] * k.shape[1] * q.element_size()))
     for i in range(0, pairs, size):
         chunk = slice(i, i + size)
-        yield chunk, [_of_pairs(mask, chunk, pairs) for mask in masks]
+        yield chunk, [_of_pairs(bias, chunk, pairs) for bias in biases]
 
 
-def _of_pairs(mask: Tensor, chunk: slice, pairs: int) -> Tensor:
-    """Of one mask for all pairs, of one for each, or of one for each sample: those of some pairs."""
-    if len(mask) in (1, pairs):
-        return mask if len(mask) == 1 else mask[chunk]
-    return mask[torch.arange(pairs, device=mask.device)[chunk] // (pairs // len(mask))]
+def _of_pairs(bias: Tensor, chunk: slice, pairs: int) -> Tensor:
+    """Of one bias for all pairs, of one for each, or of one for each sample: those of some pairs."""
+    if len(bias) in (1, pairs):
+        return bias if len(bias) == 1 else bias[chunk]
+    return bias[torch.arange(pairs, device=bias.device)[chunk] // (pairs // len(bias))]
 
 
-def _masks(q, k, lengths, suffix, causal, window, positions):
-    """bool masks [pairs, B or 1, 1, Sq or 1, Sk], True where a score does not count."""
+def _biases(q, k, lengths, suffix, causal, window, positions):
+    """What is added to scores, [pairs, B or 1, Sq or 1, Sk]: half of the lowest number where one does not count, or 0.
+
+    Two of them add up to a finite number, and filling scores by a bool mask takes six times as long.
+    """
     masks = []
     if lengths is not None:
         padding = hidden_by_lengths(lengths, k.shape[2], suffix)
-        masks.append(padding.expand(-1, k.shape[1], -1, -1).flatten(0, 1)[:, None])
+        masks.append(padding.expand(-1, k.shape[1], -1, -1).flatten(0, 1))
     if causal or window is not None:
-        masks.append(hidden_by_place(q.shape[2], k.shape[2], q.device, suffix, causal, window, positions))
-    return masks
+        masks.append(hidden_by_place(q.shape[2], k.shape[2], q.device, suffix, causal, window, positions)[:, 0])
+    return [mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2) for mask in masks]
 
 
-def _probabilities(q, k, masks):
+def _probabilities(q, k, biases):
     """softmax(q k^T / sqrt(Dh)): q [n, heads of a key * Sq, Dh], k [n, Sk, Dh] -> [n, heads of a key * Sq, Sk]."""
-    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
-    for mask in masks:
-        scores.view(len(q), -1, *mask.shape[2:]).masked_fill_(mask, torch.finfo(q.dtype).min)
+    start, *others = [_of_rows(bias, *q.shape[:2]) for bias in biases] or [q.new_empty(())]
+    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=int(start.dim() > 0), alpha=q.shape[2] ** -0.5)
+    for bias in others:
+        scores += bias
     return torch.softmax(scores, -1)
+
+
+def _of_rows(bias: Tensor, pairs: int, rows: int) -> Tensor:
+    """[n or 1, Sq or 1, Sk] -> [n, heads of a key * Sq, Sk]"""
+    return bias[:, None].expand(pairs, rows // bias.shape[1], -1, -1).flatten(1, 2)
 
 
 def _rows_first(pairs: Tensor, shape) -> Tensor:
@@ -119,11 +128,11 @@ def _rows_first(pairs: Tensor, shape) -> Tensor:
 
 
 def forward_aten(q, k, v, *seen):
-    masks, blind, shape = _masks(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen), q.shape
+    biases, blind, shape = _biases(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen), q.shape
     q, k, v = _pairs(q, shape[1] // k.shape[1]), _pairs(k), _pairs(v)
     out = torch.empty_like(q)
-    for s, hidden_there in _chunks(q, k, masks):
-        torch.bmm(_probabilities(q[s], k[s], hidden_there), v[s], out=out[s])
+    for s, added in _chunks(q, k, biases):
+        torch.bmm(_probabilities(q[s], k[s], added), v[s], out=out[s])
     if blind is not None:
         out.view(shape).masked_fill_(blind, 0)
     return _rows_first(out, shape)
@@ -131,7 +140,7 @@ def forward_aten(q, k, v, *seen):
 
 def backward_aten(d_out, q, k, v, *seen, wants_out=False):
     """dq, dk, dv, and the forward's result if wanted; the probabilities are computed again."""
-    masks, blind = _masks(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen)
+    biases, blind = _biases(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen)
     shapes, scale = (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
     d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
     sharing = q.shape[1] // k.shape[1]
@@ -139,8 +148,8 @@ def backward_aten(d_out, q, k, v, *seen, wants_out=False):
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     out = torch.empty_like(q) if wants_out else None
     none = q.new_empty(())
-    for s, hidden_there in _chunks(q, k, masks):
-        p = _probabilities(q[s], k[s], hidden_there)
+    for s, added in _chunks(q, k, biases):
+        p = _probabilities(q[s], k[s], added)
         if wants_out:
             torch.bmm(p, v[s], out=out[s])
         torch.bmm(p.transpose(1, 2), d_out[s], out=dv[s])

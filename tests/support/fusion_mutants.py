@@ -270,8 +270,8 @@ SLIPS = {
     "positions are not read": (MASK, "place[None] if positions is None else positions", "place[None]", AT_PLACES),
     "positions of the first sample": (
         MATMUL,
-        "// (pairs // len(mask))",
-        "% len(mask)",
+        "// (pairs // len(bias))",
+        "% len(bias)",
         in_rows(torch.bfloat16, window=3, positions=torch.arange(30) ** 2),
     ),
     "causality forgotten in the window": (MASK, "hidden | (own < place) if causal else hidden", "hidden", PADDED),
