@@ -9,7 +9,7 @@ reads head i // (H // kv_heads) of k and v.
 
 Which implementation runs is decided by device, dtype and shape:
     few queries (up to 64), not causal, on a GPU   attention_small_query.py
-    bf16 on a CPU, up to 768 keys                  matmul + softmax, faster than SDPA both ways
+    a CPU: bf16 up to 768 keys, short windows      attention_matmul.py
     all else                                       PyTorch's scaled_dot_product_attention (SDPA)
 """
 
@@ -20,11 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .attention_mask import blind_rows, hidden, hidden_by_lengths, hidden_by_place, in_effect, needs_mask
+from .attention_mask import blind_rows, hidden, in_effect, needs_mask
+from .attention_matmul import backward_matmul, fits_matmul, forward_matmul
 from .attention_small_query import backward_triton, few_queries, forward_triton, rows_first
-
-MATMUL_KEYS = 768
-CHUNK_BYTES = 2**20  # probabilities of as many (sample, head) pairs at a time as a second-level cache holds
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -72,101 +70,10 @@ def _nothing(q, k, v):
     return q + (k.sum() + v.sum())
 
 
-# -------------------------------------------------------------------------------------------- matmul + softmax on a CPU
-def _pairs(t: Tensor, sharing: int = 1) -> Tensor:
-    """[B, H, S, Dh] -> [B * H // sharing, sharing * S, Dh], contiguous: heads that share a key are rows of one pair."""
-    pairs = t.flatten(0, 1).contiguous()
-    return pairs if sharing == 1 else pairs.view(len(pairs) // sharing, -1, t.shape[3])
-
-
-def _chunks(q: Tensor, k: Tensor, biases: list[Tensor]):
-    """Slices of the pairs, and what is added to the scores of each."""
-    pairs, size = q.shape[0], max(1, CHUNK_BYTES // max(1, q.shape[1] * k.shape[1] * q.element_size()))
-    for i in range(0, pairs, size):
-        chunk = slice(i, i + size)
-        yield chunk, [_of_pairs(bias, chunk, pairs) for bias in biases]
-
-
-def _of_pairs(bias: Tensor, chunk: slice, pairs: int) -> Tensor:
-    """Of one bias for all pairs, of one for each, or of one for each sample: those of some pairs."""
-    if len(bias) in (1, pairs):
-        return bias if len(bias) == 1 else bias[chunk]
-    return bias[torch.arange(pairs, device=bias.device)[chunk] // (pairs // len(bias))]
-
-
-def _biases(q, k, lengths, suffix, causal, window, positions):
-    """What is added to scores, [pairs, B or 1, Sq or 1, Sk]: half of the lowest number where one does not count, or 0.
-
-    Two of them add up to a finite number, and filling scores by a bool mask takes six times as long.
-    """
-    masks = []
-    if lengths is not None:
-        padding = hidden_by_lengths(lengths, k.shape[2], suffix)
-        masks.append(padding.expand(-1, k.shape[1], -1, -1).flatten(0, 1))
-    if causal or window is not None:
-        masks.append(hidden_by_place(q.shape[2], k.shape[2], q.device, suffix, causal, window, positions)[:, 0])
-    return [mask.to(q.dtype) * (torch.finfo(q.dtype).min / 2) for mask in masks]
-
-
-def _probabilities(q, k, biases):
-    """softmax(q k^T / sqrt(Dh)): q [n, heads of a key * Sq, Dh], k [n, Sk, Dh] -> [n, heads of a key * Sq, Sk]."""
-    start, *others = [_of_rows(bias, *q.shape[:2]) for bias in biases] or [q.new_empty(())]
-    scores = torch.baddbmm(start, q, k.transpose(1, 2), beta=int(start.dim() > 0), alpha=q.shape[2] ** -0.5)
-    for bias in others:
-        scores += bias
-    return torch.softmax(scores, -1)
-
-
-def _of_rows(bias: Tensor, pairs: int, rows: int) -> Tensor:
-    """[n or 1, Sq or 1, Sk] -> [n, heads of a key * Sq, Sk]"""
-    return bias[:, None].expand(pairs, rows // bias.shape[1], -1, -1).flatten(1, 2)
-
-
-def _rows_first(pairs: Tensor, shape) -> Tensor:
-    """[B * H, S, Dh] -> [B, H, S, Dh] laid out as [B, S, H, Dh], as the next linear layer reads it."""
-    return pairs.view(shape).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def forward_aten(q, k, v, *seen):
-    biases, blind, shape = _biases(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen), q.shape
-    q, k, v = _pairs(q, shape[1] // k.shape[1]), _pairs(k), _pairs(v)
-    out = torch.empty_like(q)
-    for s, added in _chunks(q, k, biases):
-        torch.bmm(_probabilities(q[s], k[s], added), v[s], out=out[s])
-    if blind is not None:
-        out.view(shape).masked_fill_(blind, 0)
-    return _rows_first(out, shape)
-
-
-def backward_aten(d_out, q, k, v, *seen, wants_out=False):
-    """dq, dk, dv, and the forward's result if wanted; the probabilities are computed again."""
-    biases, blind = _biases(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen)
-    shapes, scale = (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
-    d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
-    sharing = q.shape[1] // k.shape[1]
-    q, k, v, d_out = _pairs(q, sharing), _pairs(k), _pairs(v), _pairs(d_out, sharing)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    out = torch.empty_like(q) if wants_out else None
-    none = q.new_empty(())
-    for s, added in _chunks(q, k, biases):
-        p = _probabilities(q[s], k[s], added)
-        if wants_out:
-            torch.bmm(p, v[s], out=out[s])
-        torch.bmm(p.transpose(1, 2), d_out[s], out=dv[s])
-        dp = torch.bmm(d_out[s], v[s].transpose(1, 2))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        torch.baddbmm(none, ds, k[s], beta=0, alpha=scale, out=dq[s])
-        torch.baddbmm(none, ds.transpose(1, 2), q[s], beta=0, alpha=scale, out=dk[s])
-    if wants_out and blind is not None:
-        out.view(shapes[0]).masked_fill_(blind, 0)
-    results = zip((dq, dk, dv, out), (*shapes, shapes[0]), strict=True)
-    return tuple(_rows_first(t, shape) for t, shape in results if t is not None)
-
-
 # -------------------------------------------------------------------------------------------------------- registration
-def uses_matmul(q: Tensor, k: Tensor) -> bool:
+def uses_matmul(q: Tensor, k: Tensor, lengths=None, suffix=0, causal=False, window=None, positions=None) -> bool:
     """Whether attention runs as matmul + softmax, whose backward computes the probabilities again."""
-    return q.dtype == torch.bfloat16 and q.is_cpu and k.shape[2] <= MATMUL_KEYS and backend.resolve(q) == "torch"
+    return q.is_cpu and fits_matmul(q, k.shape[2], lengths, suffix, window, positions) and backend.resolve(q) == "torch"
 
 
 def uses_triton(q: Tensor, k: Tensor, causal: bool, window: int | None) -> bool:
@@ -183,14 +90,14 @@ def _fake(q, k, v, lengths, suffix, causal, window, positions):
 attention_forward = backend.Op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, SymInt suffix, bool causal, int? window, "
     "Tensor? positions) -> (Tensor, Tensor)",
-    aten=lambda *operands: (forward_aten(*operands), None),
+    aten=lambda *operands: (forward_matmul(*operands), None),
     triton=lambda *operands: forward_triton(*operands[:5]),  # neither causal nor with a window: `uses_triton`
     fake=_fake,
 )
 
 
 def _backward_aten(d_out, q, k, v, lengths, out, lse, suffix, causal, window, positions):
-    return backward_aten(d_out, q, k, v, lengths, suffix, causal, window, positions)
+    return backward_matmul(d_out, q, k, v, lengths, suffix, causal, window, positions)
 
 
 def _backward_triton(d_out, q, k, v, lengths, out, lse, suffix, *_):
@@ -278,7 +185,7 @@ def _run(q, k, v, *seen):
     if q.shape[0] == 0:  # nobody: flash kernels refuse it before torch 2.10
         return _nothing(q, k, v)
     _, _, causal, window, _ = seen = in_effect(q.shape[2], k.shape[2], *seen)
-    if uses_matmul(q, k) or uses_triton(q, k, causal, window):
+    if uses_matmul(q, k, *seen) or uses_triton(q, k, causal, window):
         if backend.needs_grad(q, k, v):
             return _Attention.apply(q, k, v, *seen)
         return attention_forward(q, k, v, *seen)[0]

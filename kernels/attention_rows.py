@@ -56,8 +56,9 @@ class Group(NamedTuple):
 def _fake(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads, window, positions):
     out = q.new_empty(q.shape[0], heads * head_width(q, kv, heads, kv_heads))
     s = None if lora_a is None else q.new_empty(q.shape[0], lora_a.shape[0])
-    lse = None if recomputes(q, by_three(groups)) else q.new_empty(q.shape[0], heads, dtype=backend.wide(q.dtype))
-    return out, s, lse
+    if recomputes(q, by_three(groups), lengths, suffix, window, positions):
+        return out, s, None
+    return out, s, q.new_empty(q.shape[0], heads, dtype=backend.wide(q.dtype))
 
 
 attention_rows_forward = backend.Op(

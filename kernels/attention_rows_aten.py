@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .attention import MATMUL_KEYS
-from .attention import backward_aten as matmul_backward
-from .attention import forward_aten as matmul_forward
 from .attention_mask import blind_rows, hidden, in_effect, needs_mask
+from .attention_matmul import MATMUL_KEYS, backward_matmul, forward_matmul, is_local
 from .backend import cast
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -93,7 +91,7 @@ def _attend(q, kv, positions, samples, heads, kv_heads, recomputed, *seen):
     q, k, v = by_head(q, kv, samples, heads, kv_heads)
     seen = _seen(q, k, *seen, positions)
     if recomputed:
-        out, lse = matmul_forward(q, k, v, *seen), None
+        out, lse = forward_matmul(q, k, v, *seen), None
     else:
         out, lse = _flash(q, k, v, *seen)
         lse = lse.transpose(1, 2).reshape(-1, heads)
@@ -103,7 +101,7 @@ def _attend(q, kv, positions, samples, heads, kv_heads, recomputed, *seen):
 def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads, window, positions):
     """out [Nq, D], s [Nq, R] or None, and flash attention's log-sum-exp [Nq, H] or None."""
     groups = by_three(groups)
-    recomputed = recomputes(q, groups)
+    recomputed = recomputes(q, groups, lengths, suffix, window, positions)
     seen = heads, kv_heads, recomputed, lengths, suffix, causal, window
     if len(groups) == 1 and min(groups[0]) > 0:
         out, lse = _attend(q, kv, positions, groups[0][0], *seen)
@@ -130,7 +128,7 @@ def _attend_backward(d_out, q, out, lse, kv, positions, samples, heads, kv_heads
     shape = samples, -1, heads, views[0].shape[3]
     d_out = d_out.view(shape).transpose(1, 2)
     if out is None:
-        dq, dk, dv, *again = matmul_backward(d_out, *views, *seen, wants_out=wants_out)
+        dq, dk, dv, *again = backward_matmul(d_out, *views, *seen, wants_out=wants_out)
         out = again[0].transpose(1, 2).reshape(q.shape[0], -1) if wants_out else None
     else:
         own_out, own_lse = out.view(shape).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
@@ -161,9 +159,12 @@ def backward_aten(
     return d_q, d_kv, cast(d_s.t() @ out, lora_a.dtype) if wants_out else None
 
 
-def recomputes(q: Tensor, groups: Sequence[Sequence[int]]) -> bool:
+def recomputes(q: Tensor, groups: Sequence[Sequence[int]], lengths, suffix, window, positions) -> bool:
     """Whether the groups run as matmul + softmax, whose backward computes the probabilities again."""
-    return q.dtype == torch.bfloat16 and all(group[2] <= MATMUL_KEYS for group in groups)
+    local = [is_local(keys, lengths, suffix, window, positions) for _, _, keys in groups]
+    if q.dtype != torch.bfloat16 and True not in local:
+        return False
+    return all(here or keys <= MATMUL_KEYS for here, (_, _, keys) in zip(local, groups, strict=True))
 
 
 def by_three(flat: Sequence[int]) -> list[Sequence[int]]:

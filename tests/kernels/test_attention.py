@@ -8,6 +8,7 @@ from running import CPU, moved, on, running, skip_wide_tiles
 from tolerance import assert_as_exact_as
 
 from u2a_fast.kernels import attention, set_backend
+from u2a_fast.kernels.attention_matmul import MATMUL_KEYS
 
 module = importlib.import_module("u2a_fast.kernels.attention")  # the package's attribute of that name is the function
 SANITIZERS = ("bounds", "races", "order")
@@ -232,7 +233,7 @@ def test_no_samples(dtype, implementation, device):
 def test_matmul_runs_where_it_is_faster():
     set_backend("auto")
     q = torch.zeros(1, 1, 4, 8)
-    long = torch.zeros(1, 1, module.MATMUL_KEYS + 1, 8)
+    long = torch.zeros(1, 1, MATMUL_KEYS + 1, 8)
     assert module.uses_matmul(q.bfloat16(), q.bfloat16())
     assert not module.uses_matmul(q, q) and not module.uses_matmul(q.half(), q.half())
     assert not module.uses_matmul(q.bfloat16(), long.bfloat16())

@@ -125,7 +125,7 @@ def _in_rows(dtype, seen, kernels):
 ASSEMBLE, BACKWARD = "assemble_norm_project.py", "assemble_backward.py"
 SUBSTITUTE, ATTENTION = "substitute.py", "attention_small_query.py"
 ROTARY, GATED, ACTIVATIONS = "rotary.py", "gated.py", "activations.py"
-MASK, MATMUL, ROWS = "attention_mask.py", "attention.py", "attention_rows_aten.py"
+MASK, MATMUL, ROWS = "attention_mask.py", "attention_matmul.py", "attention_rows_aten.py"
 WINDOW = in_rows(torch.float32, window=2, suffix=1)
 AT_PLACES = in_rows(torch.float32, window=3, positions=torch.arange(0, 60, 2))
 PADDED = in_rows(torch.bfloat16, window=2, suffix=1, causal=True, lengths=torch.tensor([9, 0, 4]))
