@@ -41,7 +41,7 @@ def hidden_by_place(queries, keys, device, suffix, causal, window, positions) ->
         return (own < place)[None, None]
     at = place[None] if positions is None else positions
     hidden = at[:, None] < at[:, keys - queries :, None] - window
-    if not causal:
+    if not causal or positions is not None:  # what comes before a row may still be beyond its position
         hidden |= at[:, None] > at[:, keys - queries :, None] + window
     tokens = keys - suffix
     hidden[:, :, tokens:] = False

@@ -221,8 +221,8 @@ def attention_rows(
         out [Nq, H * Dh] and s [Nq, R] (None without `lora_a`).
 
     Raises:
-        ValueError: groups that do not add up to the rows, widths that do not divide into the heads, a window where not
-            all rows ask.
+        ValueError: groups that do not add up to the rows, queries without keys, widths that do not divide into the
+            heads, a window where not all rows ask.
 
     >>> v = torch.tensor([[1.0], [3.0], [50.0]])  # two samples, of two rows and of one
     >>> qkv = torch.cat([torch.zeros(3, 2), v], dim=1)
@@ -262,6 +262,8 @@ def _check(q, kv, heads, kv_heads, groups, lengths, causal):
         return
     if sum(g.samples * g.queries for g in groups) != q.shape[0] or sum(g.samples * g.keys for g in groups) != rows:
         raise ValueError(f"groups {list(groups)} do not add up to {q.shape[0]} rows of q and {rows} of k and v")
+    if any(g.keys == 0 and g.samples * g.queries > 0 for g in groups):
+        raise ValueError(f"queries need keys: give the samples of each group rows of k and v, unlike in {list(groups)}")
     if lengths is not None and len(groups) != 1:
         raise ValueError(f"lengths hide keys of a single group, not of {len(groups)}: leave the padding out instead")
     if causal and any(g.queries > g.keys for g in groups):

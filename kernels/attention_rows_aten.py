@@ -38,12 +38,11 @@ def by_head(q: Tensor, kv: Tensor | None, samples: int, heads: int, kv_heads: in
 def parts_of(
     groups: Sequence[Sequence[int]], of_queries: Sequence[Tensor | None], of_keys: Sequence[Tensor | None]
 ) -> Iterator:
-    """(samples, parts) of every group that has keys and queries: its rows of each tensor, those with a row for every
-    query first."""
+    """(samples, parts) of every group that asks: its rows of each tensor, those with a row for every query first."""
     q_at = k_at = 0
     for samples, query_rows, key_rows in groups:
         q_end, k_end = q_at + samples * query_rows, k_at + samples * key_rows
-        if q_end > q_at and k_end > k_at:
+        if q_end > q_at:
             yield samples, *_from_to(of_queries, q_at, q_end), *_from_to(of_keys, k_at, k_end)
         q_at, k_at = q_end, k_end
 
@@ -115,7 +114,7 @@ def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads
 
 
 def end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The parts one after the other, [rows, width]; zeros where rows without a key are the only ones."""
+    """The parts one after the other, [rows, width]; zeros where no group asks."""
     if not parts:
         return like.new_zeros(rows, width, dtype=dtype)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -49,11 +49,10 @@ def varlen_function() -> Callable | None:
 
 def fits_varlen(q: Tensor, width: int) -> bool:
     """Whether there is a varlen function that takes heads of `width` from q."""
-    if not q.is_cuda or torch.compiler.is_compiling():
+    if not q.is_cuda or torch.compiler.is_compiling() or varlen_function() is None:
         return False
-    return (
-        width % 8 == 0 and width <= 256 and supports_triton(q.device, q.dtype)[0]
-    )  # flash attention asks for the same
+    fits = width % 8 == 0 and width <= 256  # flash attention asks for the same
+    return fits and supports_triton(q.device, q.dtype)[0]
 
 
 @functools.cache

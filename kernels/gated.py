@@ -14,11 +14,10 @@ from torch import Tensor
 from . import backend
 from .activations import ACTIVATIONS, activate
 from .backend import jit, tl
-from .quantize import row_chunks
+from .chunks import row_chunks_by_core
 from .tiling import accumulator, check_rows
 
 TILE = {"BM": 4, "BF": 512, "num_warps": 4}
-CHUNK = 1 << 17  # elements that backward takes at a time on each core of a CPU: they stay in its cache
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -128,7 +127,7 @@ def backward_aten(dy: Tensor, h: Tensor, activation: str) -> Tensor:
     act, act_backward = ACTIVATIONS[activation]
     rows, dy, d_h = h.reshape(-1, h.shape[-1]), dy.reshape(-1, dy.shape[-1]), h.new_empty(h.shape)
     (gate, up), (d_gate, d_up) = (t.chunk(2, 1) for t in (rows, d_h.view(rows.shape)))
-    for s in row_chunks(dy, CHUNK * torch.get_num_threads()):
+    for s in row_chunks_by_core(dy):
         torch.mul(dy[s], act(gate[s]), out=d_up[s])
         d_gate[s] = act_backward(dy[s] * up[s], gate[s])
     return d_h

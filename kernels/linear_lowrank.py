@@ -16,16 +16,9 @@ from torch import Tensor
 
 from . import backend
 from .backend import cast, jit, tl
+from .chunks import chunk_buffer, row_chunks
 from .linear_backward import as_float, flat, gradients, group_widths, save
-from .quantize import (
-    TINY,
-    QuantizedRows,
-    chunk_buffer,
-    dequantize_rows_reference,
-    launch_quantize_rows,
-    quantize_rows_aten,
-    row_chunks,
-)
+from .quantize import TINY, QuantizedRows, dequantize_rows_reference, launch_quantize_rows, quantize_rows_aten
 from .tiling import accumulator, check_rows, dot_precision, gemm_tile, group_of, rank_tile, tile_index
 
 
@@ -295,6 +288,14 @@ def check(x, weight, bias, lora_a, lora_b, weight_scale, groups, lead, quantize_
             f"groups must divide the weight's {n} rows, the first counting `lead` times, and {groups} "
             f"{'does' if lead == 1 else f'with a lead of {lead} do'} not"
         )
+
+
+def check_factors(lora_a, lora_b, groups, k):
+    """Refuse factors that do not fit each other or an input [..., K]; what `check` says of lora_b holds."""
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a and lora_b go together: give both or neither")
+    if lora_a is not None and lora_a.shape != (groups * lora_b.shape[1], k):
+        raise ValueError(f"lora_a must be {[groups * lora_b.shape[1], k]} (groups * r, K), not {tuple(lora_a.shape)}")
 
 
 def is_plain(x, weight, bias) -> bool:

@@ -20,6 +20,7 @@ from .dropout import drop, kept_tile, threshold
 from .linear_backward import flat, gradients, save
 from .linear_lowrank import (
     check,
+    check_factors,
     frozen_linear_reference,
     is_plain,
     linear_lowrank_aten,
@@ -190,12 +191,7 @@ def lora_linear(
     tensor([[2., 2.]])
     """
     check(x, weight, bias, lora_a, lora_b, weight_scale, groups, lead, quantize_input)
-    if (lora_a is None) != (lora_b is None):
-        raise ValueError("lora_a and lora_b go together: give both or neither")
-    if lora_a is not None and lora_a.shape != (groups * lora_b.shape[1], x.shape[-1]):
-        raise ValueError(
-            f"lora_a must be {[groups * lora_b.shape[1], x.shape[-1]]} (groups * r, K), not {tuple(lora_a.shape)}"
-        )
+    check_factors(lora_a, lora_b, groups, x.shape[-1])
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
     if dropout == 0 or lora_a is None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import backend
 from .backend import cast
+from .chunks import row_chunks_by_core
 
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 CHUNK_ROWS = 256  # rows taken in fp32 at a time: a second-level cache holds them
-CHUNK = 1 << 17  # elements of RMSNorm that a thread takes at a time, for the same reason
 
 
 def norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
@@ -106,7 +106,7 @@ def _rms_norm(x, weight, eps):
         return torch.ops.aten._fused_rms_norm(x.to(dtype), weight.shape, weight.to(own), eps)
     rows, weight = x.reshape(-1, x.shape[-1]), cast(weight, backend.wide(x.dtype))
     h, rstd = rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], 1, dtype=weight.dtype)
-    for s in _chunks(rows):
+    for s in row_chunks_by_core(rows):
         part = cast(rows[s], weight.dtype)
         norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
         rstd[s] = norm.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
@@ -125,7 +125,7 @@ def _rms_backward(dh, x, rstd, weight, mask):
     rstd, weight = rstd.view(-1, 1), cast(weight, wide)
     dx = rows.new_empty(rows.shape) if mask[0] else None
     d_weight = torch.zeros_like(weight) if mask[1] else None
-    for s in _chunks(rows):
+    for s in row_chunks_by_core(rows):
         part, g, r = cast(rows[s], wide), cast(dh[s], wide), rstd[s]
         if mask[1]:
             d_weight.add_((part * g).mul_(r).sum(0))
@@ -134,11 +134,3 @@ def _rms_backward(dh, x, rstd, weight, mask):
             along = torch.linalg.vecdot(g, part)[:, None] * r.square() / -rows.shape[1]
             dx[s] = g.addcmul_(part, along).mul_(r)
     return None if dx is None else dx.view(x.shape), d_weight
-
-
-def _chunks(rows: Tensor) -> list[slice]:
-    """Rows [M, D] in pieces that stay in cache from one op to the next; a compiler makes one pass by itself."""
-    if torch.compiler.is_compiling():
-        return [slice(None)]
-    size = max(1, CHUNK * torch.get_num_threads() // rows.shape[1])
-    return [slice(start, start + size) for start in range(0, len(rows), size)]

@@ -26,7 +26,7 @@ from .assemble_backward import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
 from .backend import cast
 from .linear_backward import a_grad, as_float, flat, linear_backward_triton, low_rank_backward
-from .linear_lowrank import check, linear_lowrank, linear_lowrank_aten, linear_lowrank_triton
+from .linear_lowrank import check, check_factors, linear_lowrank, linear_lowrank_aten, linear_lowrank_triton
 from .norm_aten import norm_aten, norm_backward_aten
 
 
@@ -255,14 +255,14 @@ def norm_linear(
     >>> norm_linear(x, torch.ones(2), None, 0.0, torch.eye(2), None, None, None, 1.0)[0]
     tensor([[[-1.,  1.]]])
     """
-    chosen = backend.resolve(x, norm_weight, weight, bias, lora_a, lora_b, weight_scale)
+    chosen = backend.resolve(x, norm_weight, norm_bias, weight, bias, lora_a, lora_b, weight_scale)
     if chosen == "reference" or weight.requires_grad:
         norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "rms": rms, "lora_a": lora_a}
         h, s, rows = assemble_norm_project(tokens=x, **norm, quantize=quantize_input)
         return linear_lowrank(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input), rows
     check(x, weight, bias, lora_a, lora_b, weight_scale, groups, lead, quantize_input)
-    if x.dim() != 3 or (norm_weight is not None and norm_weight.shape != x.shape[2:]):
-        raise ValueError(f"x must be [B, T, D] and norm_weight [D], not {list(x.shape)} and {list(norm_weight.shape)}")
+    check_factors(lora_a, lora_b, groups, x.shape[-1])
+    _check_norm(x, norm_weight, norm_bias)
     frozen = weight, bias, lora_a, lora_b, weight_scale
     options = eps, rms, scaling, groups, lead, quantize_input, backend.compute_dtype(x)
     if backend.needs_grad(x, norm_weight, norm_bias, bias, lora_a, lora_b):
@@ -271,3 +271,15 @@ def norm_linear(
     else:
         y = norm_linear_forward(flat(x), norm_weight, norm_bias, *frozen, *options)[0]
     return y.view(*x.shape[:-1], y.shape[1]), x
+
+
+def _check_norm(x, norm_weight, norm_bias):
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, T, D], not {list(x.shape)}")
+    if norm_weight is None and norm_bias is not None:
+        raise ValueError("norm_bias was given without norm_weight: give both, or neither to skip the norm")
+    width = x.shape[2:]
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if vector is not None and (vector.shape != width or not vector.is_floating_point()):
+            given = f"{vector.dtype} {list(vector.shape)}"
+            raise ValueError(f"{name} must be floating point {list(width)} to fit x, not {given}")

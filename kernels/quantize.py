@@ -13,10 +13,10 @@ from torch import Tensor
 
 from . import backend
 from .backend import jit, tl
+from .chunks import chunk_buffer, row_chunks
 
 TINY = 1e-30  # divides an all-zero row without a NaN
 QUANTIZE_TILE = {"BN": 8, "BK": 512, "num_warps": 4}
-CHUNK = 1 << 19  # elements taken in fp32 at a time on a CPU: more fall out of cache, fewer wait for their threads
 
 
 class QuantizedRows(NamedTuple):
@@ -42,17 +42,6 @@ def quantize_rows_reference(w: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_rows_reference(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """q [N, K] int8, scale [N] -> [N, K] in `dtype`, rounded once."""
     return (q * scale.to(backend.wide(dtype))[:, None]).to(dtype)
-
-
-def row_chunks(t: Tensor, elements: int = CHUNK) -> list[slice]:
-    """Slices of the rows of t [M, N] to go through in turn; on a GPU one of all rows."""
-    step = max(1, elements // max(1, t.shape[1])) if t.device.type == "cpu" else max(1, t.shape[0])
-    return [slice(i, i + step) for i in range(0, t.shape[0], step)]
-
-
-def chunk_buffer(t: Tensor, chunks: list[slice], dtype: torch.dtype) -> Tensor:
-    """Room for the rows of any chunk: one for all, since fresh memory costs more than the arithmetic on it."""
-    return t.new_empty(min(chunks[0].stop, len(t)) if chunks else 0, t.shape[1], dtype=dtype)
 
 
 def absmax(w: Tensor) -> Tensor:

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from . import backend
 from .backend import cast, jit, tl
-from .quantize import row_chunks
+from .chunks import row_chunks_by_core
 from .tiling import accumulator, check_rows
 
 TILE_ELEMENTS = 1024  # of half a head, in BM rows: 16 bytes of bf16 for each of 128 threads
-CHUNK = 1 << 17  # elements taken at a time on each core of a CPU: they stay in its cache
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -184,7 +183,7 @@ def _chunks_in_place(rows, heads, cos, sin, weight, change, *kept):
     """
     wide = backend.wide(rows.dtype)
     x = rows[:, : heads * _width(cos, weight)]
-    for s in row_chunks(x, CHUNK * torch.get_num_threads()):
+    for s in row_chunks_by_core(x):
         own = x[s].unflatten(1, (heads, -1))
         of_rows = (None if t is None else cast(t[s], wide)[:, None] for t in (cos, sin))
         given = cast(own, wide)

@@ -33,6 +33,7 @@ CASES = {
     "window, lengths, causal, suffix": (9, 2, 0, (9, 0, 4), True),
     "window of positions": (9, 2, 0, (9, 0, 4), False),
     "window of positions, causal": (9, 2, 0, None, True),
+    "window of shuffled positions, causal": (9, 2, 0, None, True),
     "window of the whole sample": (4, 3, 0, None, False),
 }
 WINDOW = 3
@@ -56,6 +57,8 @@ def options(case):
     if "positions" in case:  # with holes
         g = torch.Generator().manual_seed(2)
         given["positions"] = torch.randint(1, 4, (3, tokens + suffix), generator=g).cumsum(1)
+    if "shuffled" in case:
+        given["positions"] = given["positions"][:, torch.randperm(tokens + suffix, generator=g)]
     return given
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,14 @@ def test_what_causality_and_windows_cannot_mean_is_refused(groups, also, message
         attention_rows(q, kv, HEADS, groups, **also)
 
 
+@pytest.mark.parametrize("groups", [[Group(2, 3, 0)], [Group(1, 2, 0), Group(2, 1, 4)]])
+def test_queries_without_keys_are_refused(groups):
+    queries, keys = (sum(group.samples * group[i] for group in groups) for i in (1, 2))
+    q, kv = torch.ones(queries, HEADS * WIDTH), torch.ones(keys, 2 * HEADS * WIDTH)
+    with pytest.raises(ValueError, match="queries need keys"):
+        attention_rows(q, kv, HEADS, groups)
+
+
 @pytest.mark.parametrize(
     "kv_heads, message",
     [(3, "kv_heads must divide the 4 heads of q, not be 3"), (0, "not be 0"), (1, r"q must be \[N, 6 \* Dh\]")],
@@ -281,6 +290,30 @@ def test_a_varlen_function_gets_rows_and_ends_of_every_sample(case, monkeypatch)
     with running("reference", CPU):
         torch.testing.assert_close(attention_rows(q, kv, HEADS, groups, **given)[0], expected)
     assert len(calls) == BY_VARLEN[case]
+
+
+def test_a_varlen_function_is_called_only_where_there_is_one(monkeypatch):
+    varlen = importlib.import_module("u2a_fast.kernels.attention_varlen")
+    monkeypatch.setattr(varlen, "supports_triton", lambda *_: (True, ""))
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
+    for function in (print, None):
+        monkeypatch.setattr(varlen, "varlen_function", lambda found=function: found)
+        assert varlen.fits_varlen(q, 64) == (function is not None)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_an_exported_program_takes_any_number_of_samples(implementation):
+    class Module(torch.nn.Module):
+        def forward(self, qkv):
+            samples, rows, _ = qkv.shape
+            return attention_rows(qkv.flatten(0, 1), None, HEADS, [Group(samples, rows, rows)])[0]
+
+    drawn = torch.randn(7, 5, 3 * HEADS * WIDTH)
+    with running(implementation, CPU):
+        sizes = ({0: torch.export.Dim("batch")},)
+        program = torch.export.export(Module(), (drawn[:3],), dynamic_shapes=sizes).module()
+        for samples in (1, 2, 7):
+            torch.testing.assert_close(program(drawn[:samples]), Module()(drawn[:samples]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerance import assert_as_exact_as
 
-from u2a_fast.kernels import lora_linear, set_backend
+from u2a_fast.kernels import chunks, lora_linear, set_backend
 
 module = importlib.import_module("u2a_fast.kernels.quantize")
 SHAPES = [(700, 1000), (3, 5), (0, 8), (257, 1024)]  # the first and the last take several chunks
@@ -41,8 +41,9 @@ def test_int8_products_over_several_chunks(dtype, bias, monkeypatch):
     shift = torch.randn(200).to(dtype) if bias else None
     operands = (q, shift, None, None, 1.0)
     results = {}
-    for chunk in (1 << 18, 700):  # one chunk, and three rows at a time
-        monkeypatch.setattr(module, "CHUNK", chunk)
+    for chunk, parts in ((1 << 18, 1), (700, 30)):  # one chunk, and three rows at a time
+        monkeypatch.setattr(chunks, "CHUNK", chunk)
+        assert len(chunks.row_chunks(torch.empty(90, 200))) == parts
         results[chunk] = lora_linear(x, *operands, weight_scale=scale, quantize_input=True)
     assert torch.equal(results[1 << 18], results[700])
     set_backend("reference")

@@ -6,7 +6,7 @@ from running import moved, on, running
 from tolerance import assert_as_exact_as
 from torch.nn import functional as F
 
-from u2a_fast.kernels import layer_norm, norm_aten, rms_norm
+from u2a_fast.kernels import chunks, layer_norm, rms_norm
 from u2a_fast.memory import saved_bytes
 
 PLAIN = {
@@ -54,7 +54,7 @@ def test_no_further_from_fp64_than_the_plain_norm(dtype, norm, device):
 def test_rows_of_rms_norm_in_pieces_give_what_they_give_at_once(dtype, monkeypatch):
     tensors, dy = operands(dtype, rms_norm, rows=301)
     expected = results(rms_norm, tensors, dy)
-    monkeypatch.setattr(norm_aten, "CHUNK", 12 * 7)
+    monkeypatch.setattr(chunks, "CHUNK_OF_CORE", 12 * 7)
     for ours, whole in zip(results(rms_norm, tensors, dy), expected, strict=True):
         torch.testing.assert_close(ours, whole)
 

@@ -126,3 +126,27 @@ def test_without_a_norm_or_an_adapter_no_pass_is_launched(device):
     with running("triton", device) as launched:
         y, _ = on(device, norm_linear)(torch.randn(2, 3, 8), None, None, 1e-5, torch.randn(4, 8), None, None, None, 1.0)
     assert y.shape == (2, 3, 4) and launched == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lora_a": None}, "lora_a and lora_b go together"),
+        ({"lora_b": None}, "lora_a and lora_b go together"),
+        ({"lora_a": torch.ones(3, 8)}, r"lora_a must be \[2, 8\]"),
+        ({"lora_a": torch.ones(2, 7)}, r"lora_a must be \[2, 8\]"),
+        ({"x": torch.ones(3, 8)}, r"x must be \[B, T, D\], not \[3, 8\]"),
+        ({"x": torch.ones(3, 8), "norm_weight": None, "norm_bias": None}, r"x must be \[B, T, D\], not \[3, 8\]"),
+        ({"norm_weight": torch.ones(9)}, r"norm_weight must be floating point \[8\]"),
+        ({"norm_bias": torch.ones(7)}, r"norm_bias must be floating point \[8\]"),
+        ({"norm_bias": torch.ones(8).int()}, "not torch.int32"),
+        ({"norm_weight": None}, "norm_bias was given without norm_weight"),
+        ({"norm_bias": torch.ones(8, device="meta")}, "on one device"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    norm = {"norm_weight": torch.ones(8), "norm_bias": torch.ones(8), "eps": 1e-5}
+    low = {"lora_a": torch.ones(2, 8), "lora_b": torch.ones(6, 2), "scaling": 1.0}
+    given = {"x": torch.ones(2, 3, 8), "weight": torch.ones(6, 8), "bias": None, **norm, **low}
+    with pytest.raises(ValueError, match=message):
+        norm_linear(**given | change)

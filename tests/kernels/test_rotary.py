@@ -7,7 +7,7 @@ import torch
 from running import on, running
 from tolerance import assert_as_exact_as
 
-from u2a_fast.kernels import linear_lowrank, rotary, set_backend
+from u2a_fast.kernels import chunks, linear_lowrank, rotary, set_backend
 from u2a_fast.memory import saved_bytes
 
 module = importlib.import_module("u2a_fast.kernels.rotary")  # the package's attribute of that name is the function
@@ -177,7 +177,7 @@ def test_backward_keeps_nothing_but_what_a_norm_needs(device):
 def test_chunks_together_are_the_whole(monkeypatch, device):
     given, dy = operands((70, 2, 6, 3), "both", torch.float64)
     expected = results(written_out, given, dy)
-    monkeypatch.setattr(module, "CHUNK", 100)
+    monkeypatch.setattr(chunks, "CHUNK_OF_CORE", 100)
     for got, exact in zip(computed("torch", device, given, dy), expected, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-8)
 
