@@ -7,12 +7,17 @@ import time
 
 import pytest
 import torch
+from dry_driver import dry
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from u2a_fast import doctor, kernels
 from u2a_fast.gpu_report import __main__ as script
-from u2a_fast.gpu_report import correctness, timing
-from u2a_fast.gpu_report.report import Report
+from u2a_fast.gpu_report import correctness, modern_step, sanitizer, timing
+from u2a_fast.gpu_report.cases import Draw
+from u2a_fast.gpu_report.cases_modern import CASES
+from u2a_fast.gpu_report.report import NoResult, Report
 from u2a_fast.gpu_report.steps import STEPS
+from u2a_fast.kernels.compile_cases import FLOPS
 
 FOREVER = 1e9
 
@@ -113,3 +118,36 @@ def test_doctor_runs_step_c_and_passes_its_verdict_on(monkeypatch, capsys):
     assert not doctor.prove_kernels()
     assert "--dry" in asked[0] and asked[0][asked[0].index("--steps") + 1] == "c"
     assert "no GPU" in capsys.readouterr().out
+
+
+def test_every_kernel_has_a_case_and_every_function_one_for_the_sanitizer():
+    with dry("sm_90", compiles=False) as device:
+        for case in CASES:
+            operands = case.make(Draw(torch.bfloat16))
+            leaves = {name: operands[name].requires_grad_() for name in case.trained if operands.get(name) is not None}
+            correctness.gradients({n: t for n, t in case.call(operands).items() if t is not None}, leaves)
+    assert set(device.launches) == set(FLOPS)
+    functions = {case.function for case in CASES} - set(sanitizer.PLAIN)
+    assert functions == {case.function for case in CASES if "odd" in case.name} - set(sanitizer.PLAIN)
+
+
+def test_without_peft_there_is_no_result(monkeypatch):
+    model, _ = modern_step.TINY_CASES["qwen3"]()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(NoResult, match="peft is not installed"):
+        modern_step.PeftClassifier(model)
+
+
+def test_peft_reads_its_rows_by_an_index_that_lies_beside_them():
+    """One on the CPU would stop a GPU's step."""
+
+    class Beside(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.index.Tensor:
+                assert all(index.device == args[0].device for index in args[1] if index is not None)
+            return func(*args, **(kwargs or {}))
+
+    model, batch = modern_step.TINY_CASES["qwen3"]()
+    arm = modern_step.PeftClassifier(model)
+    with torch.device("meta"), Beside():  # there a tensor lies of which nobody says where
+        assert arm(**batch).isfinite()

@@ -1,4 +1,4 @@
-"""Small operands for every public function of the kernels: aligned, odd, strided, of one row and of none.
+"""Small operands for the kernels: aligned, odd, strided, of one row and of none; `cases_modern.CASES` are all of them.
 
 Data has a non-zero mean: an unmasked tail or a forgotten term hides behind zero-mean data. Rows that must not be read
 hold NaN. A case's formula is its call under the reference backend; where int8 is involved, on the dequantised weight.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import Attention, Group, Half, Linear, Norm
+from ..kernels import Group
 
 Operands = dict[str, Any]
 Outputs = dict[str, Tensor | None]
@@ -88,7 +88,8 @@ def linear_lowrank(o: Operands) -> Outputs:
 
 def norm_linear(o: Operands) -> Outputs:
     low = o["lora_a"], o["lora_b"], SCALING, o["weight_scale"], o["groups"], o["lead"], o["quantize"]
-    y, rows = kernels.norm_linear(o["x"], o["gamma"], o["beta"], EPS, o["weight"], o["bias"], *low)
+    norm = o["gamma"], o["beta"], EPS
+    y, rows = kernels.norm_linear(o["x"], *norm, o["weight"], o["bias"], *low, rms=o["rms"])
     return {"y": y, "rows": rows}
 
 
@@ -104,7 +105,7 @@ def on_floats(call: Callable[[Operands], Outputs]) -> Callable[[Operands], Outpu
 
 
 def norm_linear_formula(o: Operands) -> Outputs:
-    norm = {"norm_weight": o["gamma"], "norm_bias": o["beta"], "eps": EPS}
+    norm = {"norm_weight": o["gamma"], "norm_bias": o["beta"], "eps": EPS, "rms": o["rms"]}
     h, s, rows = kernels.assemble_norm_project(tokens=o["x"], lora_a=o["lora_a"], **norm)
     o = float_weight(o, o["x"]) | {"x": rounded(h) if o["quantize"] else h, "s": s, "quantize": False}
     return linear_lowrank(o) | {"rows": rows}
@@ -123,6 +124,7 @@ def linear_case(
     quantize: bool = False,
     dropout: float = 0.0,
     strided: bool = False,
+    rms: bool = False,
 ) -> Case:
     call = {"lora_linear": lora_linear, "linear_lowrank": linear_lowrank, "norm_linear": norm_linear}[function]
     given_s = function == "linear_lowrank"
@@ -133,7 +135,7 @@ def linear_case(
         if given_s:
             o |= {"s": draw.low(*rows, groups * (rank or 0)), "lora_a": None}
         if function == "norm_linear":
-            o |= {"gamma": draw.learned(k, mean=1.0), "beta": draw.learned(k)}
+            o |= {"gamma": draw.learned(k, mean=1.0), "beta": None if rms else draw.learned(k), "rms": rms}
         return o
 
     trained = ("x", "bias", "lora_a", "lora_b", "s", "gamma", "beta")
@@ -167,6 +169,8 @@ LINEARS = [
     linear_case("norm_linear", "no adapter", (3, 50), rank=None, **ALIGNED),
     linear_case("norm_linear", "int8", (3, 50), int8=True, **ALIGNED),
     linear_case("norm_linear", "int8 x int8", (3, 50), int8=True, quantize=True, **ALIGNED),
+    linear_case("norm_linear", "RMSNorm", (2, 128), rms=True, **ALIGNED),
+    linear_case("norm_linear", "RMSNorm, odd", (7, 5), rank=6, rms=True, **ODD),
 ]
 
 
@@ -334,54 +338,6 @@ def layer_norm_case(name: str, lead: tuple[int, ...], width: int) -> Case:
     return Case("layer_norm", name, make, layer_norm, ("x", "gamma", "beta"), bitwise=False)
 
 
-LINEARS_OF_A_BLOCK = ("qkv", "o", "fc1", "fc2")
-
-
-def transformer_block(o: Operands) -> Outputs:
-    def linear(of: str) -> Linear:
-        weight, bias, a, b, scale = (o[f"{of} {n}"] for n in ("weight", "bias", "lora_a", "lora_b", "weight_scale"))
-        return Linear(weight, bias, a, b, scale, SCALING, 3 if of == "qkv" else 1)
-
-    qkv, out, fc1, fc2 = map(linear, LINEARS_OF_A_BLOCK)
-    halves = Half(Norm(o["gamma"], o["beta"], EPS), qkv, out), Half(Norm(o["gamma 2"], o["beta 2"], EPS), fc1, fc2)
-    batch, rows, _ = o["x"].shape
-    see = Attention(2, (batch, rows, rows), None, 0, False)
-    return {"z": kernels.transformer_block(o["x"], *halves, see, "gelu")}
-
-
-def block_formula(o: Operands) -> Outputs:
-    """The block from its parts."""
-    x = o["x"]
-    for of in LINEARS_OF_A_BLOCK:
-        o = float_weight(o, x, of + " ")
-
-    def linear(h: Tensor, of: str, groups: int = 1) -> Tensor:
-        weight, bias, a, b = (o[f"{of} {n}"] for n in ("weight", "bias", "lora_a", "lora_b"))
-        return kernels.lora_linear(h, weight, bias, a, b, SCALING, groups=groups)
-
-    h = linear(kernels.layer_norm(x, o["gamma"], o["beta"], EPS), "qkv", 3).flatten(0, 1)
-    out, _ = kernels.attention_rows(h, None, 2, [Group(x.shape[0], x.shape[1], x.shape[1])])
-    x = x + linear(out.view(x.shape), "o")
-    h = linear(kernels.layer_norm(x, o["gamma 2"], o["beta 2"], EPS), "fc1")
-    return {"z": x + linear(torch.nn.functional.gelu(h), "fc2")}
-
-
-def block_case(name: str, batch: int, rows: int, width: int, rank: int, int8: bool = False) -> Case:
-    def make(draw: Draw) -> Operands:
-        o = {"x": draw.low(batch, rows, width)}
-        for i in ("", " 2"):
-            o |= {"gamma" + i: draw.learned(width, mean=1.0, std=0.1), "beta" + i: draw.learned(width)}
-        sizes = {"qkv": (3 * width, width, 3), "o": (width, width, 1), "fc1": (2 * width, width, 1)}
-        for of, (n, k, groups) in (sizes | {"fc2": (width, 2 * width, 1)}).items():
-            o |= draw.linear(n, k, rank, groups, int8, of + " ")
-        return o
-
-    leaves = tuple(f"{of} {name}" for of in LINEARS_OF_A_BLOCK for name in ("bias", "lora_a", "lora_b"))
-    trained = ("x", "gamma", "beta", "gamma 2", "beta 2", *leaves)
-    dtypes = ("bf16", "fp16") if int8 else LOW
-    return Case("transformer_block", name, make, transformer_block, trained, block_formula, dtypes, bitwise=False)
-
-
 OTHERS = [
     substitute_case("two modalities", 2, 32, 256),
     substitute_case("three, odd, not stopped", 3, 17, 37, stop=False),
@@ -392,9 +348,4 @@ OTHERS = [
     quantize_case("no rows", 0, 64),
     layer_norm_case("aligned", (2, 65), 256),
     layer_norm_case("no rows", (0, 5), 256),
-    block_case("aligned", 2, 65, 128, 8),
-    block_case("odd", 2, 21, 40, 6),
-    block_case("no samples", 0, 65, 128, 8),
-    block_case("int8", 2, 65, 128, 8, int8=True),
 ]
-CASES = [*LINEARS, *ASSEMBLIES, *ATTENTIONS, *OTHERS]

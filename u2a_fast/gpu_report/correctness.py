@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import get_backend, set_backend
-from .cases import CASES, Case, Draw, Operands
+from .cases import Case, Draw, Operands
+from .cases_modern import CASES
 from .report import Entry, Report
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}

@@ -105,8 +105,6 @@ class PeftU2A(nn.Module):
     """
 
     def __init__(self, models: Models, attention: str = "sdpa", autocast: bool = False):
-        if importlib.util.find_spec("peft") is None:
-            raise NoResult("peft is not installed")
         super().__init__()
         device = next(iter(models.values())).device
         self.encoders = nn.ModuleDict({name: with_peft(model, attention) for name, model in models.items()})
@@ -147,7 +145,9 @@ class PeftU2A(nn.Module):
 
 
 def with_peft(model: PreTrainedModel, attention: str) -> nn.Module:
-    """A copy with LoRA on q, k, v and o."""
+    """A copy with LoRA on q, k, v and o; NoResult where PEFT is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise NoResult("peft is not installed")
     import peft
 
     adapted = copy.deepcopy(model)

@@ -76,7 +76,7 @@ class PeftClassifier(nn.Module):
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.autocast):
             rows = self.encoder(**values).last_hidden_state  # [B, S, D]
         last = values["attention_mask"].sum(dim=1) - 1 if self.reads_last else torch.zeros_like(labels)
-        return F.cross_entropy(self.head(rows[torch.arange(len(rows)), last].float()), labels)
+        return F.cross_entropy(self.head(rows[torch.arange(len(rows), device=rows.device), last].float()), labels)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 
-from .cases import CASES
+from .cases_modern import CASES
 from .report import Entry, NoResult, Report
 
 TOOL, USUAL_PLACE = "compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer"
 RACES = ("linear_lowrank", "assemble_norm_project", "attention")
-PLAIN = ("attention_rows", "layer_norm")  # a library's kernels alone
+PLAIN = ("attention_rows", "layer_norm", "rms_norm")  # a library's kernels alone
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
 
