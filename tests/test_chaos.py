@@ -1,6 +1,7 @@
 """A killed run goes on as if nothing had happened; a full disk costs what was being written, and nothing before it."""
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ from u2a_fast.runs import RUN_FILE, check_directory, claim_directory
 def test_runs_that_are_killed_end_as_if_they_had_not_been():
     """`make chaos` kills fifty times."""
     assert "5 of 5" in run_command([sys.executable, chaos.__file__, "5", "1"], timeout=480)
+
+
+def test_how_a_run_ended_before_it_could_be_killed_is_told():
+    child = os.posix_spawn(sys.executable, [sys.executable, "-c", "raise SystemExit(3)"], os.environ)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert chaos.finish(child, within=0) == 3
 
 
 @pytest.mark.slow

@@ -77,7 +77,8 @@ def finish(child: int, within: float) -> int | None:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
-    return None if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL else 0
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return None if code == -signal.SIGKILL else code  # it may have ended by itself just before
 
 
 def outcome(folder: Path) -> dict[str, object]:

@@ -159,7 +159,7 @@ def try_encoder(draw: random.Random, folder: Path, given: World) -> None:
     config = json.loads((folder / "text" / "config.json").read_text())
     if draw.random() < 0.3:
         config |= {"auto_map": {"AutoModel": "evil.Model", "AutoConfig": "evil.Config"}, "model_type": "evil"}
-        (folder / "text" / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').write('x')")
+        (folder / "text" / "evil.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w').write('x')")
         (folder / "text" / "config.json").write_text(json.dumps(config))
     elif draw.random() < 0.2:
         torch.save({"x": torch.ones(1)}, folder / "text" / "pytorch_model.bin")
