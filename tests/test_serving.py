@@ -1,7 +1,10 @@
 """One request costs what is in it; models go to the hub and come back from there with all that they need."""
 
+import itertools
 import shutil
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
@@ -79,6 +82,23 @@ def test_a_handler_is_two_lines(folders, tmp_path):
     assert predict() == {} and predict(image=b"no picture") == {}
 
 
+def test_requests_in_threads_are_answered_as_alone(folders, monkeypatch):
+    """Frameworks run a handler in as many threads as there are requests."""
+    model = make(U2A, folders)
+    requests = [{"text": "red square thing " * count} for count in range(1, 9)] * 3
+    alone = [model.predict([request]) for request in requests]
+    delays = itertools.cycle((0.0, 0.003, 0.007, 0.001, 0.013))  # or all threads keep in step
+    set_both = type(model.processors["text"]).set_truncation_and_padding
+
+    def slowly(self, *given, **named):
+        set_both(self, *given, **named)
+        time.sleep(next(delays))
+
+    monkeypatch.setattr(type(model.processors["text"]), "set_truncation_and_padding", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        torch.testing.assert_close([*pool.map(lambda request: model.predict([request]), requests)], alone)
+
+
 class Hub:
     """A folder in the place of huggingface.co: what is uploaded there can be asked for again."""
 
@@ -86,6 +106,7 @@ class Hub:
         self.root, self.asked = root, []
         monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", self.create_repo)
         monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", self.upload_folder)
+        monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", self.file_exists)
         monkeypatch.setattr(saved, "cached_file", self.cached_file)
         monkeypatch.setattr(saved, "snapshot_download", self.snapshot_download)
         monkeypatch.setattr(socket.socket, "connect", self.connect)
@@ -94,8 +115,11 @@ class Hub:
         raise AssertionError(f"the network was used: {address}")
 
     def create_repo(self, repo_id, private, exist_ok):
-        (self.root / repo_id).mkdir(parents=True)
+        (self.root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def file_exists(self, repo_id, name, revision):
+        return (self.root / repo_id / name).exists()
 
     def upload_folder(self, repo_id, folder_path, **commit):
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
@@ -139,3 +163,21 @@ def test_a_shard_of_the_hub_is_asked_for_by_name(folders, tmp_path, monkeypatch)
     rows = [{"text": "red thing"}, *tiny_data.samples(2)]
     assert torch.equal(again.predict(rows), model.predict(rows))
     assert sum(name.endswith(".safetensors") for name in hub.asked) > 2
+
+
+@pytest.mark.filterwarnings("ignore:the .* encoder is on this machine alone")
+def test_a_card_that_is_there_stays(folders, tmp_path, monkeypatch):
+    Hub(tmp_path, monkeypatch)
+    model, card = make(U2A, folders), tmp_path / HUB_ID / "README.md"
+    model.push_to_hub(HUB_ID)
+    card.write_text("what somebody wrote")
+    model.push_to_hub(HUB_ID)
+    assert card.read_text() == "what somebody wrote"
+
+
+@pytest.mark.filterwarnings("ignore:the .* encoder is on this machine alone")
+def test_saving_with_push_to_hub_uploads_processors_too(folders, tmp_path, monkeypatch):
+    Hub(tmp_path / "hub", monkeypatch)
+    make(U2A, folders).save_pretrained(tmp_path / "here", push_to_hub=True, repo_id=HUB_ID, private=True)
+    for place in (tmp_path / "here", tmp_path / "hub" / HUB_ID):
+        assert {path.name for path in (place / "processors").iterdir()} == {"text", "image"}

@@ -1,6 +1,10 @@
+import copy
 import io
+import itertools
 import logging
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -362,3 +366,25 @@ def test_half_a_surrogate_pair_is_read_as_an_unknown_character(collate):
 def test_names_as_labels_are_refused_with_the_cure(collate, labels):
     with pytest.raises(ValueError, match=r"labels must be numbers, .*lists of names into vectors of 0 and 1"):
         collate([{"text": "a", "label": label} for label in labels])
+
+
+def test_threads_take_turns_at_a_tokenizer(tokenizer, monkeypatch):
+    """Each call sets padding and cutting on the tokenizer, for whoever calls it next."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 8
+    delays = itertools.cycle((0.0, 0.003, 0.007, 0.001, 0.013))  # or all threads keep in step
+    set_both = type(tokenizer).set_truncation_and_padding
+
+    def slowly(self, *given, **named):
+        set_both(self, *given, **named)
+        time.sleep(next(delays))
+
+    def collated(count):
+        collate = MultimodalCollator({"text": tokenizer})
+        batch = collate([{"text": "a dog " * count}, {"text": "a"}])
+        return batch["text"]["input_ids"].tolist(), collate.cut["text"].longest
+
+    expected = [collated(count) for count in range(1, 9)]
+    monkeypatch.setattr(type(tokenizer), "set_truncation_and_padding", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(collated, range(1, 9))] == expected

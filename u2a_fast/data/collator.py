@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .inputs import FRAMES, DecodeError, is_absent, read_cell
 from .processed_cache import ProcessedCache
-from .texts import give_padding, has_fixed_length, longest_text, show_a_token
+from .texts import give_padding, has_fixed_length, longest_text, show_a_token, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -217,13 +217,13 @@ class MultimodalCollator:
         if has_fixed_length(tokenizer):
             options = {"padding": "max_length", "return_attention_mask": False}
         options |= {"truncation": True, "max_length": self._limit(modality), "return_tensors": "pt"}
-        return dict(tokenizer(texts, **options))
+        return dict(tokenize(tokenizer, texts, **options))
 
     def measure(self, modality: str, values: list[Any]) -> None:
         """Count which of these texts or clips are too long; of pictures and videos none is."""
         processor = self.processors[modality]
         if self.kinds[modality] == "text" and values:
-            lengths = [len(ids) for ids in processor(values, verbose=False)["input_ids"]]
+            lengths = [len(ids) for ids in tokenize(processor, values, verbose=False)["input_ids"]]
         else:
             lengths = [len(clip) for clip in values] if self.kinds[modality] == "audio" else []
         self._count(modality, lengths)

@@ -1,8 +1,9 @@
-"""What tokenizers leave open: how long a text may be, what pads it, and what stands where there is none."""
+"""What tokenizers leave open: who may use one, how long a text may be, what pads it, and what stands where none is."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,13 @@ logger = logging.getLogger(__name__)
 LONGEST_TEXT = 512  # tokens; the limit of most encoders, for tokenizers that state none
 NO_LIMIT = 10**6  # what tokenizers state that do not know: 10 to the power of 30, or some other very large number
 SIGLIP_TEXT = 64  # tokens, of every text: SigLIP's encoders were trained on padding that they see
+_TURN = threading.Lock()
+
+
+def tokenize(tokenizer: Any, texts: list[str], **options: Any) -> Any:
+    """`tokenizer(texts, **options)`, one thread at a time: padding and truncation are set on the tokenizer itself."""
+    with _TURN:
+        return tokenizer(texts, **options)
 
 
 def has_fixed_length(tokenizer: Any) -> bool:

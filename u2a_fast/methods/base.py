@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -343,13 +342,6 @@ class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
         """`post_init` assigns an empty set; the property stays in charge."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write what was trained (safetensors), the config, and the processors that are known."""
-        super().save_pretrained(save_directory, **kwargs)
-        if kwargs.get("is_main_process", True):
-            for name, processor in self._processors.items():
-                processor.save_pretrained(Path(save_directory) / "processors" / name)
 
     @classmethod
     def from_pretrained(

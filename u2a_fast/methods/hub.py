@@ -1,4 +1,4 @@
-"""Models to the Hugging Face hub: the whole folder that `save_pretrained` writes, processors included."""
+"""Models to a folder, and the whole of it, processors included, to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,11 +11,29 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
 
+CARD = "README.md"
+UPLOAD = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+
 
 class Hub(nn.Module):
     """Part of `MultimodalModel`. transformers uploads a folder's files and those one level below: no processor."""
 
     config: Any
+    _processors: dict[str, Any]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **options: Any) -> None:
+        """Write what was trained (safetensors), the config, and the processors that are known.
+
+        With `push_to_hub`, `options` may hold the arguments of that method too; the repository is called as the folder
+        is where no `repo_id` is given.
+        """
+        upload = {name: options.pop(name) for name in UPLOAD if push_to_hub and name in options}
+        super().save_pretrained(save_directory, **options)
+        if options.get("is_main_process", True):
+            for name, processor in self._processors.items():
+                processor.save_pretrained(Path(save_directory) / "processors" / name)
+            if push_to_hub:
+                self.push_to_hub(**{"repo_id": Path(save_directory).name} | upload, **options)
 
     def push_to_hub(
         self,
@@ -28,7 +46,7 @@ class Hub(nn.Module):
         create_pr: bool = False,
         **options: Any,
     ) -> str:
-        """Save to a repository of the hub, from which `from_pretrained(repo_id)` reads it.
+        """Save to a repository of the hub, from which `from_pretrained(repo_id)` reads it; its card, if any, stays.
 
         Encoders are not uploaded, their names are. It warns of one that is a folder of this machine.
 
@@ -51,7 +69,8 @@ class Hub(nn.Module):
                 )
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options)
-            self._card().save(os.path.join(folder, "README.md"))
+            if not api.file_exists(repo_id, CARD, revision=revision):
+                self._card().save(os.path.join(folder, CARD))
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
