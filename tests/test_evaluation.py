@@ -102,6 +102,9 @@ def test_masks_never_add_what_is_not_there():
 def test_what_cannot_be_scored_is_refused(model):
     with pytest.raises(ValueError, match="unknown scenario 'no image'"):
         evaluate(model, tiny_data.samples(3), scenarios=["no image"])
+    for call in (evaluate, type(model).predict):
+        with pytest.raises(ValueError, match="a batch needs at least 1 sample, not 0: choose another batch_size"):
+            call(model, tiny_data.samples(3), batch_size=0)
 
 
 def test_multilabel_scores(folders):

@@ -276,7 +276,7 @@ def test_what_cannot_be_planned_is_refused(options, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_a_model_reports_itself(quantization, capsys):
+def test_a_model_reports_itself(quantization, capsys, monkeypatch):
     encoders = {"image": tiny_encoders.build("vit").bfloat16(), "text": tiny_encoders.build("bert").bfloat16()}
     configs = {m: model.config for m, model in encoders.items()}
     model = U2A(encoders, num_labels=2, lora=LoraConfig(r=8), quantization=quantization).eval()
@@ -287,8 +287,10 @@ def test_a_model_reports_itself(quantization, capsys):
     assert rows[0].weights == sum(t.numel() * t.itemsize for t in [*model.parameters(), *model.buffers()])
     assert 0 <= rows[0].activations - planned[0].activations < 0.1 * planned[0].activations  # fusion, head and loss
     assert not model.training
+    monkeypatch.setenv("COLUMNS", "60")  # too few
     memory.print_plan(rows)
-    assert "full fine-tuning" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("full fine-tuning", "weights", "gradients", "optimizer", "kept", "share"))
 
 
 @pytest.mark.slow

@@ -128,6 +128,7 @@ def scenario_logits(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """`({scenario: logits [n, C]}, natural presence [n, M], labels [n])`; rows with nothing present hold zeros."""
     modalities, collate, was_training = model.config.modalities, MultimodalCollator(model.processors), model.training
+    batches = batches_of(samples_of(dataset), batch_size)
     natural, labels = [], []
     logits: dict[str, list[torch.Tensor]] = {name: [] for name in scenarios}
     count = len(dataset) if hasattr(dataset, "__len__") else None
@@ -136,7 +137,6 @@ def scenario_logits(
     total = None if count is None else math.ceil(count / batch_size)
     model.eval()
     try:
-        batches = batches_of(samples_of(dataset), batch_size)
         for samples in tqdm(batches, desc="evaluating", unit="batch", total=total, disable=not is_main()):
             batch = collate(samples)
             present, target = batch.pop("modality_mask"), batch.pop("labels", None)

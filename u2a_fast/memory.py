@@ -212,4 +212,6 @@ def print_plan(rows: Sequence[MemoryRow]) -> None:
     for row in rows:
         parts = (row.weights, row.gradients, row.optimizer, row.activations, row.total)
         table.add_row(row.name, *(f"{part / 2**30:.2f}" for part in parts), f"{row.total / rows[-1].total:.2f}")
-    Console().print(table)
+    console = Console()
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum  # or headers are cut
+    Console(width=max(console.width, needed)).print(table)

@@ -31,11 +31,23 @@ Answer = dict[str, Any]
 def samples_from(source: str, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Samples out of a table (.csv, .tsv, .jsonl, .parquet), or as JSON lines from the standard input (`-`).
 
-    Paths of files are relative to the table, those of the standard input to the working directory.
+    Paths of files are relative to the table, those of the standard input to the working directory. `columns` is
+    {our column: theirs}.
     """
-    return (
-        parse_json_lines(sys.stdin.buffer.read(), "standard input") if source == "-" else read_samples(source, columns)
-    )
+    if source != "-":
+        return read_samples(source, columns)
+    return _renamed(parse_json_lines(sys.stdin.buffer.read(), "standard input"), columns or {})
+
+
+def _renamed(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    found = {name for row in rows for name in row}
+    for ours, theirs in columns.items():
+        if rows and theirs not in found:
+            raise ValueError(
+                f"columns says {ours!r}: {theirs!r}, but the standard input has {', '.join(sorted(found)) or 'none'}: "
+                "correct the name"
+            )
+    return [row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row} for row in rows]
 
 
 def predict_answers(
@@ -85,15 +97,43 @@ def answers(model: MultimodalModel, logits: torch.Tensor, top_k: int = 3) -> Ite
             yield {**top[0], "top": top}
 
 
+def check_output(output: str) -> None:
+    """Make the folder that answers go to.
+
+    Raises:
+        ValueError: they could not be written there.
+    """
+    if output == "-":
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"--output {output} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output}: {path.parent} is no folder and cannot be made one") from error
+    if not os.access(path if _stands(path) else path.parent, os.W_OK):
+        raise ValueError(f"--output {output} may not be written: choose another place")
+
+
 def write_answers(said: Sequence[Answer], output: str) -> None:
     """As a table where `output` ends in .csv, else as JSON lines (`-`: the standard output); whole or not at all."""
     if output == "-":
         sys.stdout.write(_json_lines(said))
         return
     path = Path(output)
+    text = _table(said) if path.suffix.lower() == ".csv" else _json_lines(said)
+    if _stands(path):
+        path.write_text(text, encoding="utf-8")
+        return
     part = path.with_name(f".{path.name}.part")
-    part.write_text(_table(said) if path.suffix.lower() == ".csv" else _json_lines(said), encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def _stands(path: Path) -> bool:
+    """Whether it is a device or a pipe, which is written to and not replaced."""
+    return path.exists() and not path.is_file()
 
 
 def _json_lines(said: Sequence[Answer]) -> str:

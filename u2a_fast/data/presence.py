@@ -159,9 +159,11 @@ def samples_of(dataset: Any) -> Iterator[dict[str, Any]]:
 
 
 def batches_of(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` samples, the last of what is left; ValueError where that is less than 1."""
+    if size < 1:
+        raise ValueError(f"a batch needs at least 1 sample, not {size}: choose another batch_size")
     samples = iter(samples)
-    while batch := list(itertools.islice(samples, size)):
-        yield batch
+    return iter(lambda: list(itertools.islice(samples, size)), [])
 
 
 def kinds_of(modalities: Modalities, decode: bool = True) -> dict[str, str | None]:

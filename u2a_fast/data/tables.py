@@ -94,7 +94,10 @@ def read_samples(path: str | Path, columns: Mapping[str, str] | None = None) -> 
     Raises:
         FileNotFoundError, ValueError: as `load_table`.
     """
-    (files,) = find_tables(Path(path)).values()
+    tables = find_tables(Path(path))
+    if len(tables) > 1:
+        raise ValueError(f"{path} holds {len(tables)} tables, {' and '.join(tables)}: name the one to answer")
+    (files,) = tables.values()
     rows = [row for file in files for row in _read(file, columns or {}, decode=False)]
     return [{name: row[name] for name in MODALITIES if name in row} for row in rows]
 
