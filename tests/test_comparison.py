@@ -54,3 +54,81 @@ def test_an_unknown_method_is_named_before_anything_runs(arguments):
     with pytest.raises(SystemExit, match=r"methods must be one of .*u2a.* not 'magic'"):
         main([*arguments[:-3], "--output-dir", str(root / "other"), "--methods", '["u2a", "magic"]'])
     assert not (root / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method", "pmf"], "compare takes --methods and --seeds, and goes on by itself: leave --method out"),
+        (["--seed", "3"], "leave --seed out"),
+        (["--resume"], "leave --resume out"),
+        (["--seeds", "[0, 0]"], "--seeds has 0 twice, which would count one run as two: name it once"),
+        (["--methods", '["pmf", "pmf"]'], "--methods has 'pmf' twice"),
+    ],
+)
+def test_what_a_comparison_sets_itself_is_refused(more, message, arguments):
+    with pytest.raises(SystemExit, match=message):
+        main([*arguments[0], *more])
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The runs that a comparison starts, none of which trains."""
+    started = []
+
+    def run(one, *_):
+        started.append(one.output_dir)
+        raise AssertionError("it was started")
+
+    monkeypatch.setattr(comparison, "run_once", run)
+    return started
+
+
+def test_every_folder_split_and_method_is_looked_at_before_the_first_run(arguments, started, tmp_path, monkeypatch):
+    given = [*arguments[0][:-3], "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match='all_absent must be "error", since nothing present gives no logits'):
+        main([*given, "--methods", '["u2a", "pmf"]', "--all-absent", "prior"])
+    load_sources = comparison.load_sources
+
+    def one_class_by_seed_1(one):
+        splits, sources = load_sources(one)
+        train = splits["train"].filter(lambda row: one.seed == 0 or row["label"] == 0)
+        return {**splits, "train": train}, sources
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "load_sources", one_class_by_seed_1)
+        with pytest.raises(SystemExit, match="has one class only"):
+            main([*given, "--methods", '["u2a"]'])
+    (tmp_path / "pmf-seed1").mkdir()
+    (tmp_path / "pmf-seed1" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="pmf-seed1 holds another model"):
+        main([*given, "--methods", '["u2a", "pmf"]'])
+    assert started == []
+
+
+def test_a_baseline_that_is_a_chosen_method_runs_once(arguments, monkeypatch):
+    class Asked(Exception):
+        """What would run."""
+
+    def asked(due):
+        raise Asked(*due)
+
+    monkeypatch.setattr(comparison, "_check", asked)
+    with pytest.raises(Asked) as caught:
+        main([*arguments[0], "--methods", '["late_fusion"]'])
+    assert caught.value.args == tuple((name, seed) for seed in (0, 1) for name in ("late_fusion", "unimodal"))
+
+
+@pytest.mark.slow
+def test_a_modality_that_nobody_can_learn_from_alone_is_left_out(arguments, tmp_path, monkeypatch):
+    load_sources = comparison.load_sources
+
+    def complete(one):
+        splits, sources = load_sources(one)
+        return {k: part.filter(lambda row: row["text"] and row["image"]) for k, part in splits.items()}, sources
+
+    monkeypatch.setattr(comparison, "load_sources", complete)
+    given = [*arguments[0][:-4], "[0]", "--output-dir", str(tmp_path), "--baselines", "--methods", '["u2a"]']
+    main([*given, "--missing-kind", "image", "--missing-rate", "1"])
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert "Unimodal models trained on what remains: text only" in text and "image only" not in text

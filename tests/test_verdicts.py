@@ -41,6 +41,12 @@ def test_the_unimodal_model_to_beat_is_the_best_that_is_left(scenario, rival):
     assert mean == pytest.approx((150 - rival) / 200) and low <= mean <= high
 
 
+def test_there_is_no_difference_where_nobody_learnt_from_what_is_left():
+    found = verdicts({"a": (150, 150, 150)}, {"text only": 140})
+    assert found.over("a", None, "full")[0] == pytest.approx(10 / 200)
+    assert np.isnan(found.over("a", None, "text missing")).all() and "text only" in markdown(found)
+
+
 def test_the_tables_have_a_column_for_each_method_but_the_rival():
     right = {"a": (150, 150, 150), "late fusion": (120, 149, 170)}
     text = markdown(verdicts(right, {"image only": 90, "text only": 140}))

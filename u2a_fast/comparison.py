@@ -7,23 +7,25 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
-from .methods import METHODS
+from .methods import METHODS, LateFusion
 from .methods.config import check_choice
 from .metrics import headline
-from .options import TrainOptions, load_sources, option
+from .options import TrainOptions, load_sources, option, settled
 from .paired import TALLIES
 from .processes import processes
 from .reports import UNIMODAL, Row, plot_curves, plot_report
 from .runs import RUN_FILE, check_directory, claim_directory, write_whole
-from .training import BASELINES, STATE, run_once
+from .training import BASELINES, STATE, build_model, check_data, run_once
 from .verdicts import Cell, Verdicts, markdown
+
+Due = dict[tuple[str, int], TrainOptions]  # by method or baseline, and seed
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,17 @@ class CompareOptions(TrainOptions):
 
     methods: list[str] | None = option(None, "which methods to train; None: all but the baselines")
     seeds: list[int] | None = option(None, "which seeds to train with; None: 0, 1, 2")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("method", "seed", "resume"):
+            if getattr(self, name) != getattr(TrainOptions, name):
+                raise ValueError(f"compare takes --methods and --seeds, and goes on by itself: leave --{name} out")
+        for name in ("methods", "seeds"):
+            given = getattr(self, name) or []
+            twice = next((value for value in given if given.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"--{name} has {twice!r} twice, which would count one run as two: name it once")
 
 
 def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
@@ -50,14 +63,18 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
     methods, seeds = options.methods or ours, options.seeds or [0, 1, 2]
     for name in methods:
         check_choice("methods", name, list(METHODS))
+    baselines = [name for name in BASELINES if options.baselines and _folder_name(name) not in methods]
+    due = {(name, seed): _options(options, name, seed) for seed in seeds for name in (*methods, *baselines)}
+    _check(due)
     runs: dict[str, list[list[Row]]] = {}
     models: dict[str, list[Path]] = {}
-    baselines = [name for name in BASELINES if options.baselines and _folder_name(name) not in methods]
-    due = [(name, seed) for seed in seeds for name in (*methods, *baselines)]
-    for name, seed in tqdm(due, desc="comparing", unit="run"):
-        runs.setdefault(name, []).append(_run(options, name, seed))
-        for model, folder in _models(options, name, seed).items():
-            models.setdefault(model, []).append(folder)
+    for (name, _), one in tqdm(due.items(), desc="comparing", unit="run"):
+        runs.setdefault(name, []).append(_run(one, name))
+        for model, place in _models(Path(one.output_dir), name).items():
+            models.setdefault(model, []).append(place)
+    models = {name: places for name, places in models.items() if len(places) == len(seeds)}
+    if UNIMODAL in runs:  # without those that in one of the seeds had too little to learn from
+        runs[UNIMODAL] = [[row for row in rows if row["scenario"] in models] for rows in runs[UNIMODAL]]
     table, folder = {name: _cells(reports) for name, reports in runs.items()}, Path(options.output_dir)
     _write(table, folder, runs)
     text = markdown(Verdicts(table, _tallies(models), headline(runs[methods[0]][0][0])))
@@ -68,22 +85,39 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
     return table
 
 
-def _folder(options: CompareOptions, name: str, seed: int) -> Path:
-    return Path(options.output_dir) / f"{_folder_name(name)}-seed{seed}"
+def _options(options: CompareOptions, name: str, seed: int) -> TrainOptions:
+    """Those of the run of one method or baseline, which has a folder of its own."""
+    plain = {item.name: getattr(options, item.name) for item in fields(TrainOptions)}
+    folder = Path(options.output_dir) / f"{_folder_name(name)}-seed{seed}"
+    own = {"seed": seed, "output_dir": str(folder), "baselines": False, "resume": True}
+    return TrainOptions(**plain | own | ({} if name in BASELINES else {"method": name}))
 
 
 def _folder_name(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:
+def _check(due: Due) -> None:
+    """Refuse before the first training what one of the runs would refuse: its folder, its split, its method."""
+    for one in due.values():
+        check_directory(one)
+    left = {key: one for key, one in due.items() if not _finished(Path(one.output_dir))}
+    built: set[type] = set()
+    for seed in dict.fromkeys(seed for _, seed in left):
+        of_seed = {name: one for (name, drawn), one in left.items() if drawn == seed}
+        splits, sources = load_sources(next(iter(of_seed.values())))
+        for name, one in of_seed.items():
+            check_data(one, splits, sources)
+            method = METHODS.get(name, LateFusion)
+            if method not in built:
+                build_model(method, settled(one, splits), splits, sources)
+                built.add(method)
+
+
+def _run(one: TrainOptions, name: str) -> list[Row]:
     """The rows of one method or baseline, from its folder where it is finished."""
-    folder = _folder(options, name, seed)
-    plain = {item.name: getattr(options, item.name) for item in fields(TrainOptions)}
-    one = replace(TrainOptions(**plain), seed=seed, output_dir=str(folder), baselines=False, resume=True)
-    one = one if name in BASELINES else replace(one, method=name)
-    check_directory(one)
-    if (folder / RUN_FILE).exists() and (rows := _finished(folder)):
+    folder = Path(one.output_dir)
+    if rows := _finished(folder):
         return rows
     splits, sources = load_sources(one)
     if name in BASELINES:
@@ -92,7 +126,7 @@ def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:
     else:
         rows = run_once(one, splits, sources)
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(rows[0]))
+    writer = csv.DictWriter(table, list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(rows)
     write_whole(folder / "rows.csv", table.getvalue())  # half of it would pass for a run that is finished
@@ -100,7 +134,8 @@ def _run(options: CompareOptions, name: str, seed: int) -> list[Row]:
 
 
 def _finished(folder: Path) -> list[Row] | None:
-    if not (folder / "rows.csv").exists() or not any(folder.rglob(TALLIES)):
+    files = (folder / RUN_FILE, folder / "rows.csv")
+    if not all(file.exists() for file in files) or not any(folder.rglob(TALLIES)):
         return None
     with open(folder / "rows.csv", encoding="utf-8") as file:
         return [
@@ -108,9 +143,8 @@ def _finished(folder: Path) -> list[Row] | None:
         ]
 
 
-def _models(options: CompareOptions, name: str, seed: int) -> dict[str, Path]:
+def _models(folder: Path, name: str) -> dict[str, Path]:
     """The folder of each model that a run trained: of the unimodal ones by `image only`, of others by their method."""
-    folder = _folder(options, name, seed)
     if name == UNIMODAL:
         return {path.name.replace("_only", " only"): path for path in sorted(folder.glob("*_only"))}
     return {name: folder / "late_fusion" if name in BASELINES else folder}

@@ -34,12 +34,15 @@ class Verdicts:
         self.single = {name: mean for name, (mean, _) in table.get(UNIMODAL, {}).items()}
 
     def over(self, name: str, rival: str | None, scenario: str) -> Difference:
-        """A method less another; where there is no rival, less the best unimodal model trained on what remains."""
+        """A method less another; where there is no rival, less the best unimodal model trained on what remains.
+
+        NaN where nobody could learn from what remains.
+        """
+        asked = scenario
         if rival is None:
             rival, asked = best_single(scenario, self.single), "full"
-            assert rival is not None  # every modality has one
-        else:
-            asked = scenario
+        if rival is None:
+            return np.nan, np.nan, np.nan
         return difference(self.measure, self.tallies[name][scenario], self.tallies[rival][asked])
 
     def best(self, scenario: str) -> list[str]:
