@@ -38,6 +38,9 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> Trainer:
     options, processes = read_options(arguments), int(os.environ.get("WORLD_SIZE", 1))
+    if options.batch_size % processes:
+        shared = f"--batch-size {options.batch_size} cannot be shared by {processes} processes"
+        raise SystemExit(f"{shared}: make it a multiple")
     on_cpu = not torch.accelerator.is_available()
     if on_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise SystemExit("accelerate shards models on GPUs only: on CPUs, docs/scaling.md shows how to shard by hand")

@@ -97,7 +97,7 @@ def run_until_full(limit, given):
     Trainer._save_checkpoint = save_less
     try:
         cli.main(given)
-    except (SystemExit, RuntimeError) as error:  # safetensors says that it cannot write, and torch in its own way
+    except SystemExit as error:  # safetensors says that it cannot write, and torch in its own way
         return str(error)
     finally:
         Trainer._save_checkpoint = save

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from u2a_fast import load_model
+from u2a_fast import cli, load_model
 from u2a_fast.card import data_hash
 from u2a_fast.cli import main
 from u2a_fast.data import load_table
@@ -64,6 +64,47 @@ def test_evaluate_and_predict_reload_the_folder(trained, common, root, capsys):
     main(["predict", "--model", str(trained), "--input", str(samples)])
     predictions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(predictions) == 2 and all(p["label"] in tiny_data.COLOURS for p in predictions)
+
+
+@pytest.mark.slow
+def test_evaluate_splits_by_the_seed_of_the_run(common, tmp_path, monkeypatch):
+    """By another seed most of the test split was trained on."""
+    out, drawn, load_splits = tmp_path / "out", [], cli.load_splits
+    main(["train", *common, "--seed", "3", "--output-dir", str(out)])
+
+    def watched(data, seed, **table):
+        drawn.append(seed)
+        return load_splits(data, seed, **table)
+
+    monkeypatch.setattr(cli, "load_splits", watched)
+    evaluated = ["evaluate", "--model", str(out), "--data", common[1], "--output-dir", str(tmp_path / "again")]
+    main(evaluated)
+    assert (tmp_path / "again" / "report.csv").read_text() == (out / "report.csv").read_text()
+    main([*evaluated, "--seed", "1"])
+    (out / "run.yaml").unlink()
+    main(evaluated)
+    assert drawn == [3, 1, 0]
+
+
+@pytest.mark.slow
+def test_evaluate_names_the_splits_that_it_found(trained, tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\nred,red\n")
+    given = ["evaluate", "--model", str(trained), "--data", str(tmp_path), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="has no test split, only train: put all rows into one table"):
+        main(given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_where_answers_go_is_looked_at_before_anything_is_answered(trained, tmp_path, monkeypatch):
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"text": "red square"}\n', encoding="utf-8")
+    given = ["predict", "--model", str(trained), "--input", str(samples), "--output"]
+    main([*given, str(tmp_path / "new" / "answers.jsonl")])
+    assert json.loads((tmp_path / "new" / "answers.jsonl").read_text())["label"] in tiny_data.COLOURS
+    monkeypatch.setattr(cli, "predict_answers", lambda *_: pytest.fail("it was answered"))
+    with pytest.raises(SystemExit, match="new is a folder: name a file in it"):
+        main([*given, str(tmp_path / "new")])
 
 
 @pytest.mark.slow
@@ -168,6 +209,13 @@ def test_options_come_from_yaml_and_flags_win(common, root):
         (["train", "--data", "mmimdb:/nowhere"], "/nowhere/split.json is missing"),
         (["train", "--data", "{tables}/unlabelled.csv"], "needs a label column of class names"),
         (["train", "--data", "{tables}/split"], "has no test split"),
+        (["train", "--data", "{tables}/misnamed", "--encoders", "null"], "has no train split, only test: put all rows"),
+        (["train", "--max-steps", "0"], "--max-steps must be above 0, or -1 for as many as --epochs says, not 0"),
+        (["train", "--seed", "-1"], "--seed must be 0 or more, not -1"),
+        (
+            ["predict", "--model", "/nowhere", "--input", "{tables}/one_class"],
+            "one_class holds 2 tables, train and test: name the one to answer",
+        ),
         (["predict", "--model", "{out}", "--input", "/nowhere.jsonl"], "nowhere|not"),
         (
             ["predict", "--model", "/nowhere", "--input", "{tables}/list.jsonl"],
@@ -186,10 +234,12 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common,
     (tables / "list.jsonl").write_text("[1]\n")
     (tables / "empty_rows.csv").write_text("text,image,label\n,,x\n,,y\n")
     for folder, train, test in (("one_class", "text,label\na,x\nb,x\n", "text,label\na,x\n"),
-                                ("unlabelled_test", "text,label\na,x\nb,y\n", "text\na\n")):  # fmt: skip
+                                ("unlabelled_test", "text,label\na,x\nb,y\n", "text\na\n"),
+                                ("misnamed", "", "text,label\na,x\nb,y\n")):  # fmt: skip
         (tables / folder).mkdir()
         (tables / folder / "train.csv").write_text(train)
         (tables / folder / "test.csv").write_text(test)
+    (tables / "misnamed" / "train.csv").rename(tables / "misnamed" / "training_set.csv")
     places = {"{out}": tmp_path / "out", "{tables}": tables, "{encoders}": root / "encoders"}
     for place, path in places.items():
         arguments = [argument.replace(place, str(path)) for argument in arguments]
@@ -201,6 +251,21 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda options: torch.save(torch.zeros(10**6), "/dev/full"))
+    with pytest.raises(
+        SystemExit, match="u2a-fast train: torch could not write a file: make sure that the disk is not"
+    ):
+        main(["train"])
+
+    def broken(options):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(cli, "train", broken)
+    with pytest.raises(RuntimeError, match="of ours"):
+        main(["train"])
+
+
 def test_doctor_names_what_it_found(capsys):
     main(["doctor"])
     out = capsys.readouterr().out
@@ -209,7 +274,8 @@ def test_doctor_names_what_it_found(capsys):
 
 def test_the_data_hash_follows_content_and_not_place(tmp_path):
     tables = {name: load_table(tiny_data.write_table(tmp_path / name, 12))["train"] for name in ("a", "b")}
-    assert data_hash(tables["a"]) == data_hash(tables["b"])
+    hashed = {name: data_hash(table, ("image", "text")) for name, table in tables.items()}
+    assert hashed["a"] == hashed["b"]
     Path(tables["b"][0]["image"]["path"]).write_bytes(b"another picture")
-    assert data_hash(tables["a"]) != data_hash(tables["b"])
-    assert data_hash(tables["a"]) != data_hash(tables["a"].select(range(3)))
+    assert data_hash(tables["b"], ("image", "text")) != hashed["a"]
+    assert data_hash(tables["a"].select(range(3)), ("image", "text")) != hashed["a"]

@@ -115,6 +115,9 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, tmp_path):
         processes.share(16)
     with pytest.raises(ValueError, match="start it without a launcher"):
         compare(CompareOptions(output_dir=str(tmp_path)))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit, match="--batch-size 16 cannot be shared by 3 processes: make it a multiple"):
+        example("--output-dir", str(tmp_path / "out"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"see examples/train_distributed\.py"):
         training.train(training.TrainOptions(output_dir=str(tmp_path)))

@@ -23,7 +23,7 @@ from u2a_fast.training import fitting_batch, train
 LABELS = {
     "classes": lambda i, colour: colour,
     "two": lambda i, colour: str(i % 3 == 0),
-    "several": lambda i, colour: "|".join([colour] + ["odd"] * (i % 2)),
+    "several": lambda i, colour: "/".join([colour] + ["odd"] * (i % 2)),
     "numbers": lambda i, colour: f"{1000 + 50 * (i % 3)}.5",
 }
 
@@ -78,7 +78,7 @@ def predict(folder, root, capsys, *more):
         ("two", ["--class-weights", "balanced"], ["accuracy", "macro_f1", "auroc"]),
         (
             "several",
-            ["--label-separator", "|", "--class-weights", "balanced"],
+            ["--label-separator", "/", "--class-weights", "balanced"],
             ["micro_f1", "macro_f1", "map", "accuracy"],
         ),
         ("numbers", ["--baselines"], ["mae", "rmse", "r2"]),
@@ -93,6 +93,8 @@ def test_each_task_is_trained_reported_and_answered(name, more, columns, run, ro
     model = load_model(folder)
     (folder / "again").mkdir()
     separator = more[:2] if "--label-separator" in more else []
+    repeated = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0])
+    assert repeated["label_separator"] == ("/" if separator else None) and repeated["data"] == f"{name}.csv"
     main(["evaluate", "--model", str(folder), "--data", str(root / f"{name}.csv"), *separator,
           "--output-dir", str(folder / "again")])  # fmt: skip
     assert report(folder / "again") == [row for row in rows if "[" not in row["scenario"]]
@@ -175,7 +177,7 @@ def test_one_modality_is_enough_for_late_fusion(root, encoders, capsys):
 
 @pytest.mark.slow
 def test_a_comparison_ranks_by_the_measure_of_the_task(root, encoders, capsys):
-    given = ["--data", str(root / "several.csv"), "--label-separator", "|", "--encoders", json.dumps(encoders)]
+    given = ["--data", str(root / "several.csv"), "--label-separator", "/", "--encoders", json.dumps(encoders)]
     main(["compare", *given, "--methods", '["late_fusion"]', "--seeds", "[0]", "--max-steps", "1", "--output-dir",
           str(root / "compare")])  # fmt: skip
     with open(root / "compare" / "comparison.csv", encoding="utf-8") as file:

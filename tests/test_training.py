@@ -1,15 +1,20 @@
 """Training: a data set is one entry of one table; who prepares its batches, and where they are kept."""
 
+import datetime
 import re
 
+import datasets
 import pytest
 import tiny_data
 import torch
 
 from u2a_fast import U2A, options
+from u2a_fast.card import data_hash
 from u2a_fast.data import load_table
 from u2a_fast.runs import check_directory, claim_directory
-from u2a_fast.training import make_trainer, workers_for
+from u2a_fast.training import make_trainer, train, training_split, workers_for
+
+NAMES = ("image", "text")
 
 
 def test_a_data_set_is_one_entry(monkeypatch):
@@ -75,3 +80,75 @@ def test_a_cache_that_cannot_be_a_folder_is_refused_before_training(data, tmp_pa
 def test_a_run_goes_on_with_another_cache_and_other_workers(changed, tmp_path):
     claim_directory(options.TrainOptions(output_dir=str(tmp_path)))
     check_directory(options.TrainOptions(output_dir=str(tmp_path), resume=True, **changed))
+
+
+# ------------------------------------------------------------------------------------------- data from other places
+def test_columns_that_nobody_learns_from_neither_end_a_run_nor_enter_its_hash(data, tmp_path):
+    plain, encoders = data
+    others = {"day": datetime.date(2026, 1, 1), "blob": b"\0", "record": {"a": 1}}
+    splits = datasets.DatasetDict(plain)
+    for name, cell in others.items():
+        splits = datasets.DatasetDict({k: part.add_column(name, [cell] * len(part)) for k, part in splits.items()})
+    asked = options.TrainOptions(data="mine", encoders=encoders, max_steps=1, output_dir=str(tmp_path))
+    train(asked, splits)
+    hashed = data_hash(training_split(asked, plain), NAMES)
+    assert hashed in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert hashed == data_hash(training_split(asked, splits).with_format("numpy"), NAMES)
+
+
+def test_the_hash_of_a_usual_table_stays(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label,group\nred,x,1\nblue,y,\n")
+    rows = [row for part in load_table(tmp_path / "a.csv").values() for row in part]
+    said = "364dd4353c8b7b817f5f3f4bbeaf8efe0ddda58f945f460895504031eca6b7ec"
+    assert data_hash(sorted(rows, key=lambda row: row["label"]), ["text"]) == said
+
+
+def numbers(part):
+    return part.cast_column("label", datasets.Value("float32"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "modalities", "message"),
+    [
+        (lambda part: datasets.IterableDataset.from_generator(lambda: iter(part)), NAMES, "has no features, which say"),
+        (lambda part: numbers(part).to_iterable_dataset(), NAMES, "whose scale a stream does not tell: load it as a"),
+        (lambda part: part.to_iterable_dataset(), ["text"], "is a stream with one modality, and holes are drawn for"),
+    ],
+    ids=["no features", "numbers", "one modality"],
+)
+def test_a_stream_that_cannot_be_trained_on_is_refused_in_a_sentence(changed, modalities, message, data, tmp_path):
+    plain, encoders = data
+    splits = {name: changed(plain[name].select_columns([*modalities, "label"])) for name in ("train", "test")}
+    chosen = {name: encoders[name] for name in modalities}
+    asked = {"data": "mine", "encoders": chosen, "method": "late_fusion", "max_steps": 1}
+    with pytest.raises(ValueError, match=message):
+        train(options.TrainOptions(**asked, output_dir=str(tmp_path / "out")), splits)
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_that_are_not_there_are_named(data):
+    with pytest.raises(ValueError, match="mine has no train split, only test: put all rows into one table"):
+        train(options.TrainOptions(data="mine"), {"test": data[0]["test"]})
+
+
+# ---------------------------------------------------------------------------------------------------------- measures
+def test_a_baseline_with_nothing_to_learn_from_is_left_out(data, tmp_path, caplog):
+    plain, encoders = data
+    splits = {name: part.filter(lambda row: row["text"] and row["image"]) for name, part in plain.items()}
+    asked = {"data": "mine", "encoders": encoders, "max_steps": 1, "output_dir": str(tmp_path)}
+    rows = train(options.TrainOptions(**asked, missing_rate=1.0, missing_kind="image", baselines=True), splits)
+    assert {row["scenario"] for row in rows if "[unimodal]" in row["scenario"]} == {"text only [unimodal]"}
+    said = "no model of image only is trained on what remains of it: the train split of mine has no rows"
+    assert any(message.startswith(said) for message in caplog.messages)
+
+
+def test_numbers_are_watched_in_their_own_units(data, tmp_path):
+    plain, encoders = data
+    splits = {name: numbers(part).map(lambda row: {"label": 1000 + 50 * row["label"]}) for name, part in plain.items()}
+    asked = options.TrainOptions(data="mine", max_steps=1, metric_for_best="mae")
+    trainer = make_trainer(U2A, asked, splits, encoders, tmp_path / "out")
+    said = trainer.predict(trainer.eval_dataset)
+    scale = trainer.data_collator
+    assert scale.deviation > 20
+    error = (torch.from_numpy(said.predictions) - torch.from_numpy(said.label_ids)).abs().mean() * scale.deviation
+    assert said.metrics["test_mae"] == pytest.approx(error.item(), rel=1e-4)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from .data.pretrained import encoder_title
+from .data.processed_cache import file_digest
 from .methods.base import MultimodalModel
 from .metrics import NAMES, headline
-from .options import TrainOptions
+from .options import BESIDES, TrainOptions
 from .reports import Row, by_model, columns
 
 PACKAGES = ("u2a-fast", "torch", "transformers", "datasets", "numpy")
+PLACES = ("data", "encoders", "output_dir", "feature_cache", "data_cache")  # the options that name files
 TASKS = {
     "single_label_classification": "multimodal-classification",
     "multi_label_classification": "multimodal-multi-label-classification",
@@ -96,7 +98,7 @@ def write_card(
         modalities=", ".join(config.modalities),
         answer=f"{classes} a sample",
         encoders="\n".join(_encoder_row(model, name) for name in config.modalities),
-        data_hash="none, it was a stream" if count is None else data_hash(train_split),
+        data_hash="none, it was a stream" if count is None else data_hash(train_split, config.modalities),
         missing=holed.summary(),
         table_hash=hashed,
         seed=options.seed,
@@ -150,10 +152,12 @@ def _results(rows: Sequence[Row]) -> str:
 
 def _without_places(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with names instead of absolute paths, which say nothing on another machine."""
-    return {
+    named = {
         name: {key: _named(part) for key, part in value.items()} if isinstance(value, Mapping) else _named(value)
         for name, value in options.items()
+        if name in PLACES
     }
+    return {**options, **named}
 
 
 def _named(value: Any) -> Any:
@@ -164,13 +168,14 @@ def _named(value: Any) -> Any:
     return f"{kind}{colon}{Path(place).name}" if Path(place).is_absolute() or Path(place).exists() else value
 
 
-def data_hash(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of what the rows say, in order: a file counts with its content, wherever it lies."""
-    content = hashlib.sha256()
+def data_hash(rows: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> str:
+    """SHA-256 of what a model learns from the rows, in order: a file counts with its content, wherever it lies."""
+    content, learnt = hashlib.sha256(), {*modalities, *BESIDES}
     for i in range(len(rows)):
         for name, cell in sorted(rows[i].items()):
-            if isinstance(cell, Mapping):  # an image or a recording, not decoded
-                cell = cell["bytes"] or (Path(cell["path"]).read_bytes() if cell["path"] else b"")
-                cell = hashlib.sha256(cell).hexdigest()
-            content.update(json.dumps([name, cell]).encode())
+            if name not in learnt:
+                continue
+            if isinstance(cell, Mapping | bytes):  # an image or a recording, not decoded
+                cell = file_digest(cell) or cell
+            content.update(json.dumps([name, cell], default=lambda array: array.tolist()).encode())
     return content.hexdigest()

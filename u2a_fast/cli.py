@@ -17,9 +17,10 @@ from .lora_config import LoraConfig
 from .memory import plan, print_plan
 from .methods import load_model
 from .methods.base import MultimodalModel
-from .options import DATA_HELP, TrainOptions, load_splits, option
-from .prediction import predict_answers, samples_from, write_answers
+from .options import DATA_HELP, TrainOptions, check_splits, load_splits, option
+from .prediction import check_output, predict_answers, samples_from, write_answers
 from .reports import print_report
+from .runs import seed_of
 from .training import PROBLEM_TYPES, train
 
 ENCODERS_HELP = "{modality: hub id or folder} of encoders that have moved; None: where they were"
@@ -34,7 +35,7 @@ class EvaluateOptions:
     label_separator: str | None = option(None, "what stands between several labels in one cell of a table")
     output_dir: str = option("out/evaluation", "where report.csv and the pictures go")
     batch_size: int = option(32, "how many samples a pass takes")
-    seed: int = option(0, "seed of split and missing tables")
+    seed: int | None = option(None, "seed of split and missing tables; None: the model's own, or 0 where none is known")
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ def run_train(options: TrainOptions) -> None:
 
 def run_evaluate(options: EvaluateOptions) -> None:
     model = load_model(options.model, encoders=options.encoders)
+    seed = seed_of(options.model) if options.seed is None else options.seed
     table = {"label_separator": options.label_separator, "columns": options.columns, "task": task_of(model)}
-    splits = load_splits(options.data, options.seed, **table)
-    rows = evaluate(model, splits["test"], None, options.output_dir, options.batch_size, options.seed)
-    print_report(rows, title=f"{options.model} on {options.data}")
+    splits = load_splits(options.data, seed, **table)
+    check_splits(options.data, splits, ["test"])
+    rows = evaluate(model, splits["test"], None, options.output_dir, options.batch_size, seed)
+    print_report(rows, title=f"{options.model} on {options.data}, seed {seed}")
 
 
 def task_of(model: MultimodalModel) -> str:
@@ -85,6 +88,7 @@ def run_predict(options: PredictOptions) -> None:
         raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
     samples = samples_from(options.input, options.columns)
     model = load_model(options.model, encoders=options.encoders)
+    check_output(options.output)
     write_answers(predict_answers(model, samples, options.batch_size, options.top_k), options.output)
 
 
@@ -157,3 +161,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         sentence = next(iter(str(error).splitlines()), repr(error))  # Hugging Face's go on for paragraphs
         sys.exit(f"u2a-fast {parsed.command}: {sentence}")
+    except RuntimeError as error:
+        if "inline_container.cc" not in str(error) or "Reader" in str(error):  # which writes torch's files
+            raise
+        told = str(error).splitlines()[0].rpartition("] . ")[2]
+        cure = "make sure that the disk is not full"
+        sys.exit(f"u2a-fast {parsed.command}: torch could not write a file: {cure} ({told})")

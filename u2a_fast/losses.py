@@ -60,6 +60,10 @@ class StandardLabels:
         batch["labels"] = (batch["labels"].reshape(len(samples), -1) - self.mean) / self.deviation
         return batch
 
+    def in_units(self, numbers: Tensor) -> Tensor:
+        """Standard labels, or what was predicted of them, `[n, C]`, in the labels' own units."""
+        return numbers * self.deviation + self.mean
+
     @torch.no_grad()
     def into_head(self, model: MultimodalModel) -> None:
         for linear in model.head.modules():  # several where logits are averaged

@@ -94,7 +94,11 @@ class TrainOptions:
     quantization: str | None = option(None, "int8, int8_w8a8 or nf4: how frozen weights are stored")
     epochs: float | None = option(None, "how many passes over the training split; None: by its size")
     max_steps: int = option(-1, "stop after so many steps, whatever epochs says")
-    batch_size: int | None = option(None, "how many samples a step takes; None: 16, in parts where memory is short")
+    batch_size: int | None = option(
+        None,
+        "how many samples a step takes; None: 16. Where memory is short, a CPU takes them in parts, and a step on a "
+        "GPU has fewer, a tenth less until they fit",
+    )
     learning_rate: float = option(7e-4, "peak of the cosine schedule, for all but the head")
     head_learning_rate: float = option(1e-3, "peak for the head, whose classes start from nothing")
     weight_decay: float = option(0.01, "weight decay of AdamW")
@@ -116,8 +120,11 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"--num-workers must be 0 or more, not {self.num_workers}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"--max-steps must be above 0, or -1 for as many as --epochs says, not {self.max_steps}")
+        for name in ("num_workers", "seed"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
         if self.save_steps is not None and self.metric_for_best:
             raise ValueError("--metric-for-best keeps the best epoch: leave --save-steps out beside it")
 
@@ -212,9 +219,27 @@ def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, st
         decode=True,
         keep_empty=options.all_absent == "prior",
     )
+    check_splits(options.data, splits)
     if _benchmark(options.data):
         splits = read_whole(splits, options.all_absent)
     return splits, dict(options.encoders or default_encoders(options, splits))
+
+
+def check_splits(data: str, splits: Mapping[str, Any], needed: Sequence[str] = ("train", "test")) -> None:
+    """ValueError where a split that is needed is not there, or one does not say what its columns are."""
+    for name in needed:
+        if name not in splits:
+            found = f"only {' and '.join(splits)}" if splits else "nor any other"
+            raise ValueError(
+                f"{data} has no {name} split, {found}: put all rows into one table, which is split by seed, or add one "
+                f"named {name}"
+            )
+    for name, part in splits.items():
+        if not getattr(part, "features", None):
+            raise ValueError(
+                f"the {name} split of {data} has no features, which say its columns and classes: pass them where it is "
+                "made, as in from_generator(.., features=datasets.Features(..))"
+            )
 
 
 def read_whole(splits: Mapping[str, Any], all_absent: str) -> dict[str, Any]:

@@ -59,6 +59,12 @@ def claim_directory(options: TrainOptions) -> None:
     write_whole(folder / RUN_FILE, yaml.safe_dump(_run(options), sort_keys=False))
 
 
+def seed_of(folder: str | Path) -> int:
+    """The seed of the run in a folder: by it were the rows chosen that its model has seen. 0 where there is no run."""
+    file = Path(folder) / RUN_FILE
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["seed"] if file.exists() else 0
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, should the process die or the disk be full."""
     part = path.with_name(f"{path.name}.part")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,10 +28,12 @@ from .methods.loading import overlay
 from .methods.presence import check_modalities
 from .methods.saved import saved_state
 from .metrics import measures, score
-from .options import BESIDES, TrainOptions, choices, default_encoders, load_sources, read_whole, settled
+from .options import BESIDES, TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
 from .processes import for_main, is_main, least, on_cpu, processes, refuse_shards, share
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
 from .runs import check_directory, claim_directory, split_before
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = {
@@ -51,7 +54,8 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
 
     Args:
         splits: `{"train", "validation", "test"}` of Hugging Face data sets or streams in place of `options.data`, with
-            columns as `load_table` gives them. A stream needs `max_steps` and features that name the classes.
+            columns as `load_table` gives them. A stream needs `max_steps`, features that name the classes, and two
+            modalities.
 
     Raises:
         ValueError: an unknown method, data that it cannot be trained on, or an output directory that holds another run
@@ -65,6 +69,7 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
         with processes().local_main_process_first():  # encoders are unpacked once
             splits, sources = load_sources(options)
         return run_once(options, splits, sources)
+    check_splits(options.data, splits)
     splits = read_whole(splits, options.all_absent)
     return run_once(options, splits, dict(options.encoders or default_encoders(options, splits)))
 
@@ -119,7 +124,7 @@ def make_trainer(
     watched: dict[str, Any] = {}
     if options.metric_for_best:
         watched["eval_dataset"] = holed(splits["validation"], options, sources, "validation")
-        watched["compute_metrics"] = _measure(model)
+        watched["compute_metrics"] = _measure(model, collate)
     trainer = Trainer(
         model,
         training_arguments(options, folder, workers_for(options, pool)),
@@ -168,17 +173,14 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
     check_choice("dtype", options.dtype, DTYPES)
     check_choice("all_absent", options.all_absent, ("error", "prior"))
     check_choice("class_weights", options.class_weights, (None, "balanced"))
-    for name in ("train", "test", *(["validation"] if options.metric_for_best else [])):
-        if name not in splits:
-            raise ValueError(
-                f"{options.data} has no {name} split: put all rows into one table, which is split by seed, or add one "
-                f"named {name}"
-            )
+    needed = ("train", "test", *(["validation"] if options.metric_for_best else []))
+    check_splits(options.data, splits, needed)
+    for name in needed:
         if hasattr(splits[name], "__len__") and not len(splits[name]):
             raise ValueError(f"the {name} split of {options.data} has no rows: add some, or split the rows otherwise")
     for name, part in splits.items():
-        if "label" not in (part.features or ()):
-            found = ", ".join(part.features or ())
+        if "label" not in part.features:
+            found = ", ".join(part.features)
             raise ValueError(
                 f"the {name} split of {options.data} needs a label column of class names, numbers or lists of names; "
                 f"it has {found}"
@@ -192,9 +194,23 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
     if options.metric_for_best:
         names = measures(PROBLEM_TYPES[str(task_of(feature))], len(label_names(feature) or ()))
         check_choice("metric_for_best", options.metric_for_best, names)
-    if not hasattr(train, "__len__") and (options.max_steps < 1 or options.baselines or options.class_weights):
-        raise ValueError("a stream has no length: set max_steps, and leave baselines and class_weights out")
+    if not hasattr(train, "__len__"):
+        check_stream(options, sources, str(task_of(feature)))
     check_modalities(sources, [name for name in train.features if name not in BESIDES])
+
+
+def check_stream(options: TrainOptions, sources: Mapping[str, str], task: str) -> None:
+    """Refuse to train on a stream what needs all rows at once."""
+    if options.max_steps < 1 or options.baselines or options.class_weights:
+        raise ValueError("a stream has no length: set max_steps, and leave baselines and class_weights out")
+    if task == "regression":
+        raise ValueError(
+            f"the labels of {options.data} are numbers, whose scale a stream does not tell: load it as a whole"
+        )
+    if len(sources) < 2:
+        raise ValueError(
+            f"{options.data} is a stream with one modality, and holes are drawn for two: load it as a whole"
+        )
 
 
 def training_split(options: TrainOptions, splits: Mapping[str, Any]) -> Any:
@@ -318,17 +334,21 @@ def workers_for(options: TrainOptions, pool: Any) -> int:
 def fitting_batch(batch_size: int) -> int:
     """The batch, halved until its activations take no more than half of the memory that is free."""
     part = batch_size
-    if not torch.cuda.is_available():  # on a GPU Trainer itself halves what does not fit
+    if not torch.cuda.is_available():  # on a GPU Trainer itself takes fewer samples a step, until they fit
         free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         while part > 1 and part % 2 == 0 and part * SAMPLE_BYTES > free / 2:
             part //= 2
     return part
 
 
-def _measure(model: MultimodalModel) -> Any:
+def _measure(model: MultimodalModel, collate: MultimodalCollator | StandardLabels) -> Any:
+    """The task's measures of what Trainer predicted, those of numbers in the labels' own units."""
+
     def compute(predicted: EvalPrediction) -> dict[str, float]:
-        logits, labels = torch.from_numpy(predicted.predictions), torch.from_numpy(predicted.label_ids)
-        return score(model.config.problem_type, logits.float(), labels)
+        logits, labels = torch.from_numpy(predicted.predictions).float(), torch.from_numpy(predicted.label_ids)
+        if isinstance(collate, StandardLabels):
+            logits, labels = collate.in_units(logits), collate.in_units(labels)
+        return score(model.config.problem_type, logits, labels)
 
     return compute
 
@@ -356,6 +376,11 @@ def unimodal_rows(options: TrainOptions, splits: Mapping[str, Any], sources: Map
         remains = {"train": pool.select(there), **{k: part for k, part in splits.items() if k != "train"}}
         if not options.metric_for_best:
             remains.pop("validation", None)  # it is in the pool
+        try:
+            check_data(options, remains, {name: source})
+        except ValueError as error:  # the whole split passed
+            logger.warning("no model of %s only is trained on what remains of it: %s", name, error)
+            continue
         folder = Path(options.output_dir) / f"{name}_only"
         model = run_trainer(make_trainer(LateFusion, options, remains, {name: source}, folder))
         found = evaluate(model, splits["test"], output_dir=for_main(folder))
