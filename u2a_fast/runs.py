@@ -60,9 +60,13 @@ def claim_directory(options: TrainOptions) -> None:
 
 
 def seed_of(folder: str | Path) -> int:
-    """The seed of the run in a folder: by it were the rows chosen that its model has seen. 0 where there is no run."""
-    file = Path(folder) / RUN_FILE
-    return yaml.safe_load(file.read_text(encoding="utf-8"))["seed"] if file.exists() else 0
+    """The seed of the run whose model, baseline or checkpoint lies in a folder; 0 where there is no run.
+
+    By it were the rows chosen that the model has seen.
+    """
+    own = Path(folder).resolve()
+    files = (place / RUN_FILE for place in (own, *own.parents[:2]) if own.exists())  # not of a name on the hub
+    return next((yaml.safe_load(file.read_text(encoding="utf-8"))["seed"] for file in files if file.exists()), 0)
 
 
 def write_whole(path: Path, text: str) -> None:
