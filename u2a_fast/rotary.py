@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,21 @@ class Rotation(NamedTuple):
         return self if places is None else Rotation(*(part.index_select(0, places) for part in self))
 
 
-class TextRotary(nn.Module):
+class _Rotary(nn.Module):
+    """Frequencies as they were computed, whatever a model is cast to: Hugging Face's modules have plain buffers."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> _Rotary:
+        """As in `nn.Module`, but buffers move without changing their dtype: rounded, they would be other angles."""
+        exact = [(part, name, t) for part in self.modules() for name, t in part._buffers.items() if t is not None]
+        super()._apply(fn, recurse)
+        for part, name, buffer in exact:
+            moved = part._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                part._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class TextRotary(_Rotary):
     """Angles along a text: Hugging Face's rotary module, asked for the positions 0, 1, 2, ...
 
     Args:
@@ -51,7 +66,7 @@ class TextRotary(nn.Module):
         return Rotation(cos[0, :, :half], sin[0, :, :half])
 
 
-class PatchRotary(nn.Module):
+class PatchRotary(_Rotary):
     """Angles over a square of patches (DINOv3); the rows before them (class and register tokens) are not turned.
 
     Args:

@@ -1,5 +1,7 @@
 """Every family's hidden states are Hugging Face's, wherever padding stands and whatever the size of a picture."""
 
+import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,6 +20,8 @@ from transformers import (
 )
 
 from u2a_fast.encoders import Encoder, from_pretrained_model, load
+from u2a_fast.encoders.base import masked_mean
+from u2a_fast.encoders.families import DINOV2, DINOV3, VIT
 from u2a_fast.padding import padding_of
 from u2a_fast.reference import ReferenceEncoder
 
@@ -150,6 +154,43 @@ def test_whisper_stays_finite_in_fp16_where_hugging_face_does(device):
     torch.testing.assert_close(hidden, expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("name", [name for name in tiny_encoders.FAMILIES if name not in tiny_encoders.SPEECH_FAMILIES])
+def test_pickled_and_back_it_is_the_same_encoder(name):
+    """But those of speech: torch pickles no convolution with a weight norm, in Hugging Face's models either."""
+    _, encoder = pair(name, torch.float32)
+    inputs = tiny_encoders.inputs(name, batch=2)
+    assert torch.equal(pickle.loads(pickle.dumps(encoder))(**inputs), encoder(**inputs))
+
+
+@pytest.mark.parametrize(
+    "name, family", [("vit", VIT), ("dinov2", DINOV2), ("dinov2_gated", DINOV2), ("dinov3_gated", DINOV3)]
+)
+def test_a_family_that_is_passed_is_read_as_one_that_is_found(name, family):
+    model, encoder = pair(name, torch.float32)
+    inputs = tiny_encoders.inputs(name, batch=2)
+    passed = from_pretrained_model(model, family=replace(family, name="mine"))
+    assert torch.equal(passed(**inputs), encoder(**inputs))
+
+
+def test_types_of_tokens_reach_a_family_that_takes_any_inputs():
+    model, inputs = tiny_encoders.build("bert"), tiny_encoders.inputs("bert", batch=2)
+    inputs["token_type_ids"] = torch.tensor([0, 1]).repeat(7)[:7].expand(2, 7)
+    found = from_pretrained_model(model)
+    family = replace(found.family, embed=lambda encoder, **given: found.family.embed(encoder, **given))
+    passed = from_pretrained_model(model, family)
+    expected = found(**inputs)
+    assert torch.equal(passed(**inputs), expected)
+    del inputs["token_type_ids"]
+    assert not torch.equal(passed(**inputs), expected)
+
+
+@pytest.mark.parametrize("name, kinds", [("modernbert", ["full", "sliding"]), ("gemma3", ["sliding", "full"])])
+def test_rotary_positions_stand_in_the_order_of_the_layers(name, kinds):
+    """And not in that of a set of strings, which each process has its own of."""
+    _, encoder = pair(name, torch.float32)
+    assert list(encoder.rotary) == [f"{kind}_attention" for kind in kinds]
+
+
 @pytest.mark.parametrize("name", tiny_encoders.FAMILIES)
 def test_zero_rows_run(name, device):
     _, encoder = pair(name, torch.float32, device)
@@ -249,3 +290,12 @@ def test_class_token_reads_the_right_row(name, device):
     if name == "clip_text":
         torch.testing.assert_close(model(**inputs).pooler_output, expected)
     torch.testing.assert_close(class_token, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mean_of_rows_whose_sum_leaves_fp16_is_exact(masked, device):
+    tokens, mask = torch.full((2, 512, 3), 200.0, dtype=torch.float16), torch.ones(2, 512, dtype=torch.bool)
+    mask[0, 400:] = False
+    tokens[0, 400:] = torch.nan if masked else 200.0
+    mean = moved(masked_mean(*moved((tokens, mask if masked else None), device)), CPU)
+    assert mean.dtype == torch.float16 and torch.equal(mean, torch.full((2, 3), 200.0, dtype=torch.float16))

@@ -1,5 +1,7 @@
 """What cannot be right is refused, in one sentence that says what would do."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_encoders
 import torch
@@ -7,6 +9,7 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification, CLIPConfig, CLIPModel
 
 from u2a_fast.encoders import from_pretrained_model
+from u2a_fast.encoders.families import BERT, BERT_ROLES
 
 SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 
@@ -49,6 +52,23 @@ def with_adapters():
     return model
 
 
+class FusedLayerNorm(torch.nn.Module):
+    """As apex has it: LayerNorm, and no subclass of torch's."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias, self.eps = *(torch.nn.Parameter(torch.ones(width)) for _ in range(2)), 1e-5
+
+
+def with_foreign_norms():
+    model = tiny_encoders.build("bert")
+    model.encoder.layer[0].output.LayerNorm = FusedLayerNorm(32)
+    return model
+
+
+ESM_POSITIONS = "EsmModel with position_embedding_type='relative_key' .* our block takes 'absolute' or 'rotary'"
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
@@ -70,6 +90,8 @@ def with_adapters():
         (lambda: tiny_encoders.build("gemma3", attn_logit_softcapping=30.0), "a soft cap on attention"),
         (lambda: tiny_encoders.build("llama", rope_parameters=ROPE | {"rope_type": "dynamic"}), "'dynamic'"),
         (lambda: tiny_encoders.build("qwen3", rope_parameters=LONG_ROPE), "'longrope'"),
+        (lambda: tiny_encoders.build("esm", position_embedding_type="relative_key"), ESM_POSITIONS),
+        (with_foreign_norms, "a FusedLayerNorm is not read"),
     ],
 )
 def test_unsupported_models_are_refused_in_one_sentence(build, message):
@@ -95,3 +117,16 @@ def test_pictures_without_a_position_for_each_patch_are_refused():
     encoder = from_pretrained_model(tiny_encoders.build("vit_mae"))
     with pytest.raises(ValueError, match="have 25 patches, and this encoder has positions for 9"):
         encoder.embed(pixel_values=torch.randn(1, 3, 40, 40))
+
+
+def test_an_rmsnorm_with_a_bias_is_refused():
+    model = tiny_encoders.build("llama")
+    model.norm.bias = torch.nn.Parameter(torch.ones(32))
+    with pytest.raises(ValueError, match="a LlamaRMSNorm is not read"):
+        from_pretrained_model(model)
+
+
+def test_a_family_that_lacks_a_product_is_refused():
+    family = replace(BERT, roles={role: path for role, path in BERT_ROLES.items() if role != "k"})
+    with pytest.raises(ValueError, match=r"roles of the family BERT.* must name qkv or q, k, v, not just q, v, o"):
+        from_pretrained_model(tiny_encoders.build("bert"), family=family)

@@ -46,6 +46,17 @@ def test_reloaded_logits_are_bitwise_equal(folders, tmp_path, method, dtype):
     assert torch.equal(model(**batch()).logits, again(**batch()).logits)
 
 
+def test_a_model_of_a_cast_encoder_computes_the_same_once_reloaded(folders, tmp_path):
+    """At 512 tokens, where rounded frequencies would turn by other angles."""
+    text = tiny_encoders.build("qwen3", max_position_embeddings=600)
+    text.save_pretrained(tmp_path / "qwen3")
+    text.name_or_path = str(tmp_path / "qwen3")
+    model = make_model({"image": folders["image"], "text": from_pretrained_model(text).to(torch.bfloat16)}).eval()
+    model.save_pretrained(tmp_path / "saved")
+    given = {"text": {"input_ids": torch.randint(9, 90, (2, 512))}, "image": tiny_encoders.inputs("vit", 2)}
+    assert torch.equal(model(**given).logits, load_model(tmp_path / "saved")(**given).logits)
+
+
 def test_the_file_holds_what_was_trained_and_nothing_else(folders, tmp_path):
     model = make_model(folders)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

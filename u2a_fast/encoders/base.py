@@ -152,7 +152,8 @@ class Encoder(nn.Module):
         self.stem, self.rotary = stem, rotary
         self.blocks = nn.ModuleList(blocks)
         self.loaded_in_8bit = blocks[0].o.storage == "int8"
-        self.knows_types = "token_type_ids" in inspect.signature(family.embed).parameters
+        taken = inspect.signature(family.embed).parameters
+        self.knows_types = "token_type_ids" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
         self.requires_grad_(False)
 
     @property
@@ -330,14 +331,14 @@ class Encoder(nn.Module):
         return rows
 
     def finish(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The encoder's own last LayerNorm, or nothing where it has none: `[B, S, D]` -> `[B, S, D]`."""
+        """The encoder's own last norm, LayerNorm or RMSNorm, or nothing where it has none: `[B, S, D]` -> same."""
         return normalise(self.stem["final_norm"], tokens) if "final_norm" in self.stem else tokens
 
     def class_token(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """tokens `[B, S, D]` (without learned rows) -> `[B, D]`.
 
-        The CLS row (BERT family, ViT, DeiT, DINOv2, CLIP vision, AST), the end-of-text row (CLIP text), or the mean
-        of the real rows where there is neither (SigLIP, Wav2Vec2, HuBERT, Whisper).
+        As the family says: the first real row (CLS of BERT, ViT, DINOv2, AST), the last one (where texts end in CLIP,
+        SigLIP, Llama, Qwen, Gemma), or the mean of them (SigLIP's pictures, Wav2Vec2, Whisper; BEiT, its CLS included).
         """
         if self.family.class_token == "mean":
             return masked_mean(tokens, padding_mask)
@@ -354,8 +355,12 @@ class Encoder(nn.Module):
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the rows where `mask` `[B, S]` is True: `[B, S, D]` -> `[B, D]`; 0 where no row is."""
+    """Mean over the rows where `mask` `[B, S]` is True: `[B, S, D]` -> `[B, D]`; 0 where no row is.
+
+    Summed in fp32 at least: hundreds of rows leave the range of fp16.
+    """
+    exact = torch.promote_types(tokens.dtype, torch.float32)
     if mask is None:
-        return tokens.mean(dim=1)
-    kept = torch.where(mask[:, :, None], tokens, 0)
-    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return tokens.mean(dim=1, dtype=exact).to(tokens.dtype)
+    total = torch.where(mask[:, :, None], tokens, 0).sum(dim=1, dtype=exact)
+    return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(tokens.dtype)

@@ -33,7 +33,7 @@ TOWERS = {
 
 def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Encoder:
     """A Hugging Face encoder as an `Encoder`; the model given stays as it is, and shares its matrices with it: all but
-    those of q, k and v, which become one.
+    q, k and v, and gate and up of a gated MLP, where it has them apart: they become one.
 
     Args:
         model: a `transformers` encoder without a task head; its pooler is dropped. An `Encoder` is returned as it is.
@@ -51,7 +51,7 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
     """
     if isinstance(model, Encoder):
         return model
-    family = family or family_of(model)
+    family = _as_named(family, model) if family else family_of(model)
     _refuse_variants(model, family)
     stem = nn.ModuleDict()
     for name, path in family.stem.items():
@@ -63,7 +63,7 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
     blocks = [_block(layer, _heads(layer, family, config, i), family, config) for i, layer in enumerate(layers)]
     rotary = nn.ModuleDict()
     if family.rotary is not None:
-        for kind in {block.heads.rotary or "" for block in blocks}:
+        for kind in dict.fromkeys(block.heads.rotary for block in blocks if block.heads.rotary):  # as layers have them
             rotary[kind] = rotary_of(_share(_get(model, family.rotary)), config, kind)
     name_or_path = getattr(model, "name_or_path", "") or ""
     encoder = Encoder(family, config, stem, blocks, rotary, name_or_path, origin_of(model, family))
@@ -137,10 +137,16 @@ def _load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
 def family_of(model: nn.Module) -> Family:
     """The spec that reads a model; ValueError where there is none."""
     name = type(model).__name__
-    for family in FAMILIES:
-        required = family.requires.items()
-        if name in family.classes and all((getattr(model.config, k) or False) == v for k, v in required):  # None is no
+    known = [family for family in FAMILIES if name in family.classes]
+    for family in known:
+        if all((getattr(model.config, k) or False) == v for k, v in family.requires.items()):  # None is no
             return _as_named(family, model)
+    if known:  # all of which require something
+        attribute = next(iter(known[0].requires))
+        taken = " or ".join(repr(family.requires[attribute]) for family in known)
+        raise ValueError(
+            f"{name} with {attribute}={getattr(model.config, attribute)!r} is not supported: our block takes {taken}"
+        )
     if "For" in name:
         raise ValueError(f"{name} carries a task head: pass the encoder below it, model.base_model")
     if all(hasattr(model, tower) for tower in ("text_model", "vision_model")):
@@ -155,8 +161,8 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
-# What a layer may have in place of one another: its first product, and that of its MLP.
-CHOICES = (("qkv",), ("q", "k", "v")), (("gate", "up"), ("gate_up",), ("fc1",))
+# Of each product of a layer, by which roles it may be there: as one linear, or as several.
+CHOICES = ((("qkv",), ("q", "k", "v")), (("o",),), (("gate", "up"), ("gate_up",), ("fc1",)), (("fc2",),))
 
 
 def _as_named(family: Family, model: nn.Module) -> Family:
@@ -168,9 +174,14 @@ def _as_named(family: Family, model: nn.Module) -> Family:
     def found(role: str) -> str | None:
         return next((path for path in family.paths(role) if _get(layers[0], path) is not None), None)
 
-    roles = {"o", "fc2"}
+    roles: set[str] = set()
     for choice in CHOICES:
         named = [option for option in choice if all(role in family.roles for role in option)]
+        if not named:
+            wanted = " or ".join(", ".join(option) for option in choice)
+            raise ValueError(
+                f"roles of the family {family.name} must name {wanted}, not just {', '.join(family.roles)}"
+            )
         roles.update(next((option for option in named if all(map(found, option))), named[0]))
     first = {role: family.paths(role)[0] for role in family.roles}
     return replace(family, roles={role: found(role) or first[role] for role in first if role in roles})
@@ -324,6 +335,9 @@ def _norm(norm: nn.Module, family: Family) -> BlockNorm | None:
         raise ValueError(f"a {type(norm).__name__} without weights is not supported: give it ones")
     if isinstance(norm, nn.LayerNorm):
         return copy.deepcopy(norm)
+    name = type(norm).__name__
+    if "RMS" not in name or getattr(norm, "bias", None) is not None:
+        raise ValueError(f"a {name} is not read, since it may be LayerNorm or RMSNorm: put torch's own in its place")
     eps = next(getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name))
     return RMSNorm(norm.weight, torch.finfo(norm.weight.dtype).eps if eps is None else eps, family.norm_offset)
 

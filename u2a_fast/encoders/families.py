@@ -106,6 +106,11 @@ def swiglu(config: Any) -> str:
     return "silu" if config.use_swiglu_ffn else config.hidden_act
 
 
+def exact_gelu(config: Any) -> str:
+    """ESM's layers compute this one, whatever the config names."""
+    return "gelu"
+
+
 def look_back(config: Any, layer: int) -> int | None:
     """Sliding windows of causal texts: that many tokens, the last of them oneself."""
     kinds = getattr(config, "layer_types", None)
@@ -215,7 +220,7 @@ ESM = Family(
     layers="encoder.layer",
     roles=BERT_ROLES,
     norms=("attention.LayerNorm", "LayerNorm"),
-    activation=lambda config: "gelu",
+    activation=exact_gelu,
     embed=embed_protein,
     padding=text_padding,
     requires={"position_embedding_type": "absolute"},
