@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from u2a_fast import PMF, U2A, LoraConfig, memory, memory_counts
 from u2a_fast.block import LEAN_ACTIVATIONS
+from u2a_fast.encoders import from_pretrained_model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "low_memory.py"
 ROLES = {
@@ -186,18 +187,8 @@ def test_the_plan_counts_what_our_model_takes(mode):
     assert abs(planned.weights - weights) < 0.001 * weights
 
 
-UNCOUNTED = ["siglip_text", "siglip2_text", "siglip2_vision", "data2vec_vision", "videomae"]
-
-
-@pytest.mark.parametrize("family", UNCOUNTED)
-def test_what_cannot_be_counted_is_refused_by_name(family):
-    config = tiny_encoders.build(family).config
-    with pytest.raises(ValueError, match=f"a {config.model_type}, cannot be counted from its config alone"):
-        memory.plan({"one": config, "other": transformers.BertConfig(**tiny_configs.TEXT)})
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in tiny_encoders.FAMILIES if name not in UNCOUNTED])
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
 def test_every_family_can_be_planned(family):
     encoder = tiny_encoders.build(family, num_hidden_layers=5).config
     modality = "text" if family in tiny_encoders.TEXT_FAMILIES else "image"
@@ -291,6 +282,28 @@ def test_a_model_reports_itself(quantization, capsys, monkeypatch):
     memory.print_plan(rows)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("full fine-tuning", "weights", "gradients", "optimizer", "kept", "share"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["siglip_text", "siglip2_text", "siglip2_vision", "data2vec_vision", "videomae"])
+def test_inputs_of_every_kind_are_reported_as_they_are_planned(family):
+    """Texts of a tower alone, rows of patches, films, and encoders that compute numbers of their own when made."""
+    encoders = {"one": tiny_encoders.build(family).bfloat16(), "other": tiny_encoders.build("bert").bfloat16()}
+    configs = {m: model.config for m, model in encoders.items()}
+    model = U2A(encoders, num_labels=2, lora=LoraConfig(r=8))
+    rows = memory.memory_report(model, batch_size=16, tokens={"other": 7})
+    planned = memory.plan(configs, batch=16, tokens={"other": 7})
+    assert rows[1:] == planned[1:]
+    assert 0 <= rows[0].activations - planned[0].activations < 0.1 * planned[0].activations  # fusion, head and loss
+
+
+def test_tokens_are_rows_of_films_and_of_patches():
+    """Of a film of four frames, two at once; both pictures of 2 x 2 patches."""
+    for family, tokens in (("videomae", 8), ("siglip2_vision", 4)):
+        model = tiny_encoders.build(family)
+        config = memory_counts.with_tokens(model.config, tokens)
+        encoder = from_pretrained_model(type(model)(config))
+        assert encoder(**memory_counts.dummy_inputs(config, 3, tokens)).shape == (3, tokens, encoder.width)
 
 
 @pytest.mark.slow

@@ -56,10 +56,6 @@ class MemoryRow:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-# No automatic class builds them from a config, or their embedding stage does not run without numbers.
-UNCOUNTED = ("siglip_text_model", "siglip2_text_model", "siglip2_vision_model", "data2vec-vision", "videomae")
-
-
 def plan(
     encoder_configs: Mapping[str, str | os.PathLike | PreTrainedConfig],
     method: str = "u2a",
@@ -85,7 +81,7 @@ def plan(
         dtype: of our frozen encoders where they are not quantised; fp32 means bf16 autocast over fp32 weights.
 
     Raises:
-        ValueError: another method or optimizer, or an encoder that is not supported or cannot be counted.
+        ValueError: another method or optimizer, or an encoder that is not supported.
 
     >>> from transformers import BertConfig, ViTConfig
     >>> rows = plan({"image": ViTConfig(), "text": BertConfig()}, quantization="int8")
@@ -94,14 +90,7 @@ def plan(
     """
     if method != "u2a":
         raise ValueError(f"plan counts the method u2a, not {method!r}: build the model and call memory_report(model)")
-    read = {m: read_config(c, m) for m, c in encoder_configs.items()}
-    for name, config in read.items():
-        if config.model_type in UNCOUNTED:
-            raise ValueError(
-                f"the {name} encoder, a {config.model_type}, cannot be counted from its config alone: build the model "
-                "and call memory_report(model)"
-            )
-    configs = {m: with_tokens(c, (tokens or {}).get(m)) for m, c in read.items()}
+    configs = {m: with_tokens(read_config(c, m), (tokens or {}).get(m)) for m, c in encoder_configs.items()}
     modes = read_quantization(quantization, configs)
     case = Case(configs, batch, dict(tokens or {}), checkpointing, lora, modes, dtype)
     depths = {name: config.num_hidden_layers for name, config in configs.items()}

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .encoders import Encoder, from_pretrained_model
+from .encoders.base import FUSED
 from .encoders.build import TOWERS, family_of
 from .kernels.nf4 import NF4_BLOCK
 from .lora import LoraLinear
@@ -96,11 +101,16 @@ def _cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The encoder of a config, on fake tensors; call it inside `_fake()`."""
-    with torch.device("meta"):
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    tower = type(config).__name__.replace("Config", "Model")
+    with unset_fake_temporarily(), torch.device("meta"):  # Data2Vec and VideoMAE compute numbers of their own there
         if config.model_type == "whisper":
             from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
             model = WhisperEncoder(config)
+        elif tower in TOWERS.values():  # not all of which an automatic class knows
+            model = getattr(transformers, tower)(config)
         else:
             model = AutoModel.from_config(config)
     if getattr(model, "pooler", None) is not None:
@@ -108,20 +118,31 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreT
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        plain = [(name, value) for name, value in vars(module).items() if torch.is_tensor(value)]  # as in VideoMAE
+        for name, tensor in [*module.named_buffers(recurse=False), *plain]:
+            setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype))
+    if (embeddings := getattr(model, "embeddings", None)) and hasattr(embeddings, "resize_positional_embeddings"):
+        embeddings.resize_positional_embeddings = partial(_of_squares, embeddings.resize_positional_embeddings)
     model.train()
     # Layers are dropped there: at a rate of 0, but transformers 5.17 compares all the same, and fakes have no values.
     model.get_submodule(family_of(model).layers.rpartition(".")[0]).training = False
     return model
 
 
+def _of_squares(resize: Callable, positions: Tensor, spatial_shapes: Tensor, max_length: int) -> Tensor:
+    """SigLIP 2's positions of pictures that are square, since fakes have no sides to read."""
+    return resize(positions, np.full(spatial_shapes.shape, math.isqrt(max_length)), max_length)
+
+
 def with_tokens(config: PreTrainedConfig, tokens: int | None) -> PreTrainedConfig:
-    """An image config whose images give `tokens` rows, the class token included; other configs as they are."""
+    """A config whose images or videos give `tokens` rows, the class token included; other configs as they are."""
     if tokens is None or not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
         return config
     config = copy.deepcopy(config)
-    config.image_size = config.patch_size * max(1, round((tokens - 1) ** 0.5))
+    rows = tokens - 1
+    if hasattr(config, "num_frames"):  # a video, without a class token
+        rows = tokens / (config.num_frames // config.tubelet_size)
+    config.image_size = config.patch_size * max(1, round(rows**0.5))
     return config
 
 
@@ -139,7 +160,12 @@ def dummy_inputs(config: PreTrainedConfig, batch: int, tokens: int | None = None
     if hasattr(config, "image_size"):
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(batch, config.num_channels, height, width)}
+        frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
+        return {"pixel_values": torch.zeros(batch, *frames, config.num_channels, height, width)}
+    if hasattr(config, "num_patches"):  # SigLIP 2: the patches of pictures of any shape
+        side = math.isqrt(tokens or config.num_patches)
+        patches = torch.zeros(batch, side**2, config.num_channels * config.patch_size**2)
+        return {"pixel_values": patches, "spatial_shapes": torch.full((batch, 2), side)}
     length = min(tokens or TEXT_TOKENS, config.max_position_embeddings - 2)  # RoBERTa starts its positions at 2
     return {"input_ids": torch.full((batch, length), min(5, config.vocab_size - 1))}
 
@@ -238,6 +264,8 @@ def count_hugging_face(case: Case, name: str, layers: int, adapt: bool) -> Count
             _enable_checkpointing(model)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         inputs = dummy_inputs(case.configs[name], case.batch, case.tokens.get(name))
+        if "spatial_shapes" in inputs:
+            inputs["pixel_attention_mask"] = None
         with torch.autocast("cpu", torch.bfloat16, enabled=adapt):
             kept = saved_bytes(lambda: model(**inputs).last_hidden_state[:, 0].sum(), model.parameters())
     return frozen + (4 * trained if adapt else 0), trained, kept
@@ -254,9 +282,6 @@ class _PeftLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.lora_b(self.lora_a(x.to(self.lora_a.weight.dtype))) * self.scaling
-
-
-FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # roles of one linear of Hugging Face's
 
 
 def _adapt(model: PreTrainedModel, config: LoraConfig) -> None:
