@@ -1,5 +1,8 @@
 """A linear of several roles says what PEFT says of each, whatever their widths, and can be taken apart."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -109,3 +112,30 @@ def test_fc1_of_a_gated_mlp_is_gate_and_up(targets, roles):
         x, (a, b) = torch.randn(3, 4), (linear.lora_a.detach(), linear.lora_b.detach())
         y = linear_lowrank(x, linear.weight[: len(b)], None, x @ a.t(), b, linear.scaling, groups=len(roles))
         torch.testing.assert_close(linear(x)[:, : len(b)], y)
+
+
+def joined():
+    """q, k and v with adapters, their weight where it has room beside it."""
+    linear = LoraLinear(torch.randn(3 * WIDTH, WIDTH), None, ("q", "k", "v"))
+    linear.add_adapter(LoraConfig(r=4, target_modules=("q", "k", "v")))
+    linear.join()
+    assert linear.operands().joined is not None
+    return linear
+
+
+@pytest.mark.parametrize("targets", [("q", "k", "v"), ("o",)], ids="+".join)
+def test_other_adapters_do_not_fill_the_room_of_those_before(targets):
+    linear = joined()
+    linear.add_adapter(LoraConfig(r=9, target_modules=targets))
+    assert linear.joined is None
+    linear.join()
+    assert (linear.joined is None) == (targets == ("o",))
+    linear.remove_adapter()
+    assert linear.joined is None
+
+
+def test_a_copy_holds_its_weight_and_no_room_beside_it():
+    linear = joined()
+    for copied in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert copied.joined is None and torch.equal(copied.weight, linear.weight)
+    assert linear.operands().joined is not None

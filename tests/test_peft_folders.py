@@ -15,7 +15,7 @@ from transformers import AutoModel, CLIPTextModel
 from transformers.integrations import PeftAdapterMixin
 
 from u2a_fast import LoraConfig
-from u2a_fast.adapters import adapted_linears, linear_of, low_ranks, outputs
+from u2a_fast.adapters import adapted_linears, linear_of, low_ranks
 from u2a_fast.encoders import from_pretrained_model
 from u2a_fast.encoders.build import family_of
 from u2a_fast.lora_config import ROLES
@@ -87,7 +87,7 @@ def test_a_loaded_adapter_gets_the_gradients_that_peft_gives_it(name, tmp_path):
 def gradients_by_role(linear):
     """{role: (gradient of A, gradient of B)}"""
     of_a = linear.lora_a.grad.chunk(len(linear.adapted))
-    of_b = linear.lora_b.grad.split([outputs(linear, role) for role in linear.adapted])
+    of_b = linear.lora_b.grad.split(linear.widths_of(linear.adapted))
     return dict(zip(linear.adapted, zip(of_a, of_b, strict=True), strict=True))
 
 
@@ -233,7 +233,10 @@ def test_a_linear_of_several_roles_is_one_module(name, adapted_roles, shared, tm
     a, b = (tensors[f"base_model.model.layers.1.attn.Wqkv.lora_{side}.weight"] for side in "AB")
     assert len(tensors) == 4 and a.shape[0] == (2 if shared else 2 * len(adapted_roles))
     qkv = encoder.blocks[1].qkv
-    parts, zeros = low_ranks(qkv), {role: torch.zeros(outputs(qkv, role), qkv.in_features) for role in qkv.roles}
+    parts, zeros = (
+        low_ranks(qkv),
+        {role: torch.zeros(width, qkv.in_features) for role, width in zip(qkv.roles, qkv.widths, strict=True)},
+    )
     torch.testing.assert_close(b @ a, torch.cat([parts[r].b @ parts[r].a if r in parts else zeros[r] for r in "qkv"]))
     again = loaded()
     load_folder(tmp_path, again, "text")

@@ -42,16 +42,11 @@ def linear_of(block: Block, role: str) -> LoraLinear:
     return next(linear for linear in block.linears if role in linear.roles)
 
 
-def outputs(linear: LoraLinear, role: str) -> int:
-    """How many outputs of a linear are a role's."""
-    return linear.widths[linear.roles.index(role)]
-
-
 def low_ranks(linear: LoraLinear) -> dict[str, LowRank]:
     """The adapters of a linear by role; none for roles without."""
     if linear.lora_a is None:
         return {}
-    sizes = [outputs(linear, role) for role in linear.adapted]
+    sizes = linear.widths_of(linear.adapted)
     parts = zip(linear.lora_a.detach().chunk(len(sizes)), linear.lora_b.detach().split(sizes), strict=True)
     return {role: LowRank(a, b, linear.scaling) for role, (a, b) in zip(linear.adapted, parts, strict=True)}
 
@@ -63,10 +58,10 @@ def set_low_ranks(linear: LoraLinear, given: Mapping[str, LowRank], dropout: flo
     and the zeros get no gradient. Where scalings differ, each B takes its own in and the common scaling is 1: the same
     function, though an optimiser's step in B then has another size than it would have in PEFT.
     """
-    linear.joined = None  # its room beside the weight is for other sizes
+    linear.remove_adapter()
     adapted = tuple(role for role in linear.roles if role in given)
     if not adapted:
-        return linear.remove_adapter()
+        return
     chosen = [given[role] for role in adapted]
     rank, scalings = max(part.a.shape[0] for part in chosen), {part.scaling for part in chosen}
     scaling = scalings.pop() if len(scalings) == 1 else 1.0

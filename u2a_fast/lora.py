@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -88,6 +88,10 @@ class LoraLinear(nn.Module):
         first = sum(self.widths[:place])
         return slice(first, first + self.widths[place])
 
+    def widths_of(self, roles: Iterable[str]) -> list[int]:
+        """How many rows of the weight, and outputs, each of `roles` has."""
+        return [self.widths[self.roles.index(role)] for role in roles]
+
     def store(self, weight: torch.Tensor, weight_scale: torch.Tensor | None) -> None:
         """Replace the frozen weight by the same one stored in another way (see quantization.py)."""
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -113,6 +117,10 @@ class LoraLinear(nn.Module):
             moved.data = exact.to(moved.device)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: the weight by itself, without the room that it lies in here."""
+        return self.__dict__ | {"joined": None}
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         given, errors = state_dict.get(prefix + "weight"), rest[-1]
         if given is not None and storage_of(given) != self.storage:
@@ -125,21 +133,19 @@ class LoraLinear(nn.Module):
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Give every role of `config.target_modules` its factors: A uniform as in PEFT, B zero."""
+        self.remove_adapter()
         self.adapted = tuple(role for role in self.roles if config.adapts(role))
         if not self.adapted:
-            return self.remove_adapter()
-        rows, width = sum(self._adapted_widths()), self.in_features
+            return
+        rows, width = sum(self.widths_of(self.adapted)), self.in_features
         groups, device = len(self.adapted), self.weight.device
         bound = 1 / math.sqrt(width)  # kaiming_uniform_ with a = sqrt(5), as nn.Linear and PEFT do
         self.lora_a = nn.Parameter(torch.empty(groups * config.r, width, device=device).uniform_(-bound, bound))
         self.lora_b = nn.Parameter(torch.zeros(rows, config.r, device=device))
         self.scaling, self.dropout = config.scaling, config.lora_dropout
 
-    def _adapted_widths(self) -> list[int]:
-        return [width for role, width in zip(self.roles, self.widths, strict=True) if role in self.adapted]
-
     def remove_adapter(self) -> None:
-        self.lora_a = self.lora_b = None
+        self.lora_a = self.lora_b = self.joined = None
         self.adapted = ()
 
     @property
@@ -154,7 +160,7 @@ class LoraLinear(nn.Module):
             return self.lora_a, self.lora_b
         rank, each = self.lora_b.shape[1], zip(self.roles, self.widths, strict=True)
         a = dict(zip(self.adapted, self.lora_a.split(rank), strict=True))
-        b = dict(zip(self.adapted, self.lora_b.split(self._adapted_widths()), strict=True))
+        b = dict(zip(self.adapted, self.lora_b.split(self.widths_of(self.adapted)), strict=True))
         zero_a = torch.zeros_like(self.lora_a[:rank])
         return (
             torch.cat([a.get(role, zero_a) for role in self.roles]),
@@ -206,7 +212,7 @@ class LoraLinear(nn.Module):
         return kernels.Linear(weight, own["bias"], a, b, own["weight_scale"], *options)
 
     def _holds_weight(self) -> bool:
-        """Whether `joined` still is where the weight lies: a copy of this module has another."""
+        """Whether `joined` still is where the weight lies: another one may have been stored or assigned."""
         return self.joined is not None and self.joined.data_ptr() == self.weight.data_ptr()
 
     def after_norm(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from .adapters import LowRank, adapted_linears, linear_of, low_ranks, outputs, set_low_ranks
+from .adapters import LowRank, adapted_linears, linear_of, low_ranks, set_low_ranks
 from .encoders import Encoder
 from .lora_config import PEFT_READ, PEFT_WITHOUT_EFFECT
 from .peft_names import Names
@@ -50,7 +50,7 @@ def write_folder(folder: Path, encoder: Encoder) -> None:
         for path, roles in encoder.family.linears.items():
             found = low_ranks(linear := linear_of(block, roles[0]))
             if set(roles) & set(found):
-                rows = {role: outputs(linear, role) for role in roles}
+                rows = dict(zip(roles, linear.widths_of(roles), strict=True))
                 adapters[names.module(i, path)] = side_by_side(found, rows)
     ranks = {name: part.a.shape[0] for name, part in adapters.items()}
     alphas = {name: part.scaling * ranks[name] for name, part in adapters.items()}
@@ -175,7 +175,7 @@ def _by_layer(config: dict[str, Any], tensors: Mapping[str, Tensor], encoder: En
         layer, roles = place
         part = _low_rank(config, module, sides)
         linear = linear_of(encoder.blocks[layer], roles[0])
-        sizes = [outputs(linear, role) for role in roles]
+        sizes = linear.widths_of(roles)
         if part.a.shape[1] != linear.in_features or part.b.shape[0] != sum(sizes):
             found, wanted = (part.a.shape[1], part.b.shape[0]), (linear.in_features, sum(sizes))
             raise ValueError(f"{module} has {found[0]} inputs and {found[1]} outputs, not {wanted[0]} and {wanted[1]}")

@@ -24,16 +24,18 @@ FAMILIES = {
     "rotary, causal, shared keys": {"image": "dinov3_gated", "text": "qwen3_windows"},
     "norms of updates and heads": {"text": "gemma3", "image": "dinov2_gated"},
 }
+WITHOUT_BIASES = ("eurobert", "mistral", "qwen3", "qwen3_windows", "gemma3", "embedding_gemma")
 ROLES = ("q", "k", "v", "o", "fc1", "fc2")
 COUNT = 6
 LABELS = torch.arange(COUNT) % 5
 
 
 def encoders(families, unequal=False):
-    """Random encoders; `unequal`: the first is wider and deeper than the others."""
+    """Random encoders, biased as BitFit needs them; `unequal`: the first is wider and deeper than the others."""
     first = {"hidden_size": 48, "num_hidden_layers": 3} if unequal else {}
+    biased = {family: {"attention_bias": True} for family in WITHOUT_BIASES}
     return {
-        name: tiny_encoders.build(family, seed=i, **(first if i == 0 else {})).double()
+        name: tiny_encoders.build(family, seed=i, **biased.get(family, {}), **(first if i == 0 else {})).double()
         for i, (name, family) in enumerate(families.items())
     }
 
@@ -132,7 +134,8 @@ def test_padding_anywhere(family, kind, device):
 def test_ordinary_rows_are_bitwise_what_they_are_without_prompts(family, dtype, device):
     other = "vit" if family != "vit" else "bert"
     built = {"a": tiny_encoders.build(family).to(dtype), "b": tiny_encoders.build(other)}
-    model = JointEmbedding(built, num_labels=2).to(device)
+    tuning = LoraConfig(r=2) if family in WITHOUT_BIASES else "bitfit"
+    model = JointEmbedding(built, num_labels=2, tuning=tuning).to(device)
     encoder, inputs = model.encoders["a"], moved(tiny_encoders.inputs(family, 3, padded=True), device)
     with torch.no_grad():
         tokens, padding_mask = encoder.embed(**inputs)
@@ -318,6 +321,16 @@ def test_prompts_start_near_the_class_embedding(family):
 def test_what_cannot_be_built_is_said(options, message):
     with pytest.raises(ValueError, match=message):
         JointEmbedding(encoders(PAIR), num_labels=5, **options)
+
+
+@pytest.mark.parametrize("family, options", [("qwen3", {}), ("modernbert", {"norm_bias": False})])
+def test_bitfit_of_an_encoder_without_biases_is_refused(family, options):
+    given = {"image": tiny_encoders.build("vit"), "text": tiny_encoders.build(family, **options)}
+    with pytest.raises(
+        ValueError, match=r"would train nothing in a \w+ encoder, which has no biases: pass tuning=LoraConfig"
+    ):
+        JointEmbedding(given, num_labels=5)
+    assert JointEmbedding(given, num_labels=5, tuning=LoraConfig(r=2))
 
 
 @pytest.mark.parametrize("mode", ["int8", "nf4"])

@@ -54,7 +54,7 @@ class JointEmbedding(MultimodalModel):
         label_smoothing: of the cross entropy, while training; see `U2A`.
 
     Raises:
-        ValueError: no prompts, an unknown tuning or fusion, or `all_absent="prior"`.
+        ValueError: no prompts, an unknown tuning or fusion, BitFit where there are no biases, or `all_absent="prior"`.
 
     Source: the paper's abstract and its read-only prompts (RPO, ICCV 2023); no public code exists, so the predictor's
     shape and VICReg's use are ours. Prompts start at the class embedding plus noise of length 0.1 (RPO), or, where the
@@ -219,12 +219,21 @@ def train_biases(encoders: Iterable[Encoder]) -> None:
 
     Keys may have no bias beside queries that do (Whisper, DINOv3); ours are zeros, and train. Where positions do not
     turn keys, they cannot change what attention gives.
+
+    Raises:
+        ValueError: an encoder without any, in which nothing would train (Llama, ModernBERT).
     """
-    for block in (block for encoder in encoders for block in encoder.blocks):
-        for module in (*block.linears, *block.norms):
-            if module.bias is not None:
-                bias = module.bias.detach()
-                module.bias = nn.Parameter(bias.to(torch.promote_types(bias.dtype, torch.float32)))
+    for encoder in encoders:
+        modules = [module for block in encoder.blocks for module in (*block.linears, *block.norms)]
+        biased = [module for module in modules if module.bias is not None]
+        if not biased:
+            raise ValueError(
+                f'tuning="bitfit" would train nothing in a {encoder.family.name} encoder, which has no biases: '
+                "pass tuning=LoraConfig(), on the command line --tuning lora"
+            )
+        for module in biased:
+            bias = module.bias.detach()
+            module.bias = nn.Parameter(bias.to(torch.promote_types(bias.dtype, torch.float32)))
 
 
 def initial_prompts(encoder: Encoder, count: int) -> nn.Parameter:
