@@ -22,6 +22,7 @@ from .linear_backward import group_widths
 from .linear_lowrank import linear_lowrank
 
 NF4_BLOCK = 64  # weights that share an absmax
+CHUNK = 1 << 18  # weights packed at a time on a CPU, where bitsandbytes needs several times their memory; whole blocks
 
 
 def bitsandbytes() -> Any:
@@ -40,9 +41,17 @@ def pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     >>> packed.shape, absmax
     (torch.Size([32, 1]), tensor([1.]))
     """
-    weight = weight.float() if weight.dtype == torch.float64 else weight
-    packed, state = bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
-    return packed, state.absmax
+    flat = weight.contiguous().view(-1)
+    packed = flat.new_empty(-(-flat.numel() // 2), 1, dtype=torch.uint8)
+    absmax = flat.new_empty(-(-flat.numel() // NF4_BLOCK), dtype=torch.float32)
+    step = CHUNK if flat.device.type == "cpu" else max(1, flat.numel())
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step]
+        chunk = chunk.float() if chunk.dtype == torch.float64 else chunk
+        part, state = bitsandbytes().quantize_4bit(chunk, blocksize=NF4_BLOCK, quant_type="nf4")
+        packed[start // 2 :][: len(part)] = part
+        absmax[start // NF4_BLOCK :][: len(state.absmax)] = state.absmax
+    return packed, absmax
 
 
 def unpack_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -52,12 +52,14 @@ def absmax(w: Tensor) -> Tensor:
 
 def quantize_rows_aten(w: Tensor) -> tuple[Tensor, Tensor]:
     """As `quantize_rows_reference`, bit for bit."""
-    scale = absmax(w if w.dtype != torch.float64 else w.float()).float() / 127
-    q, divisor = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format), scale.clamp_min(TINY)
+    q = torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale = w.new_empty(len(w), dtype=torch.float32)
     chunks = row_chunks(w)
     buffer = chunk_buffer(w, chunks, torch.float32)
     for s in chunks:
-        q[s] = buffer[: len(w[s])].copy_(w[s]).div_(divisor[s, None]).round_()
+        rows = w[s]
+        scale[s] = absmax(rows if w.dtype != torch.float64 else rows.float()).float() / 127
+        q[s] = buffer[: len(rows)].copy_(rows).div_(scale[s, None].clamp_min(TINY)).round_()
     return q, scale
 
 

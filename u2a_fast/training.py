@@ -30,6 +30,7 @@ from .methods.saved import saved_state
 from .metrics import measures, score
 from .options import BESIDES, TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
 from .processes import for_main, is_main, least, on_cpu, processes, refuse_shards, share
+from .quantization import read_quantization
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
 from .runs import check_directory, claim_directory, split_before
 
@@ -243,14 +244,15 @@ def _labels(pool: Any) -> torch.Tensor:
 def build_model(
     method: type[MultimodalModel], options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]
 ) -> MultimodalModel:
-    from .encoders import load
+    from .encoders import load_encoder
 
     feature = splits["train"].features["label"]
     names = label_names(feature)
     vector = getattr(feature, "feature", None) is not None
     dtype = fast_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
+    modes = read_quantization(options.quantization, sources)
     model = method(
-        {name: load(source, name, dtype=dtype) for name, source in sources.items()},
+        {name: load_encoder(source, name, modes[name], dtype=dtype) for name, source in sources.items()},
         num_labels=len(names) if names else len(next(iter(splits["train"]))["label"]) if vector else 1,
         problem_type=PROBLEM_TYPES[str(task_of(feature))],
         quantization=options.quantization,

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from u2a_fast import U2A, load_model
-from u2a_fast.methods.saved import CONFIG, INDEX, WEIGHTS
+from u2a_fast.encoders.streaming import INDEX, WEIGHTS
+from u2a_fast.methods.saved import CONFIG
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +105,20 @@ def load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
     Raises:
         ValueError: nothing can be loaded from there, or only by code or pickles of the folder, which are never run.
     """
+    from transformers import WhisperModel
+
+    with explained(name_or_path, modality):
+        model_class, more = class_for(name_or_path, modality)
+        model = model_class.from_pretrained(name_or_path, **more, **options)
+        return model.get_encoder() if isinstance(model, WhisperModel) else model
+
+
+@contextmanager
+def explained(name_or_path: str, modality: str) -> Iterator[None]:
+    """ValueError in one sentence, whatever transformers makes of a folder or hub id inside."""
     try:
-        return _load(name_or_path, modality, **options)
-    except Exception as error:  # whatever transformers makes of a damaged folder
+        yield
+    except Exception as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if any(Path(name_or_path).glob("pytorch_model*.bin")):
             why = "pytorch_model.bin is not read, since a pickle can run code: save the model again, as safetensors"
@@ -115,23 +128,21 @@ def load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
         ) from error
 
 
-def _load(name_or_path: str, modality: str, **options: Any) -> PreTrainedModel:
+def class_for(name_or_path: str, modality: str) -> tuple[Any, dict[str, Any]]:
+    """The class of transformers that loads the encoder of `modality`, and the options that it takes."""
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    options |= {"trust_remote_code": False, "use_safetensors": True}
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    if config.model_type == "whisper":
-        if config.architectures == ["WhisperEncoder"]:
-            return WhisperEncoder.from_pretrained(name_or_path, **options)
-        return AutoModel.from_pretrained(name_or_path, **options).get_encoder()
-    tower = TOWERS.get((config.model_type, modality))
-    if tower is not None:
-        return getattr(transformers, tower).from_pretrained(name_or_path, **options)
+    if config.model_type == "whisper" and config.architectures == ["WhisperEncoder"]:
+        return WhisperEncoder, options
+    if (tower := TOWERS.get((config.model_type, modality))) is not None:
+        return getattr(transformers, tower), options
     model_class = AutoModel._model_mapping.get(type(config), AutoModel)
     if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False
-    return AutoModel.from_pretrained(name_or_path, **options)
+    return model_class if isinstance(model_class, type) else AutoModel, options  # of two classes it knows which
 
 
 def family_of(model: nn.Module) -> Family:

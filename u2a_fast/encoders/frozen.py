@@ -60,14 +60,13 @@ def materialise_block(block: Block, mode: str | None, draw: Callable[[str, Tenso
             parameter's inside the block, for example `"qkv.weight"`: q, k and v are stacked along the rows.
     """
     weights = {f"{name}.weight": linear for name, linear in block.named_children() if linear in block.linears}
-    for name, parameter in list(block.named_parameters()):
-        value = draw(name, parameter)
+    for name, parameter in list(block.named_parameters()):  # a value has no name here: it would outlive its turn
         if name in weights and mode is not None:
-            weights[name].store(*quantize_weight(value, mode))
+            weights[name].store(*quantize_weight(draw(name, parameter), mode))
             weights[name].quantize_input = mode == "int8_w8a8"
         else:
             owner, _, leaf = name.rpartition(".")
-            setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            setattr(block.get_submodule(owner), leaf, nn.Parameter(draw(name, parameter), requires_grad=False))
 
 
 def stored_elements(name: str, parameter: Tensor) -> int:

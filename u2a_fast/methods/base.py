@@ -70,7 +70,7 @@ class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
         check_modalities(processors or (), list(encoders))
         modes = read_quantization(quantization, encoders)
-        built = {name: as_encoder(name, given, None) for name, given in encoders.items()}
+        built = {name: as_encoder(name, given, None, modes[name]) for name, given in encoders.items()}
         for name, encoder in built.items():
             check_storage(encoder, modes[name])
         stored = {name: mode_of(quantize_encoder(encoder, modes[name])) for name, encoder in built.items()}
@@ -373,7 +373,8 @@ class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
             if not isinstance(source, nn.Module) and not source:
                 raise ValueError(f"the {name} encoder was saved without a name: pass encoders={{{name!r}: ...}}")
             in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
-            encoder = as_encoder(name, source, dtype or getattr(torch, config.encoder_dtypes[name]), in_8bit)
+            encoder_dtype = dtype or getattr(torch, config.encoder_dtypes[name])
+            encoder = as_encoder(name, source, encoder_dtype, modes[name], in_8bit)
             built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
         model = cls(built, num_labels=config.num_labels, problem_type=config.problem_type, **arguments)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id

@@ -41,8 +41,11 @@ def check_parts(encoders: Any, num_labels: Any) -> None:
     check_count("num_labels", num_labels, 1, MOST_CLASSES)
 
 
-def as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_8bit: bool = False) -> Encoder:
-    """A module, hub id or folder as an `Encoder`; `dtype` and `in_8bit` (by bitsandbytes) hold where it is loaded."""
+def as_encoder(
+    name: str, given: str | nn.Module, dtype: torch.dtype | None, mode: str | None, in_8bit: bool = False
+) -> Encoder:
+    """A module, hub id or folder as an `Encoder`; `dtype`, `mode` (of quantization) and `in_8bit` (by bitsandbytes)
+    hold where it is loaded."""
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"modality name {name!r} must be an identifier, since forward takes it as a keyword")
     if name in RESERVED or hasattr(nn.ModuleDict, name):
@@ -55,7 +58,7 @@ def as_encoder(name: str, given: str | nn.Module, dtype: torch.dtype | None, in_
         options = {} if dtype is None else {"dtype": dtype}
         if in_8bit:
             options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-        encoder = encoders_module.from_pretrained_model(encoders_module.load(str(given), name, **options))
+        encoder = encoders_module.load_encoder(str(given), name, mode, **options)
     else:
         raise TypeError(f"encoder {name!r} must be a module, a hub id or a folder, not {type(given).__name__}")
     return encoder

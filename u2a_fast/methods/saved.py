@@ -18,9 +18,10 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
+from ..encoders.streaming import INDEX, checkpoint_files
 from .config import MOST_CLASSES, MultimodalConfig
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 Result = TypeVar("Result")
@@ -112,23 +113,11 @@ def saved_state(source: str | os.PathLike) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a file is damaged, or the index names one that is not beside it.
     """
-    file = cached_file(source, WEIGHTS, _raise_exceptions_for_missing_entries=False)
-    if file is not None:
-        return _tried(f"{WEIGHTS} in {source}", lambda: load_file(file))
-    index = Path(cached_file(source, INDEX))
-    shards = _tried(f"{INDEX} in {source}", lambda: _shards(index))
+    files = _tried(f"{INDEX} in {source}", lambda: checkpoint_files(source))
     state: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        state |= _tried(f"{shard} in {source}", partial(load_file, cached_file(source, shard)))
+    for file in files:
+        state |= _tried(f"{Path(file).name} in {source}", partial(load_file, file))
     return state
-
-
-def _shards(index: Path) -> list[str]:
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"it names the file {name[:200]!r}, which is none beside it")
-    return names
 
 
 def _tried(what: str, read: Callable[[], Result]) -> Result:
