@@ -1,7 +1,9 @@
 """Bytes are counted right, ours are few, and recomputing them changes no number."""
 
 import copy
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers.activations import ACT2FN
 
 from u2a_fast import PMF, U2A, LoraConfig, memory, memory_counts
 from u2a_fast.block import LEAN_ACTIVATIONS
+from u2a_fast.cli import main
 from u2a_fast.encoders import from_pretrained_model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "low_memory.py"
@@ -243,6 +246,33 @@ def test_pmf_training_takes_a_fraction_of_full_fine_tuning(quantization, limit):
     assert rows[0].total <= limit * rows[2].total
 
 
+LARGE = "qwen3-embedding-8b+dinov3-7b"
+
+
+@pytest.mark.slow
+def test_two_of_the_largest_encoders_are_planned_and_fit_a_common_gpu(tmp_path, capsys):
+    """The figures of docs/memory.md: `u2a-fast memory` reads the example's configs from folders."""
+    preset = runpy.run_path(str(EXAMPLE))["PRESETS"][LARGE]
+    folders = {name: str(tmp_path / name) for name in ("image", "text")}
+    for name, folder in folders.items():
+        getattr(preset, name).save_pretrained(folder)
+    main(["memory", "--encoders", json.dumps(folders), "--quantization", "nf4", "--checkpointing"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "U2A, nf4 8.39 0.07 0.14" in printed and "11.70 0.05" in printed
+    assert (
+        "computed, for GPUs of 24, 48 and 80 GB: U2A, nf4 fits from 24 GB on; PEFT LoRA, bf16 autocast fits from 80 GB "
+        "on; full fine-tuning, fp32 fits none of them"
+    ) in printed
+
+
+@pytest.mark.parametrize(
+    "total, words", [(24 * 10**9, "from 24 GB on"), (24 * 10**9 + 1, "from 48 GB on"), (80 * 10**9 + 1, "none of them")]
+)
+def test_a_plan_says_which_gpus_it_fits(total, words):
+    sentence = memory.fits([memory.MemoryRow("ours", total - 6, 1, 2, 3)])
+    assert sentence == f"computed, for GPUs of 24, 48 and 80 GB: ours fits {words}"
+
+
 @pytest.mark.slow
 def test_tokens_set_the_length_of_images_and_texts():
     configs = {"image": transformers.ViTConfig(), "text": transformers.BertConfig()}
@@ -394,3 +424,17 @@ def test_encoders_larger_than_the_memory_train_within_4_gib():
     assert needed > 6
     assert peak < 4
     assert len(losses) == 1 and 0 < losses[0] < 50
+
+
+@pytest.mark.slow
+def test_the_largest_preset_trains_a_layer_of_each(capsys):
+    example = runpy.run_path(str(EXAMPLE))
+    preset = example["PRESETS"][LARGE]
+    preset.image.num_hidden_layers = preset.text.num_hidden_layers = 1
+    preset.text.vocab_size = 999  # or most of the time goes to drawing an embedding
+    example["train"](preset, preset.quantization, steps=1, size=1)
+    printed = capsys.readouterr().out
+    weights = 4096 * (128 * (32 + 8 + 8 + 32) + 3 * 12288) + 4096 * (4 * 4096 + 3 * 8192)
+    count = int(re.search(r"all params: ([\d,]+)", printed)[1].replace(",", ""))
+    assert weights < count < 1.05 * weights
+    assert 0 < float(re.search(r"loss ([\d.]+)", printed)[1]) < 50

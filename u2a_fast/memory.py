@@ -39,6 +39,7 @@ from .quantization import read_quantization
 
 # Optimizer bytes for each trained parameter: two fp32 states, or two of 8 bit with an fp32 absmax per block of 256.
 OPTIMIZERS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
+GPUS = (24, 48, 80)  # GB of common ones; what they have beyond 10^9 bytes each is left to what is not counted
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,22 @@ def _saved_by(model: MultimodalModel, configs: Mapping[str, Any], batch: int, to
             model.feature_cache = cache
 
 
+def fits(rows: Sequence[MemoryRow]) -> str:
+    """On which common GPUs there is room for the bytes of each row: computed from them, not tried.
+
+    >>> fits([MemoryRow("little", 10**10, 0, 0, 0), MemoryRow("much", 10**11, 0, 0, 0)])
+    'computed, for GPUs of 24, 48 and 80 GB: little fits from 24 GB on; much fits none of them'
+    """
+    said = []
+    for row in rows:
+        smallest = next((f"from {size} GB on" for size in GPUS if row.total <= size * 10**9), "none of them")
+        said.append(f"{row.name} fits {smallest}")
+    sizes = ", ".join(map(str, GPUS[:-1]))
+    return f"computed, for GPUs of {sizes} and {GPUS[-1]} GB: {'; '.join(said)}"
+
+
 def print_plan(rows: Sequence[MemoryRow]) -> None:
-    """A table of the rows in GiB, each total also as a share of the last row's."""
+    """A table of the rows in GiB, each total also as a share of the last row's, and which common GPUs they fit."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -204,3 +219,4 @@ def print_plan(rows: Sequence[MemoryRow]) -> None:
     console = Console()
     needed = console.measure(table, options=console.options.update(max_width=1000)).maximum  # or headers are cut
     Console(width=max(console.width, needed)).print(table)
+    console.print(fits(rows), soft_wrap=True)
