@@ -59,7 +59,7 @@ class U2A(MultimodalModel):
         all_absent: `"error"`, or `"prior"`: a sample with nothing is classified from the mean of the mask tokens.
         absent: `"pack"`: absent rows are not computed; `"where"`: static shapes, for compile and export.
         processors: `{modality: processor}` for raw samples; by default loaded from the encoders' folders.
-        translate_all: ours, see above; off, since held-out groups have not shown a gain (docs/choosing.md).
+        translate_all: ours, see above; off is the paper's form. `u2a-fast train` sets it (docs/choosing.md).
         label_smoothing: of the cross entropy, while training. Not Trainer's `label_smoothing_factor`, which takes the
             labels away from the model and the alignment loss with them.
 
@@ -124,7 +124,7 @@ class U2A(MultimodalModel):
 
     @classmethod
     def recipe(cls, options: Any) -> dict[str, Any]:
-        return {"lora": options.lora, "modality_dropout": options.modality_dropout}
+        return {"lora": options.lora, "modality_dropout": options.modality_dropout, "translate_all": True}
 
     @property
     def auxiliary_weight(self) -> float:
