@@ -48,10 +48,12 @@ def test_a_value_that_is_refused_changes_nothing(method, folders):
 
 
 def test_every_method_of_the_table_has_a_recipe_that_fits():
-    options = TrainOptions(lora_r=3, lora_alpha=6, modality_dropout=0.4, tuning="lora", feature_cache="here")
+    options = TrainOptions(
+        lora_r=3, lora_alpha=6, modality_dropout=0.4, tuning="lora", feature_cache="here", translators=True
+    )
     lora = LoraConfig(r=3, lora_alpha=6)
     assert {name: adaptation(method, options) for name, method in METHODS.items()} == {
-        "u2a": {"lora": lora, "modality_dropout": 0.4},
+        "u2a": {"lora": lora, "modality_dropout": 0.4, "translate_all": True},
         "pmf": {"feature_cache": "here"},
         "joint_embedding": {"tuning": lora},
         "late_fusion": {"lora": lora},

@@ -124,7 +124,11 @@ class U2A(MultimodalModel):
 
     @classmethod
     def recipe(cls, options: Any) -> dict[str, Any]:
-        return {"lora": options.lora, "modality_dropout": options.modality_dropout, "translate_all": True}
+        return {
+            "lora": options.lora,
+            "modality_dropout": options.modality_dropout,
+            "translate_all": options.translators,
+        }
 
     @property
     def auxiliary_weight(self) -> float:
