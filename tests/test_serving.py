@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from u2a_fast import PMF, U2A, JointEmbedding, LateFusion, load_model
+from u2a_fast.encoders import streaming
 from u2a_fast.methods import saved
 from u2a_fast.prediction import predict_answers
 
@@ -107,7 +108,8 @@ class Hub:
         monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", self.create_repo)
         monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", self.upload_folder)
         monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", self.file_exists)
-        monkeypatch.setattr(saved, "cached_file", self.cached_file)
+        for module in (saved, streaming):
+            monkeypatch.setattr(module, "cached_file", self.cached_file)
         monkeypatch.setattr(saved, "snapshot_download", self.snapshot_download)
         monkeypatch.setattr(socket.socket, "connect", self.connect)
 
