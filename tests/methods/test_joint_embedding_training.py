@@ -6,7 +6,6 @@ import tiny_data
 import tiny_encoders
 import torch
 from running import on
-from transformers import Trainer, TrainingArguments
 
 from u2a_fast import JointEmbedding, LoraConfig, MultimodalCollator, evaluate, load_model
 
@@ -101,19 +100,6 @@ def test_saved_and_reloaded(tmp_path, tuning, dtype):
 
 @pytest.mark.slow
 def test_trainer_trains_and_resumes(tmp_path):
-    rows = [{**row, "image": None} if i % 4 == 3 else row for i, row in enumerate(tiny_data.samples(12))]
-
-    def trainer(folder, seed):
-        torch.manual_seed(seed)
-        arguments = TrainingArguments(
-            str(tmp_path / folder), per_device_train_batch_size=4, max_steps=4, save_steps=2, learning_rate=1e-2,
-            remove_unused_columns=False, report_to="none", disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
-        model = JointEmbedding(tiny_data.encoder_folders(tmp_path), num_labels=3)
-        return Trainer(model, arguments, train_dataset=rows, data_collator=MultimodalCollator(tiny_data.processors()))
-
-    whole, resumed = trainer("whole", 0), trainer("resumed", 1)
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    parameters = zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True)
+    whole, resumed = tiny_data.whole_and_resumed(lambda folders: JointEmbedding(folders, num_labels=3), tmp_path)
+    parameters = zip(whole.named_parameters(), resumed.parameters(), strict=True)
     assert all(torch.equal(a, b) for (_, a), b in parameters)

@@ -5,7 +5,6 @@ import pytest
 import tiny_data
 import tiny_encoders
 import torch
-from transformers import Trainer, TrainingArguments
 
 from u2a_fast import PMF, MultimodalCollator, evaluate, load_model
 
@@ -32,21 +31,8 @@ def test_saved_and_reloaded(tmp_path):
 
 @pytest.mark.slow
 def test_trainer_trains_and_resumes(tmp_path):
-    rows = [{**row, "image": None} if i % 4 == 3 else row for i, row in enumerate(tiny_data.samples(12))]
-
-    def trainer(folder, seed):
-        torch.manual_seed(seed)
-        arguments = TrainingArguments(
-            str(tmp_path / folder), per_device_train_batch_size=4, max_steps=4, save_steps=2, learning_rate=1e-2,
-            remove_unused_columns=False, report_to="none", disable_tqdm=True, use_cpu=True,
-        )  # fmt: skip
-        model = PMF(tiny_data.encoder_folders(tmp_path), num_labels=3, fusion_layers=1)
-        return Trainer(model, arguments, train_dataset=rows, data_collator=MultimodalCollator(tiny_data.processors()))
-
-    whole, resumed = trainer("whole", 0), trainer("resumed", 1)
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    parameters = zip(whole.model.export_parameters().items(), resumed.model.export_parameters().values(), strict=True)
+    whole, resumed = tiny_data.whole_and_resumed(lambda folders: PMF(folders, num_labels=3, fusion_layers=1), tmp_path)
+    parameters = zip(whole.export_parameters().items(), resumed.export_parameters().values(), strict=True)
     assert all(torch.equal(a, b) for (_, a), b in parameters)
 
 

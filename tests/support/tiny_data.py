@@ -7,9 +7,12 @@ from pathlib import Path
 import av
 import numpy as np
 import tiny_encoders
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, ViTImageProcessor
+
+from u2a_fast import MultimodalCollator
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "red", "green", "blue", "square", "thing"]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230)}
@@ -83,3 +86,22 @@ def clip_file(shades, size: tuple[int, int] = (64, 32), form: str = "mp4", codec
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def whole_and_resumed(build, folder):
+    """Two models after four steps: one that took them at once, and one that went on from the first one's second."""
+    rows = [{**row, "image": None} if i % 4 == 3 else row for i, row in enumerate(samples(12))]
+
+    def trainer(name, seed):
+        torch.manual_seed(seed)
+        arguments = TrainingArguments(
+            str(folder / name), per_device_train_batch_size=4, max_steps=4, save_steps=2, learning_rate=1e-2,
+            remove_unused_columns=False, report_to="none", disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        model = build(encoder_folders(folder))
+        return Trainer(model, arguments, train_dataset=rows, data_collator=MultimodalCollator(processors()))
+
+    whole, resumed = trainer("whole", 0), trainer("resumed", 1)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    return whole.model, resumed.model
