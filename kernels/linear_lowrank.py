@@ -223,9 +223,15 @@ def add_lowrank(y, s, lora_b, scaling, groups, lead):
     if groups == 1:
         y.addmm_(s, lora_b.t(), alpha=scaling)
         return
-    widths = group_widths(y.shape[1], groups, lead)
-    for part, own, b in zip(y.split(widths, 1), s.chunk(groups, 1), lora_b.t().split(widths, 1), strict=True):
-        part.addmm_(own, b, alpha=scaling)
+    if lead > 1:  # the first group, and the others, which are alike
+        (width, *_), r = group_widths(y.shape[1], groups, lead), lora_b.shape[1]
+        add_lowrank(y[:, :width], s[:, :r], lora_b[:width], scaling, 1, 1)
+        add_lowrank(y[:, width:], s[:, r:], lora_b[width:], scaling, groups - 1, 1)
+        return
+    width, r = y.shape[1] // groups, lora_b.shape[1]
+    parts = y.as_strided((groups, y.shape[0], width), (width, y.stride(0), 1))  # a graph cannot write to views of views
+    low, b = s.view(-1, groups, r).transpose(0, 1), lora_b.view(groups, width, r).transpose(1, 2)  # [groups, M, r]
+    parts.baddbmm_(low, b, alpha=scaling)
 
 
 # -------------------------------------------------------------------------------------------------------- registration
