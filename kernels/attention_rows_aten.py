@@ -120,6 +120,12 @@ def end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _with_unasked(d_kv: list[Tensor], groups: Sequence[Sequence[int]], kv: Tensor) -> list[Tensor]:
+    """The gradients of the groups that `parts_of` gives, with zeros in the place of keys that nobody asked."""
+    asked = iter(d_kv)
+    return [next(asked) if g[0] * g[1] > 0 else kv.new_zeros(g[0] * g[2], kv.shape[1]) for g in groups]
+
+
 def _attend_backward(d_out, q, out, lse, kv, positions, samples, heads, kv_heads, wants_out, *seen):
     """d_q, d_kv (None where kv is) and out (None unless wanted) of samples of equal length."""
     views = by_head(q, kv, samples, heads, kv_heads)
@@ -153,7 +159,7 @@ def backward_aten(
         recomputed, of_rows = out is None, (d_out, q, out, lse)
         each = [_attend_backward(*own, samples, *seen) for samples, *own in parts_of(groups, of_rows, (kv, positions))]
         d_q = end_to_end([t[0] for t in each], *q.shape, q)
-        d_kv = None if kv is None else end_to_end([t[1] for t in each], *kv.shape, kv)
+        d_kv = None if kv is None else end_to_end(_with_unasked([t[1] for t in each], groups, kv), *kv.shape, kv)
         out = end_to_end([t[2] for t in each], *d_out.shape, q) if recomputed and wants_out else out
     return d_q, d_kv, cast(d_s.t() @ out, lora_a.dtype) if wants_out else None
 

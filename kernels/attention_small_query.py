@@ -220,7 +220,7 @@ def forward_triton(q, k, v, lengths, suffix):
         BD=_tile(d),
         **FORWARD_TILE,
     )
-    return _by_query_head(out, given), lse.view(-1, given.shape[2])
+    return _by_query_head(out, given), lse.view(given.shape[0] * given.shape[1], given.shape[2])
 
 
 def backward_triton(d_out, q, k, v, lengths, out, lse, suffix):

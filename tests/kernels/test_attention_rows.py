@@ -26,6 +26,7 @@ CASES = {
     "few queries, apart": ([Group(2, 1, 5), Group(1, 1, 8)], {}),
     "few queries, lengths, apart": ([Group(3, 2, 9)], {"lengths": (7, 0, 3), "suffix": 2}),
     "nobody": ([Group(0, 9, 9)], {}),
+    "keys that nobody asks, apart": ([Group(2, 0, 4), Group(2, 1, 5), Group(0, 3, 3), Group(1, 0, 2)], {}),
     "shared keys": ([Group(2, 3, 3), Group(1, 8, 8), Group(3, 1, 1)], {"kv_heads": 2}),
     "shared keys, causal": ([Group(2, 7, 7)], {"kv_heads": 1, "causal": True}),
     "shared keys, lengths, suffix": ([Group(3, 9, 9)], {"kv_heads": 2, "lengths": (7, 0, 3), "suffix": 2}),
