@@ -16,7 +16,7 @@ from .attention_mask import blind_rows, hidden, in_effect, needs_mask
 from .attention_matmul import MATMUL_KEYS, backward_matmul, forward_matmul, is_local
 from .backend import cast
 
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash = torch._scaled_dot_product_flash_attention_for_cpu  # a binding of its own costs less than the operator
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
