@@ -269,7 +269,7 @@ def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
     else:
         parts, b = dy.view(-1, groups, dy.shape[1] // groups), b.view(groups, -1, b.shape[1])  # [M, groups, N / groups]
         if wants_g:
-            g = torch.bmm(parts.transpose(0, 1), b).transpose(0, 1).reshape(len(dy), -1)
+            g = torch.bmm(parts.transpose(0, 1), b).transpose(0, 1).flatten(1)
         if s is not None:
             low = s.view(-1, groups, b.shape[2]).permute(1, 2, 0)  # [groups, r, M]
             db = torch.baddbmm(b.transpose(1, 2), low, parts.transpose(0, 1), beta=0, alpha=scaling)

@@ -38,6 +38,8 @@ CASES = {
     "several tiles and rank steps": Case(lead=(150,), k=200, n=540, r=70, groups=2),
     "sizes that divide nothing": Case(lead=(7, 5), k=37, n=51, groups=3),
     "no rows": Case(lead=(0, 5)),
+    "no rows of q, k, v": Case(lead=(0,), groups=3),
+    "no rows of wide q": Case(lead=(0,), n=32, groups=3, wide=2),
     "no adapter": Case(r=None),
     "strided": Case(strided=True),
     "dropout": Case(lead=(3, 30), k=72, n=96, groups=3, dropout=DROPOUT),
