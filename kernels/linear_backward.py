@@ -260,7 +260,8 @@ def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
     b, g, db = cast(lora_b, dy.dtype), None, None
     if groups == 1:
         g = dy @ b if wants_g else None
-        db = None if s is None else torch.addmm(b.t(), s.t(), dy, beta=0, alpha=scaling).t().contiguous()  # b is not read
+        if s is not None:  # b is not read
+            db = torch.addmm(b.t(), s.t(), dy, beta=0, alpha=scaling).t().contiguous()
     elif b.shape[1] <= MOST_SKINNY and dy.dtype.itemsize < 4:
         if wants_g:
             g = dy @ torch.block_diag(*b.chunk(groups))
