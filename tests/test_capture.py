@@ -11,6 +11,7 @@ import pytest
 import recorded
 import tiny_encoders
 import torch
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -204,6 +205,19 @@ def test_evaluation_and_steps_without_labels_are_not_captured(replays):
     with torch.no_grad():
         captured(**given)
     assert not captured._steps.steps
+
+
+def test_processes_that_train_together_capture_nothing(replays):
+    eager, captured = models(FAMILIES["pre and post norm"], absent="where")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="leave capture"):
+            eager.capture()
+        with pytest.raises(ValueError, match="leave capture"):
+            captured(**batch(FAMILIES["pre and post norm"], 0))
+    finally:
+        distributed.destroy_process_group()
+    assert eager._steps is None and not captured._steps.steps and not replays
 
 
 def test_what_cannot_be_captured_says_so():

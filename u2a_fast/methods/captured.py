@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import device_table
 from ..capture import Steps
+from .presence import all_take_part
 
 PaddingMasks = Mapping[str, Tensor | None]
 
@@ -41,8 +42,9 @@ class CapturedSteps(nn.Module):
             batch: keywords of `forward`, whose shapes are captured at once.
 
         Raises:
-            ValueError: the model is on no GPU, or its kernels depend on values of the batch.
+            ValueError: the model is on no GPU, its kernels depend on values of the batch, or processes train together.
         """
+        refuse_together()
         if type(self).fixed is CapturedSteps.fixed:
             raise ValueError(
                 f"the kernels that {type(self).__name__} runs depend on values of the batch: none is captured"
@@ -70,8 +72,15 @@ class CapturedSteps(nn.Module):
         self, inputs: Mapping[str, Mapping[str, Any]], present: Tensor, padding: PaddingMasks | None, labels: Tensor
     ) -> tuple[Tensor, ...]:
         assert self._steps is not None
+        refuse_together()  # who joined after `capture`
 
         def losses(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
             return self.losses(*self.encode_fixed(batch["fixed"]), batch["labels"])
 
         return self._steps(losses, {"fixed": self.fixed(inputs, present, padding), "labels": labels}, self.training)
+
+
+def refuse_together() -> None:
+    """ValueError under `torch.distributed`: DDP keeps autograd's nodes on a stream that no capture may wait for."""
+    if all_take_part():
+        raise ValueError("a CUDA graph is for a process that trains alone: under DDP and FSDP2 leave capture() out")
