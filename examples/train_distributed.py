@@ -1,7 +1,7 @@
 """Train U2A with Hugging Face's Trainer in several processes; the launcher says how these share the work.
 
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_distributed.py
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_distributed.py    needs GPUs
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_distributed.py    on GPUs
     torchrun --nproc-per-node 2 examples/train_distributed.py                                       DDP
     python examples/train_distributed.py                                                            one process
 
@@ -42,8 +42,6 @@ def main(arguments: list[str] | None = None) -> Trainer:
         shared = f"--batch-size {options.batch_size} cannot be shared by {processes} processes"
         raise SystemExit(f"{shared}: make it a multiple")
     on_cpu = not torch.accelerator.is_available()
-    if on_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise SystemExit("accelerate shards models on GPUs only: on CPUs, docs/scaling.md shows how to shard by hand")
     set_seed(0)
     splits, sources = load_sources(TrainOptions(data=options.data, encoders=options.encoders))
     model = U2A(
@@ -73,6 +71,8 @@ def main(arguments: list[str] | None = None) -> Trainer:
         train_dataset=train,
         data_collator=MultimodalCollator(model.processors),
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.accelerator.is_fsdp2:
+        raise SystemExit("accelerate shards models on GPUs only: on CPUs, docs/scaling.md shows how to shard by hand")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output_dir) if options.resume else None)
     trainer.save_model()
     trainer.save_state()  # by the first process only, as checkpoints and what is logged

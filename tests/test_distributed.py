@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from u2a_fast import PMF, U2A, JointEmbedding, LateFusion, LoraConfig
 from u2a_fast.block import Block
+from u2a_fast.losses import StandardLabels
 
 FAMILIES = {"image": "vit", "text": "bert"}
 METHODS = {
@@ -34,6 +35,7 @@ INTEGERS_SHARD = pytest.mark.skipif(
 STATIC = ("u2a", {"static_graph": True})
 STORED = ("int8", "int8_w8a8", "nf4")
 STEP = 0.1
+SPREAD = torch.tensor([[1.0, 20.0, 300.0], [5.0, 21.0, -300.0]])  # numbers that three heads learn
 
 
 def build(method, mode=None):
@@ -128,6 +130,11 @@ def run_every_fsdp(rank):
         run_fsdp(rank, method, mode)
     with pytest.raises(ValueError, match="NO_WRAP"):
         shard(build("pmf"))(**batch(0, rank))
+    scale, (own, reference) = StandardLabels(None, SPREAD), (build("u2a"), build("u2a"))
+    for model in (shard(own), reference):
+        scale.into_head(model)
+    torch.testing.assert_close(whole(own.head.weight), reference.head.weight)
+    torch.testing.assert_close(whole(own.head.bias), reference.head.bias)
 
 
 class Gathered(TorchDispatchMode):

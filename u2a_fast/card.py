@@ -13,6 +13,7 @@ from typing import Any
 
 from .data.pretrained import encoder_title
 from .data.processed_cache import file_digest
+from .methods import METHODS
 from .methods.base import MultimodalModel
 from .metrics import NAMES, headline
 from .options import BESIDES, TrainOptions
@@ -91,7 +92,7 @@ def write_card(
     text = TEMPLATE.format(
         metadata=_metadata(model, options, rows, title),
         title=title,
-        method=type(model).__name__,
+        method=METHODS[options.method].__name__,
         imports=imports,
         modality=modality,
         sample=sample,

@@ -68,5 +68,16 @@ class StandardLabels:
     def into_head(self, model: MultimodalModel) -> None:
         for linear in model.head.modules():  # several where logits are averaged
             if isinstance(linear, nn.Linear):
-                linear.weight.mul_(self.deviation[:, None].to(linear.weight))
-                linear.bias.mul_(self.deviation.to(linear.bias)).add_(self.mean.to(linear.bias))
+                _update(linear.weight, lambda weight: weight * self.deviation[:, None].to(weight))
+                _update(linear.bias, lambda bias: bias * self.deviation.to(bias) + self.mean.to(bias))
+
+
+def _update(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """In place, from its whole value, where processes may share it."""
+    if not hasattr(parameter, "full_tensor"):
+        parameter.copy_(change(parameter))
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = change(parameter.full_tensor())
+    parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))

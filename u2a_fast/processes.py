@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 Place = TypeVar("Place", str, Path)
 
@@ -54,7 +58,24 @@ def share(batch_size: int) -> int:
     return batch_size // count
 
 
-def refuse_shards() -> None:
-    """ValueError where accelerate was told to shard models with FSDP."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ValueError("u2a-fast train runs under DDP: to shard a model, see examples/train_distributed.py")
+def check_shards(trainer: Trainer, checkpoint: str | None) -> None:
+    """Refuse what accelerate would not shard though it was told to, and to go on otherwise than a run began.
+
+    Raises:
+        ValueError: there is no GPU, or it is FSDP1, which cannot shard integers; a checkpoint of the other kind.
+    """
+    sharded = trainer.accelerator.is_fsdp2
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not sharded:
+        raise ValueError("accelerate shards this model on GPUs only, with fsdp_version: 2 in its file: use DDP")
+    if checkpoint and sharded != any(Path(checkpoint).glob("pytorch_model_fsdp*")):
+        how = "DDP or a single process" if sharded else "FSDP2"
+        raise ValueError(f"{checkpoint} was written under {how}: resume it under the same, in fewer or more processes")
+
+
+def collect_for_evaluation(model: nn.Module) -> None:
+    """Let `encode` and `fuse` of a sharded model collect what `forward` would: `evaluate` calls them by themselves."""
+    if processes().distributed_type == DistributedType.FSDP:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        for name in ("encode", "fuse"):
+            register_fsdp_forward_method(model, name)

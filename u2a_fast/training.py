@@ -29,7 +29,7 @@ from .methods.presence import check_modalities
 from .methods.saved import saved_state
 from .metrics import measures, score
 from .options import BESIDES, TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
-from .processes import for_main, is_main, least, on_cpu, processes, refuse_shards, share
+from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
 from .quantization import read_quantization
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
 from .runs import check_directory, claim_directory, split_before
@@ -64,7 +64,6 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
     """
     if options.method not in METHODS:
         raise ValueError(f"unknown method {options.method!r}: use one of {', '.join(METHODS)}")
-    refuse_shards()
     check_directory(options)
     if splits is None:
         with processes().local_main_process_first():  # encoders are unpacked once
@@ -81,6 +80,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     check_data(options, splits, sources)
     chosen = settled(options, splits)
     trainer = make_trainer(METHODS[options.method], chosen, splits, sources, Path(options.output_dir))
+    check_shards(trainer, checkpoint)
     processes().wait_for_everyone()  # all have looked at the folder
     if is_main():
         print(*filter(None, [choices(options, chosen, list(sources))]), trainer.train_dataset.summary(), sep="\n")
@@ -131,7 +131,7 @@ def make_trainer(
         training_arguments(options, folder, workers_for(options, pool)),
         train_dataset=holed(pool, options, sources, "train"),
         data_collator=collate,
-        optimizers=(make_optimizer(model, options), None),
+        optimizer_cls_and_kwargs=optimizer_for(model, options),
         **watched,
     )
     trainer.remove_callback(ProgressCallback)
@@ -155,13 +155,16 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalMo
     if state is not None and state.global_step >= state.max_steps:  # in the middle of an epoch Trainer would go on
         best = state.best_model_checkpoint or str(checkpoint)
         overlay(trainer.model, saved_state(best), best)
+        trainer.model.to(trainer.args.device)  # where Trainer leaves it to be sharded
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     if isinstance(trainer.data_collator, StandardLabels):
         trainer.data_collator.into_head(trainer.model)
+    collect_for_evaluation(trainer.model)
+    saved = trainer.accelerator.get_state_dict(trainer.model)  # of which every process may hold a share
     if is_main():
-        trainer.model.save_pretrained(trainer.args.output_dir)
+        trainer.model.save_pretrained(trainer.args.output_dir, state_dict=saved)
         folder = Path(trainer.args.output_dir)
         trainer.state.save_to_json(str(folder / STATE))
         plot_curves({"": [trainer.state.log_history]}).savefig(folder / "curves.png", dpi=120)
@@ -278,12 +281,13 @@ def adaptation(method: type[MultimodalModel], options: TrainOptions) -> dict[str
     return chosen
 
 
-def make_optimizer(model: MultimodalModel, options: TrainOptions) -> torch.optim.AdamW:
+def optimizer_for(model: MultimodalModel, options: TrainOptions) -> tuple[type[torch.optim.AdamW], dict[str, Any]]:
+    """For Trainer, which makes it itself: what is sharded is so together with its optimizer."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("head.")]
     rest = [p for name, p in trained.items() if not name.startswith("head.")]
     groups = [{"params": rest}, {"params": head, "lr": options.head_learning_rate}]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay)
+    return torch.optim.AdamW, {"params": groups, "lr": options.learning_rate, "weight_decay": options.weight_decay}
 
 
 def training_arguments(options: TrainOptions, folder: Path, workers: int) -> TrainingArguments:

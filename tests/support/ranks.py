@@ -64,11 +64,14 @@ def run_command(command: Sequence[str], timeout: float = 240, **more: str) -> st
     return output
 
 
-def launched(launcher: str, script: Sequence[str], options: Mapping[str, str] | None = None) -> list[str]:
-    """The command that starts `script` (a file or `-m module`, and its arguments) in two processes."""
+def launched(
+    launcher: str, script: Sequence[str], options: Mapping[str, str] | None = None, world: int = 2
+) -> list[str]:
+    """The command that starts `script` (a file or `-m module`, and its arguments) in `world` processes."""
     port = str(free_port())
     if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *script]
+        start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
+        return [*start, f"--master_port={port}", *script]
     given = [part for name, value in (options or {}).items() for part in (f"--{name}", value)]
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", f"--main_process_port={port}"]
-    return [*start, *given, *script]
+    start = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={world}"]
+    return [*start, f"--main_process_port={port}", *given, *script]

@@ -1,0 +1,87 @@
+"""`accelerate launch --config_file examples/accelerate/fsdp2.yaml`: sharded, a run is still the run of one process.
+
+accelerate itself shards on GPUs alone; tests/support/shard_on_cpus.py lifts that, and nothing else.
+"""
+
+import shutil
+import sys
+
+import launches
+import pytest
+import ranks
+import shard_on_cpus
+import torch
+from accelerate import Accelerator, DistributedType
+from launches import SCRIPT, losses
+from safetensors.torch import load_file
+
+from u2a_fast.cli import main
+
+FSDP2 = {"config_file": str(launches.EXAMPLES / "accelerate" / "fsdp2.yaml")}
+STORED = ("pytorch_model_fsdp.bin", "optimizer.bin")  # by accelerate, where it shards
+pytestmark = pytest.mark.slow
+
+
+def sharded(script, *given, world=2):
+    """What `script` prints in processes that share the model."""
+    return ranks.run_command(ranks.launched("accelerate", [shard_on_cpus.__file__, script, *given], FSDP2, world))
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    """32 samples to train on in batches of 8: none is uneven."""
+    return [*launches.arguments(tmp_path_factory.mktemp("shards"), 72), "--steps", "6", "--save-steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def alone(common, tmp_path_factory):
+    """The losses of one process that shards nothing."""
+    folder = tmp_path_factory.mktemp("alone")
+    launches.example(*common, "--output-dir", str(folder))
+    return losses(folder)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_the_example_is_the_run_of_one_process_and_goes_on_in_fewer_or_more(before, after, common, alone, tmp_path):
+    given = [*common, "--output-dir", str(tmp_path)]
+    sharded(str(SCRIPT), *given, world=before)
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-4)
+    assert all((tmp_path / "checkpoint-3" / name).exists() for name in STORED)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "model.safetensors").unlink()
+    sharded(str(SCRIPT), *given, "--resume", world=after)
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-4)
+    for step, world in ((3, before), (6, after)):  # nobody began anew
+        assert len([*(tmp_path / f"checkpoint-{step}").glob("rng_state*.pth")]) == world
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_two_processes_of_the_command_line_write_one_run(common, tmp_path):
+    given = ["train", *common[:-4], "--dtype", "float32", "--max-steps", "4"]
+    main([*given, "--output-dir", str(tmp_path / "one")])
+    said = sharded(launches.__file__, *given, "--output-dir", str(tmp_path / "two"))
+    assert said.count("trainable params:") == 1 and said.count("majority") == 1
+    assert "rank 1 wrote nothing" in said and "rank 0 wrote report.csv" in said
+    one, two = ({str(p.relative_to(tmp_path / n)) for p in (tmp_path / n).rglob("*")} for n in ("one", "two"))
+    assert two - one == {f"checkpoint-4/{name}" for name in ("rng_state_0.pth", "rng_state_1.pth", *STORED)}
+    assert one - two == {"checkpoint-4/rng_state.pth", "checkpoint-4/optimizer.pt"}
+    assert "FSDP" not in (tmp_path / "two" / "README.md").read_text(encoding="utf-8")
+    whole, shared = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(shared[name], tensor, atol=1e-3, rtol=1e-3, msg=name)  # Adam enlarges what is tiny
+
+
+def test_where_accelerate_would_not_shard_nothing_is_trained(common, tmp_path):
+    """As it is on CPUs: `Accelerator(cpu=True)` under this file is that of DDP."""
+    given = [__file__, str(tmp_path), *common]
+    ranks.run_command(ranks.launched("accelerate", given, FSDP2, world=1))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+if __name__ == "__main__":
+    folder, *given = sys.argv[1:]
+    with pytest.raises(SystemExit, match="accelerate shards models on GPUs only"):
+        launches.example(*given, "--output-dir", f"{folder}/example")
+    with pytest.raises(SystemExit, match="accelerate shards this model on GPUs only, with fsdp_version: 2 in its file"):
+        main(["train", *given[:-4], "--output-dir", f"{folder}/run"])
+    assert Accelerator().distributed_type == DistributedType.MULTI_CPU
