@@ -135,6 +135,32 @@ def test_encoders_on_several_devices_are_refused_with_the_reason(folders, tmp_pa
             load(tmp_path / "saved", device_map={"text": 0, "image": 1})
 
 
+@pytest.mark.parametrize(
+    "option, why",
+    [
+        ({"attn_implementation": "sdpa"}, "set_backend"),
+        ({"torch_dtype": "auto"}, "called dtype"),
+        ({"local_files_only": True}, "HF_HUB_OFFLINE"),
+        ({"lr": 1}, "pass any of encoders, dtype, num_labels, .*quantization"),
+    ],
+    ids=str,
+)
+def test_other_options_than_the_models_own_are_refused_before_anything_is_loaded(option, why, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is not supported: .*{why}"):
+        U2A.from_pretrained(tmp_path / "nowhere", **option)
+
+
+def test_what_the_constructor_takes_can_be_changed_while_loading(folders, tmp_path):
+    make_model(folders).save_pretrained(tmp_path / "saved")
+    own = tiny_data.tokenizer()
+    model = U2A.from_pretrained(
+        tmp_path / "saved", problem_type="multi_label_classification", num_labels=3, processors={"text": own}
+    )
+    assert model.config.problem_type == "multi_label_classification" and model.processors["text"] is own
+    with pytest.raises(ValueError, match="does not fit"):
+        U2A.from_pretrained(tmp_path / "saved", num_labels=4)
+
+
 def make_trainer(model, folder, **options):
     arguments = TrainingArguments(
         str(folder),

@@ -48,11 +48,3 @@ def test_cached_features_give_the_same_logits_and_run_the_prefix_once(tmp_path):
     misses = cached.feature_cache.misses
     assert torch.equal(cached(**inputs, modality_mask=present).logits, first)
     assert cached.feature_cache.misses == misses == int(present.sum())
-
-
-def test_reentrant_checkpoints_are_refused():
-    built = {"image": tiny_encoders.build("vit"), "text": tiny_encoders.build("bert")}
-    model = PMF(built, num_labels=5)
-    with pytest.raises(ValueError, match="use_reentrant=False"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
-    model.activation_checkpointing_enable()

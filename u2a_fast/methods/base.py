@@ -16,16 +16,17 @@ from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_e
 from ..quantization import read_quantization
 from .adapters import Adapters
 from .captured import CapturedSteps, PaddingMasks
+from .checkpointing import Checkpointing
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
 from .hub import Hub
-from .loading import as_encoder, check_parts, fit_processor, load_processor, one_device, overlay, saved_processors
+from .loading import as_encoder, check_overrides, check_parts, fit_processor, load_processor, overlay, saved_processors
 from .presence import Rows, all_take_part, check_modalities, nobody, presence, present_rows, refuse_empty
 from .saved import saved_config, saved_state
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
-class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
+class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, PreTrainedModel):
     """Frozen encoders under one head. Subclasses say what `encode` keeps of each sample and how `fuse` classifies it.
 
     `encode` looks at each sample once and never at which other modalities it has, so that every missing-modality
@@ -39,14 +40,9 @@ class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
     config_class = MultimodalConfig
     main_input_name = "modality_mask"  # a tensor of the batch, as Trainer counts its elements
     accepts_loss_kwargs = False  # or Trainer passes num_items_in_batch as if it were a modality
-    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     min_modalities = 2
     baseline = False  # whether it stands for what there was before: `compare` runs it on request only
-
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name in later versions of transformers
-        activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
-        activation_checkpointing_disable = PreTrainedModel.gradient_checkpointing_disable
 
     all_absent = Option(("error", "prior").__contains__, 'one of ["error", "prior"]')
     label_smoothing = Option(lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -360,12 +356,14 @@ class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
             overrides: constructor arguments to change, for example `quantization="int8"`.
 
         Raises:
-            ValueError: an encoder has no name, a file is damaged, or does not fit the encoders.
+            ValueError: an unknown argument, an encoder without a name, a file that is damaged or does not fit them.
         """
-        one_device(overrides)
+        check_overrides(cls, overrides)
         config = saved_config(cls, name_or_path)
         check_modalities(encoders or (), config.modalities)
-        arguments = {**config.arguments, **overrides}
+        arguments = (
+            {"num_labels": config.num_labels, "problem_type": config.problem_type} | config.arguments | overrides
+        )
         modes = read_quantization(arguments.get("quantization"), config.modalities)
         built = {}
         for name in config.modalities:
@@ -376,11 +374,11 @@ class MultimodalModel(Adapters, CapturedSteps, Hub, PreTrainedModel):
             encoder_dtype = dtype or getattr(torch, config.encoder_dtypes[name])
             encoder = as_encoder(name, source, encoder_dtype, modes[name], in_8bit)
             built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
-        model = cls(built, num_labels=config.num_labels, problem_type=config.problem_type, **arguments)
+        model = cls(built, **arguments)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         model._restore_adapters(config.adapters)
         overlay(model, saved_state(name_or_path), str(name_or_path))
-        model.processors = saved_processors(name_or_path)
+        model.processors = saved_processors(name_or_path) | dict(overrides.get("processors") or {})
         return model.eval()
 
 

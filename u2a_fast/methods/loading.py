@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -27,6 +28,16 @@ logger = logging.getLogger(__name__)
 
 RESERVED = ("modality_mask", "label", "labels", "return_dict", "self")  # keywords of forward, columns of a sample
 DINOV3_DEFAULTS = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+# What transformers' from_pretrained takes and ours does not.
+NOT_SUPPORTED = {
+    "device_map": "the encoders of a model meet in every step, so two devices would take turns; call model.to(device), "
+    "and start one process a device to use several",
+    "attn_implementation": "attention is computed by our own kernels, which set_backend chooses; leave it out",
+    "torch_dtype": "it is called dtype",
+} | dict.fromkeys(
+    ("cache_dir", "force_download", "local_files_only", "revision", "token"),
+    "set HF_HOME, HF_TOKEN or HF_HUB_OFFLINE, or pass the folder that huggingface_hub.snapshot_download gives",
+)
 FIXED_LENGTH = ("siglip_text_model", "siglip2_text_model")
 PROCESSORS = {
     **{"image": AutoImageProcessor, "text": AutoTokenizer, "audio": AutoFeatureExtractor},
@@ -64,13 +75,13 @@ def as_encoder(
     return encoder
 
 
-def one_device(arguments: Mapping[str, Any]) -> None:
-    """ValueError where one asks for encoders on several devices, or for accelerate's hooks on a single one."""
-    if "device_map" in arguments:
-        raise ValueError(
-            "device_map is not supported: the encoders of a model meet in every step, so two devices would take turns; "
-            "call model.to(device), and start one process a device to use several"
-        )
+def check_overrides(model_class: Any, overrides: Mapping[str, Any]) -> None:
+    """ValueError where `from_pretrained` is asked for what is no argument of the model, before anything is loaded."""
+    known = [name for name in inspect.signature(model_class.__init__).parameters if name not in ("self", "encoders")]
+    unknown = next((name for name in overrides if name not in known), None)
+    if unknown is not None:
+        why = NOT_SUPPORTED.get(unknown, f"pass any of encoders, dtype, {', '.join(known)}")
+        raise ValueError(f"{unknown} is not supported: {why}")
 
 
 def load_processor(name: str, source: str) -> Any:

@@ -343,15 +343,6 @@ class PMF(MultimodalModel):
         hidden = encoder.finish(layout.unpack(rows, packed.tokens.shape[:2]))
         return encoder.class_token(hidden, packed.padding and packed.padding.mask)
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any
-    ) -> None:
-        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "PMF needs use_reentrant=False: reentrant checkpoints would not train prompts and messages"
-            )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
-
     def export_parameters(self) -> dict[str, Tensor]:
         """All but the encoders: `layers.{i}.{modality}.*` (0: the lowest fusion layer) and `head.{modality}.*`."""
         return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("encoders.")}

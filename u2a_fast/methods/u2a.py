@@ -78,6 +78,7 @@ class U2A(MultimodalModel):
     """
 
     config_class = U2AConfig
+    reentrant = True  # mask tokens, which train, enter the first block by position
     modality_dropout = Option(lambda value: 0 <= value <= 1, "in [0, 1]")
     align_weight = Option(lambda value: value >= 0, "at least 0")
     absent = Option(("pack", "where").__contains__, 'one of ["pack", "where"]')
