@@ -158,7 +158,7 @@ class Layout:
         """Of all rows `[N, C]` those of the tokens, `[n, C]`."""
         if self.places is not None:
             return rows.index_select(0, self.places.rows)
-        return rows.view(self.batch, -1, rows.shape[1])[:, : self.length].flatten(0, 1)
+        return rows.view(self.batch, self.length + self.suffix, rows.shape[1])[:, : self.length].flatten(0, 1)
 
     def unpack(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         """All rows -> `[B, S + Q, D]`, zeros where a token is padding. shape: (B, S)."""

@@ -82,12 +82,14 @@ class PatchRotary(_Rotary):
     def forward(self, tokens: int, rows: int, like: Tensor) -> Rotation:
         """As `TextRotary`; tokens: of a picture, prefix and patches."""
         side = math.isqrt(max(0, tokens - self.prefix))
-        pixels = like.new_empty(1, 0, side * self.patch[0], side * self.patch[1])
-        cos, sin = self.angles(pixels)
+        height, width = (
+            max(1, side) * size for size in self.patch
+        )  # there are no angles of no patch, nobody's picture
+        cos, sin = self.angles(like.new_empty(1, 0, height, width))
         turned = slice(self.prefix, tokens)
         table = Rotation(like.new_ones(rows, cos.shape[-1] // 2), like.new_zeros(rows, cos.shape[-1] // 2))
         for part, own in zip(table, (cos, sin), strict=True):
-            part[turned] = own[:, : part.shape[1]]
+            part[turned] = own[: side * side, : part.shape[1]]
         return table
 
 

@@ -147,3 +147,19 @@ def test_fp16_under_a_scaler_trains(name):
     scaler.update()
     assert scaler.get_scale() == 2.0**10, "a step was skipped"
     assert any(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
+
+
+@pytest.mark.parametrize("method", [U2A, PMF, functools.partial(JointEmbedding, tuning=LoraConfig())])
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
+def test_a_step_in_which_nobody_has_a_modality_is_one_without_it(family, method):
+    """Whichever encoder it is: every row of its inputs is of somebody who has not got it."""
+    families = {"own": family, "image": "vit"}
+    fast = method(tiny_encoders.build_many(families), num_labels=4).double().eval()
+    inputs, labels = parity.batch(families, 3), torch.arange(3)
+    found = []
+    for given_ in (inputs, {"image": inputs["image"]}):
+        fast.zero_grad()
+        out = fast(**given_, modality_mask=torch.tensor([[False, True]] * 3), labels=labels)
+        out.loss.backward()
+        found.append([out.loss.detach()] + [p.grad for name, p in fast.named_parameters() if name.startswith("head")])
+    assert all(torch.equal(ran, left_out) for ran, left_out in zip(*found, strict=True))
