@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backend
 from .dropout import drop
-from .linear_backward import group_widths
+from .linear_backward import flat, group_widths
 from .linear_lowrank import linear_lowrank
 
 NF4_BLOCK = 64  # weights that share an absmax
@@ -72,7 +72,7 @@ def unpack_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: to
 
 
 class _Nf4Lowrank(torch.autograd.Function):
-    """`linear_lowrank` over a packed weight, which is kept as it is."""
+    """`linear_lowrank` of rows `[M, K]` over a packed weight, which is kept as it is."""
 
     @staticmethod
     def forward(ctx, x, packed, absmax, shape, bias, s, lora_b, scaling, groups, lead):
@@ -89,18 +89,17 @@ class _Nf4Lowrank(torch.autograd.Function):
         """dX = dY W, dS = s dY B, dB = s dY^T S, the last two block by block."""
         packed, absmax, s, lora_b = ctx.saved_tensors
         needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-        blocks, ds, db = dy.split(ctx.widths, dim=-1), None, None
+        blocks, ds, db = dy.split(ctx.widths, dim=1), None, None
         if lora_b is not None:
             factors = lora_b.to(dy.dtype).split(ctx.widths)
-            ds = torch.cat([g @ b for g, b in zip(blocks, factors, strict=True)], dim=-1).mul_(ctx.scaling)
+            ds = torch.cat([g @ b for g, b in zip(blocks, factors, strict=True)], dim=1).mul_(ctx.scaling)
         if s is not None:
-            parts = s.chunk(len(blocks), dim=-1)
-            each = [torch.einsum("...n,...r->nr", g, part) for g, part in zip(blocks, parts, strict=True)]
-            db = torch.cat(each).mul_(ctx.scaling)
+            parts = s.chunk(len(blocks), dim=1)
+            db = torch.cat([g.t() @ part for g, part in zip(blocks, parts, strict=True)]).mul_(ctx.scaling)
         return (
             dy @ unpack_nf4(packed, absmax, ctx.shape, dy.dtype) if needs_x else None,
             *[None] * 3,
-            dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
+            dy.sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
             *(ds, db, None, None, None),
         )
 
@@ -158,7 +157,9 @@ def nf4_linear(
     if backend.resolve(x, packed, absmax, bias, s, lora_b) == "reference":
         weight = unpack_nf4(packed, absmax, shape, x.dtype)
         return linear_lowrank(x, weight, bias, s, lora_b, scaling, groups=groups, lead=lead)
-    return _Nf4Lowrank.apply(x, packed, absmax, shape, bias, s, lora_b, scaling, groups, lead)
+    # By rows: a view that a Function has made, the rotation of q and k could not write to.
+    y = _Nf4Lowrank.apply(flat(x), packed, absmax, shape, bias, flat(s), lora_b, scaling, groups, lead)
+    return y.view(*x.shape[:-1], shape[0])
 
 
 def _dropped(x: Tensor, p: float) -> Tensor:

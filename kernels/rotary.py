@@ -310,10 +310,24 @@ def rotary(
     operands = rows, heads, cos, sin, weight, eps
     if backend.resolve(rows, cos, sin, weight) == "reference":
         return _reference(*operands)
+    if not torch.compiler.is_compiling() and not _writable(rows):
+        operands = rows.clone(memory_format=torch.contiguous_format), *operands[1:]
     if backend.needs_grad(rows):
         return _Rotary.apply(*operands)
     rotate(*operands)
-    return rows
+    return operands[0]
+
+
+def _writable(rows: Tensor) -> bool:
+    """Whether the memory of rows can hold the result: autograd keeps leaves, and one of several views of a call."""
+    if 0 in rows.stride():  # rows that share their memory
+        return False
+    if not backend.needs_grad(rows):
+        return True
+    if not rows._is_view():
+        return not rows.is_leaf
+    made = torch._C._autograd._get_creation_meta(rows)
+    return made == torch._C._autograd.CreationMeta.DEFAULT and not rows._base.is_leaf
 
 
 def _width(cos: Tensor | None, weight: Tensor | None) -> int:

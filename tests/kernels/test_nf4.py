@@ -89,6 +89,17 @@ def test_unpacking_copies_no_table_to_the_device(device):
     assert set(called.names) == {"bitsandbytes::dequantize_4bit", "aten::view"}
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_result_can_be_changed_in_place(adapted, device):
+    """As rotary positions do, which turn q and k where this product has put them."""
+    x, packed, absmax, options = moved(operands(torch.float32, False), device)
+    options = {"groups": GROUPS, **options} if adapted else {"bias": options["bias"]}
+    y = on(device, nf4_linear)(x, packed, absmax, SHAPE, **options)
+    (expected,) = torch.autograd.grad((2 * y).sum(), x)
+    y = on(device, nf4_linear)(x, packed, absmax, SHAPE, **options)
+    assert torch.equal(torch.autograd.grad(y.flatten(0, 1).mul_(2).sum(), x)[0], expected)
+
+
 def test_the_backward_is_in_the_dtype_of_its_forward(device):
     x, packed, absmax, _ = operands(torch.float32, False)
     gradients = []

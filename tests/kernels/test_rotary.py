@@ -165,6 +165,49 @@ def test_writes_over_what_a_product_of_samples_gave(implementation, device):
     torch.testing.assert_close(got, gradient(exact))
 
 
+class Folded(torch.autograd.Function):
+    """A Function whose result is a view."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        return rows.clone()[None]
+
+    @staticmethod
+    def backward(ctx, d_rows):
+        return d_rows[0]
+
+
+@pytest.mark.parametrize(
+    "of_leaf",
+    [
+        lambda leaf: leaf,
+        lambda leaf: leaf.view(6, -1),
+        lambda leaf: leaf.repeat(1, 2).split(leaf.shape[1], dim=1)[0],
+        lambda leaf: Folded.apply(leaf).flatten(0, 1),
+    ],
+    ids=["a leaf", "its view", "one of several views", "a view of a Function"],
+)
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+def test_rows_that_autograd_does_not_let_be_changed_are_copied(implementation, of_leaf, device):
+    (rows, *given), dy = operands((6, 3, 8, 7), "both", torch.float64)
+
+    def results(function):
+        leaf = rows.clone().requires_grad_()
+        result = function(leaf)
+        assert torch.equal(leaf, rows)
+        return result.detach(), torch.autograd.grad(result, leaf, dy)[0]
+
+    with running(implementation, device):
+        got = results(on(device, lambda leaf: rotary(of_leaf(leaf), *given)))
+    torch.testing.assert_close(got, results(lambda leaf: written_out(leaf, *given)))
+
+
+def test_rows_that_share_their_memory_are_copied():
+    (rows, *given), _ = operands((6, 3, 8, 7), "both", torch.float64)
+    expected = written_out(rows[:1].expand(6, -1), *given)
+    torch.testing.assert_close(rotary(rows[:1].expand(6, -1), *given), expected)
+
+
 def test_backward_keeps_nothing_but_what_a_norm_needs(device):
     (rows, *rest), _ = operands((40, 3, 8, 8), "both", torch.float32)
     rows, cos, sin, weight = (t.to(device) for t in (rows, *rest[1:4]))
