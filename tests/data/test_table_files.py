@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from u2a_fast.data import MultimodalCollator, load_table
 from u2a_fast.data.labels import label_names
 from u2a_fast.data.table_files import parse_json_lines
+from u2a_fast.data.tables import read_samples
 
 FEW = settings(
     max_examples=150, deadline=None, derandomize=True, database=None,
@@ -126,6 +127,28 @@ def test_a_single_column_needs_no_separator(tmp_path):
 def test_headers_may_have_blanks_capitals_a_mark_and_usual_names(tmp_path, header):
     write(tmp_path, "train.csv", f"{header}\na,x\n")
     assert load_table(tmp_path)["train"][0] == {"text": "a", "label": 0}
+
+
+def test_the_line_that_tells_excel_the_delimiter_is_no_header(tmp_path):
+    for line in ("sep=;\r\n", '"sep=;"\n', "SEP=;\n"):
+        write(tmp_path, "train.csv", line + "text;label\na, b;x\n")
+        assert load_table(tmp_path)["train"][0] == {"text": "a, b", "label": 0}
+    write(tmp_path, "train.csv", 'sep=;\ntext;label\na;x\n"b;y\n')
+    with pytest.raises(ValueError, match=r"train\.csv, line 4: "):
+        load_table(tmp_path)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_rows_of_nothing_below_the_last_of_a_table_with_labels_are_left_out(decode, tmp_path):
+    write(tmp_path, "train.csv", "text,label,note\na,x,\n,,\nb,y,\n,,\n,,total\n")
+    assert load_table(tmp_path, decode=decode)["train"]["text"] == ["a", "b"]
+    write(tmp_path, "train.csv", "text,label\na,x\n,\nb,\n")
+    with pytest.raises(ValueError, match="row 3 has no label"):
+        load_table(tmp_path, decode=decode)
+    write(tmp_path, "train.csv", "text,label\n,\n,\n")
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        load_table(tmp_path, decode=decode)
+    assert len(read_samples(tmp_path)) == 2  # each of which gets an answer
 
 
 def test_columns_may_be_named(tmp_path):

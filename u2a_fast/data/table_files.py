@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 DELIMITERS = ",;\t|"
+FOR_EXCEL = re.compile(r'"?sep=(?P<delimiter>[,;\t|])"?\r?\n', re.IGNORECASE)  # a line that tells it the delimiter
 # What people call a split -> what we call it.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -94,24 +95,30 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
 
 def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     text = _text(path.read_bytes(), path)
-    header = text.lstrip("\r\n").partition("\n")[0]
-    try:
-        delimiter = csv.Sniffer().sniff(header, DELIMITERS).delimiter
-    except csv.Error:  # a single column
-        delimiter = ","
+    told = FOR_EXCEL.match(text)
+    delimiter = told["delimiter"] if told else _delimiter_of(text.lstrip("\r\n").partition("\n")[0])
+    lines = io.StringIO(text[told.end() if told else 0 :], newline="")
     # strict, because otherwise a quote that is never closed swallows the rest of the file.
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
         # The line where the row starts, which is where a quote may have been left open.
-        raise ValueError(f"{path}, line {reader.line_num + 1}: {error}; such a table is safer as .jsonl") from error
+        line = reader.line_num + 1 + bool(told)
+        raise ValueError(f"{path}, line {line}: {error}; such a table is safer as .jsonl") from error
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise ValueError(
                 f"{path}, row {number} has more cells than the header; quote cells that hold {delimiter!r}"
             )
     return list(reader.fieldnames or ()), rows
+
+
+def _delimiter_of(header: str) -> str:
+    try:
+        return csv.Sniffer().sniff(header, DELIMITERS).delimiter
+    except csv.Error:  # a single column
+        return ","
 
 
 def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:

@@ -53,7 +53,8 @@ def load_table(
     Columns, whatever their case: any of image, text, audio and video; `label`; optionally `group` and `split`. Others
     are ignored. Images, recordings and videos are paths relative to their table, bytes, {"path", "bytes"} records, or
     for recordings {"array", "sampling_rate"}. A blank or NaN cell, or a file that does not exist, means that the
-    modality is absent. Labels: see `settle_labels`. A table without a label column loads without labels.
+    modality is absent. Labels: see `settle_labels`. A table without a label column loads without labels; in one with
+    it, a row with nothing at all is left out.
 
     Args:
         task: classification, multi_label or regression; None: what the labels look like.
@@ -74,8 +75,10 @@ def load_table(
     """
     splits = {}
     for name, files in find_tables(Path(path)).items():
-        splits[name] = [row for file in files for row in _read(file, columns or {}, decode)]
+        splits[name] = [row for file in files for row in _read(file, columns or {}, decode) if not _is_blank(row)]
     rows = [row for part in splits.values() for row in part]
+    if not rows:
+        raise ValueError(f"{path} has blank rows only: there is nothing to learn from")
     labelled = [row for row in rows if "label" in row]
     class_names = settle_labels(labelled, task, label_separator) if labelled else None
     if list(splits) == ["all"]:
@@ -124,6 +127,11 @@ def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
     if decode:
         _drop_undecodable(made, [name for name in MODALITIES if name in chosen], path)
     return made
+
+
+def _is_blank(row: Row) -> bool:
+    """Whether a row of a table with labels has not even one: spreadsheets write them below their last."""
+    return "label" in row and all(cell is None for name, cell in row.items() if name != "place")
 
 
 def _lower_case(row: Row, used: set[str], path: Path, number: int) -> Row:
