@@ -222,6 +222,10 @@ def test_options_come_from_yaml_and_flags_win(common, root):
             "each line of the input must be",
         ),
         (["evaluate", "--model", "/nowhere"], "/nowhere is no folder of a trained model, nor a model of the Hugging"),
+        (
+            ["predict", "--model", "{tables}", "--input", "{tables}/one_row.csv"],
+            r"name the output_dir .*\(it holds no conf",
+        ),
         (["predict", "--model", "/no/where", "--input", "{tables}/one_row.csv"], "/no/where is no folder of a trained"),
     ],
 )

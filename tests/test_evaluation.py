@@ -19,6 +19,7 @@ from sklearn.metrics import (
 from u2a_fast import U2A, LateFusion, MissingPattern, MultimodalCollator, evaluate
 from u2a_fast.data.labels import label_feature
 from u2a_fast.evaluation import default_scenarios, scenario_logits, scenario_mask
+from u2a_fast.prediction import predict_answers
 from u2a_fast.reports import print_report, with_baseline
 
 NAMES = ("text", "image")
@@ -43,6 +44,15 @@ def rows_with_holes(count=30):
     for i, row in enumerate(rows):
         row.update({"text": None} if i % 6 == 1 else {"image": None} if i % 6 == 4 else {})
     return rows
+
+
+def test_logits_of_nothing_make_no_report_and_no_answer(folders):
+    broken = LateFusion(folders, num_labels=3, processors=tiny_data.processors())
+    torch.nn.init.constant_(broken.head.bias, float("nan"))
+    with pytest.raises(ValueError, match="the logits of 'full' hold values that are not finite: take"):
+        evaluate(broken, tiny_data.samples(4), ["full"])
+    with pytest.raises(ValueError, match="the logits hold values that are not finite"):
+        predict_answers(broken, [{"text": "red"}])
 
 
 def test_every_scenario_equals_a_pass_of_its_own(model):

@@ -12,7 +12,7 @@ from u2a_fast import U2A, options
 from u2a_fast.card import data_hash
 from u2a_fast.data import load_table
 from u2a_fast.runs import check_directory, claim_directory
-from u2a_fast.training import make_trainer, train, training_split, workers_for
+from u2a_fast.training import make_trainer, run_trainer, train, training_split, workers_for
 
 NAMES = ("image", "text")
 
@@ -67,6 +67,17 @@ def test_the_bar_shows_the_loss(data, tmp_path, capsys):
     shown = capsys.readouterr()
     assert re.search(r"10/10 .*loss \d+\.\d{3}", shown.err)
     assert "learning_rate" not in shown.out + shown.err
+
+
+def test_what_diverged_is_not_saved(data, tmp_path):
+    asked = options.TrainOptions(
+        data="squares", epochs=1, batch_size=4, learning_rate=1e30, head_learning_rate=1e30, dtype="float32"
+    )
+    with pytest.raises(
+        ValueError, match=r"training diverged: \S+ hold values that are not finite: lower --learning-rate"
+    ):
+        run_trainer(make_trainer(U2A, asked, *data, tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_cache_that_cannot_be_a_folder_is_refused_before_training(data, tmp_path):

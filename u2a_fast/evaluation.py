@@ -18,7 +18,7 @@ from .data.holes import leave
 from .data.labels import label_names
 from .data.presence import batches_of, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
-from .metrics import score
+from .metrics import NOT_FINITE, refuse_not_finite, score
 from .paired import TALLIES, tally
 from .processes import is_main
 from .reports import Row, plot_confusion, write_report
@@ -104,6 +104,8 @@ def evaluate(
     for scenario in scenarios:  # before any work: a typing error should not cost a pass over the encoders
         scenario_rows(scenario, 1, modalities)
     logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)
+    for name, values in logits.items():
+        refuse_not_finite(f"the logits of {name!r}", values, NOT_FINITE)
     problem_type, rows, tallies = model.problem_type(labels), [], {}
     for scenario in scenarios:
         counted = _counted(model, scenario_mask(scenario, natural, modalities, seed), labels)

@@ -21,8 +21,15 @@ NAMES = {
     "r2": "R2",
 }
 NAN = float("nan")
+NOT_FINITE = "take the encoders in another dtype, or train again with a lower learning rate"  # logits, and what helps
 
 Scores = dict[str, float]
+
+
+def refuse_not_finite(what: str, values: Tensor, cure: str) -> None:
+    """ValueError where one of the values is NaN or infinite: every number made of it would be one of nothing."""
+    if not values.isfinite().all():
+        raise ValueError(f"{what} hold values that are not finite: {cure}")
 
 
 def score(problem_type: str, logits: Tensor, labels: Tensor) -> Scores:

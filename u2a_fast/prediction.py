@@ -19,6 +19,7 @@ from .data.presence import rows_named
 from .data.table_files import parse_json_lines
 from .data.tables import read_samples
 from .methods.base import MultimodalModel
+from .metrics import NOT_FINITE, refuse_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def answers(model: MultimodalModel, logits: torch.Tensor, top_k: int = 3) -> Ite
     """
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     problem_type = model.problem_type(None)
+    refuse_not_finite("the logits", logits, NOT_FINITE)
     for row in logits.double().cpu():
         if problem_type == "regression":
             yield {"value": row.item()} if len(names) == 1 else {"values": row.tolist()}

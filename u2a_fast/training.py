@@ -27,7 +27,7 @@ from .methods.config import check_choice
 from .methods.loading import overlay
 from .methods.presence import check_modalities
 from .methods.saved import saved_state
-from .metrics import measures, score
+from .metrics import measures, refuse_not_finite, score
 from .options import BESIDES, TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
 from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
 from .quantization import read_quantization
@@ -159,6 +159,9 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalMo
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+    for name, weights in trainer.model.named_parameters():
+        if weights.requires_grad:
+            refuse_not_finite(f"training diverged: {name}", weights, "lower --learning-rate, or take --dtype float32")
     if isinstance(trainer.data_collator, StandardLabels):
         trainer.data_collator.into_head(trainer.model)
     collect_for_evaluation(trainer.model)

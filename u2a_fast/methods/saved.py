@@ -35,6 +35,8 @@ def first_line(error: BaseException) -> str:
 def read_config(source: str | os.PathLike) -> dict[str, Any]:
     """`config.json` under `source`, a folder or hub id. OSError or ValueError where there is none."""
     file = cached_file(source, CONFIG)
+    if file is None:  # of a folder that is there
+        raise ValueError(f"it holds no {CONFIG}")
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
