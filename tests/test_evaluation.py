@@ -109,9 +109,16 @@ def test_masks_never_add_what_is_not_there():
             assert mask.any(dim=1).all() and torch.equal(mask[::3], drawn[::3])
 
 
+def test_a_scenario_is_reported_once_however_it_is_named(model):
+    rows, once = tiny_data.samples(6), ["rate 0.5"]
+    (expected,) = evaluate(model, rows, once)
+    assert evaluate(model, rows, 2 * once) == evaluate(model, rows, *once) == [expected]
+
+
 def test_what_cannot_be_scored_is_refused(model):
-    with pytest.raises(ValueError, match="unknown scenario 'no image'"):
-        evaluate(model, tiny_data.samples(3), scenarios=["no image"])
+    for unknown in ("no image", "rate high", "rate nan"):
+        with pytest.raises(ValueError, match=f"unknown scenario '{unknown}'"):
+            evaluate(model, tiny_data.samples(3), scenarios=[unknown])
     for call in (evaluate, type(model).predict):
         with pytest.raises(ValueError, match="a batch needs at least 1 sample, not 0: choose another batch_size"):
             call(model, tiny_data.samples(3), batch_size=0)

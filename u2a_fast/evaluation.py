@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .processes import is_main
 from .reports import Row, plot_confusion, write_report
 
 RATES = (0.3, 0.5, 0.7, 0.9)
+RATE = re.compile(r"rate (?P<rate>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)")
 
 
 def default_scenarios(modalities: Sequence[str]) -> list[str]:
@@ -61,8 +63,8 @@ def scenario_rows(scenario: str, n: int | None, modalities: Sequence[str], seed:
     if scenario.endswith(" missing") and (name := scenario.removesuffix(" missing")) in modalities:
         kept[list(modalities).index(name)] = False
         return itertools.repeat(kept)
-    if scenario.startswith("rate "):
-        pattern = MissingPattern(rate=float(scenario.removeprefix("rate ")), kind="both", seed=seed, split="test")
+    if (rate := RATE.fullmatch(scenario)) is not None:
+        pattern = MissingPattern(rate=float(rate["rate"]), kind="both", seed=seed, split="test")
         return pattern.stream(modalities) if n is None else iter(pattern.table(n, modalities))
     known = ", ".join(default_scenarios(modalities))
     raise ValueError(f"unknown scenario {scenario!r}: use one of {known} or another rate")
@@ -100,7 +102,8 @@ def evaluate(
             have.
     """
     modalities = model.config.modalities
-    scenarios = list(default_scenarios(modalities) if scenarios is None else scenarios)
+    named = [scenarios] if isinstance(scenarios, str) else scenarios
+    scenarios = list(dict.fromkeys(default_scenarios(modalities) if named is None else named))
     for scenario in scenarios:  # before any work: a typing error should not cost a pass over the encoders
         scenario_rows(scenario, 1, modalities)
     logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)

@@ -138,9 +138,10 @@ def test_every_form_of_samples_is_read_alike(rows):
         assert [sample["text"] for batch in batches_of(samples_of(form), 7) for sample in batch] == [
             r["text"] for r in rows
         ]
+    assert list(samples_of(pandas.Series(["a", "b"], index=[7, 7]))) == ["a", "b"]
 
 
-@pytest.mark.parametrize("dataset", ["my.csv", {"train": [], "test": []}], ids=str)
+@pytest.mark.parametrize("dataset", ["my.csv", {"train": [], "test": []}, None, 5], ids=str)
 def test_splits_and_paths_are_no_data_set(dataset):
     with pytest.raises(TypeError, match=r"is no data set: pass one of its splits, or load_table\(path\)"):
         with_missing(dataset, MissingPattern(), PAIR)

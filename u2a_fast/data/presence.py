@@ -134,16 +134,18 @@ def rows_named(rows: Sequence[int]) -> str:
 def undecoded(dataset: Any) -> Any:
     """A data set of Hugging Face with its files left to the collator: decoding there, a broken one ends an epoch.
 
-    A pandas DataFrame becomes a list of its rows; anything else stays what it is.
+    A pandas DataFrame becomes a list of its rows, a Series one of its cells; anything else stays what it is.
 
     Raises:
-        TypeError: a dictionary of splits, or a path.
+        TypeError: a dictionary of splits, a path, or what holds no samples.
     """
-    if isinstance(dataset, (Mapping, str, Path)):
+    if isinstance(dataset, (Mapping, str, Path)) or not (
+        hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
+    ):
         given = f"a {type(dataset).__name__}"
         raise TypeError(f"{given} is no data set: pass one of its splits, or load_table(path)['test']")
     if hasattr(dataset, "iloc"):
-        return dataset.to_dict("records")
+        return dataset.to_dict("records") if hasattr(dataset, "columns") else dataset.tolist()
     for name, feature in (getattr(dataset, "features", None) or {}).items():
         if type(feature).__name__ in ("Image", "Audio", "Video") and feature.decode:
             dataset = dataset.cast_column(name, type(feature)(decode=False))
