@@ -41,8 +41,9 @@ def score(problem_type: str, logits: Tensor, labels: Tensor) -> Scores:
         labels: `[n]` classes, or `[n, C]` marks or numbers (`[n]` where C is 1).
 
     >>> score("regression", torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 2.0]))
-    {'mae': 0.5, 'rmse': 0.7071067690849304, 'r2': -1.0, 'majority': 0.0}
+    {'mae': 0.5, 'rmse': 0.7071067811865475, 'r2': -1.0, 'majority': 0.0}
     """
+    logits = logits.double()  # squares of labels far from 0 (years, seconds since 1970) have no digits left in fp32
     measure = {
         "single_label_classification": _classification,
         "multi_label_classification": _multi_label,
@@ -80,29 +81,41 @@ def _classification(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
     if logits.shape[1] == 2:
         both = len(labels.unique()) == 2
-        values["auroc"] = F.auroc((logits[:, 1] - logits[:, 0]).sigmoid(), labels, task="binary") if both else NAN
+        values["auroc"] = F.auroc(_ranks(logits[:, 1] - logits[:, 0]), labels, task="binary") if both else NAN
     return {**values, "majority": labels.bincount().max() / len(labels)}
 
 
 def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    task = {"task": "multilabel", "num_labels": logits.shape[1]}
-    chances, labels = logits.sigmoid(), labels.view_as(logits).int()
-    everything = F.f1_score(torch.ones_like(chances), labels, average="macro", **task)
+    said, true, ranks = logits.sigmoid() > 0.5, labels.view_as(logits) > 0.5, _ranks(logits)
+    found = true.any(dim=0).nonzero().flatten().tolist()  # a class without a sample has no precision
+    precisions = [F.average_precision(ranks[:, i], true[:, i].int(), task="binary") for i in found]
     return {
-        "micro_f1": F.f1_score(chances, labels, average="micro", **task),
-        "macro_f1": F.f1_score(chances, labels, average="macro", **task),
-        "map": F.average_precision(chances, labels, average="macro", **task),
-        "accuracy": F.accuracy(chances, labels, average="micro", **task),
-        "majority": everything,
+        "micro_f1": _f1(said.flatten(), true.flatten()),
+        "macro_f1": _f1(said, true).mean(),
+        "map": torch.stack(precisions).mean() if precisions else NAN,
+        "accuracy": (said == true).double().mean(),
+        "majority": _f1(torch.ones_like(said), true).mean(),
     }
+
+
+def _f1(said: Tensor, true: Tensor) -> Tensor:
+    """F1 over the first axis of two bool tensors; 0 where neither has a mark."""
+    hits, marks = (said & true).sum(dim=0), said.sum(dim=0) + true.sum(dim=0)
+    return 2 * hits / marks.clamp(min=1).double()
 
 
 def _regression(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    labels = labels.view_as(logits).float()
-    spread = len(labels) > 1 and bool((labels != labels[:1]).any())
+    labels = labels.view_as(logits).double()
+    # Not torchmetrics' R2, to which sums of squares below 1e-4 are nothing.
+    left, spread = (labels - logits).square().sum(dim=0), (labels - labels.mean(dim=0)).square().sum(dim=0)
     return {
         "mae": F.mean_absolute_error(logits.contiguous(), labels),
         "rmse": F.mean_squared_error(logits.contiguous(), labels, squared=False),
-        "r2": F.r2_score(logits, labels) if spread else NAN,
+        "r2": torch.where((labels != labels[:1]).any(dim=0), 1 - left / spread, NAN).nanmean(),
         "majority": 0.0,  # the mean of the labels
     }
+
+
+def _ranks(logits: Tensor) -> Tensor:
+    """Numbers in 0..1 in the order of the logits, all of whose differences they keep; a sigmoid ends at 1."""
+    return logits.unique(return_inverse=True)[1].double() / logits.numel()
