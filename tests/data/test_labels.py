@@ -45,6 +45,7 @@ def test_spellings_of_one_label_are_one_class(labels, names, result):
 @pytest.mark.parametrize(
     ("labels", "result"),
     [([0.5, 1, 2], [0.5, 1, 2]), (["1.0", "2.0"], [1, 2]), (["1e-3", "5"], [0.001, 5]), ([1.0, 2.0], [1, 2]),
+     (["1,5", "2", "0,25"], [1.5, 2, 0.25]), (["\u22121,5", "1,250"], [-1.5, 1.25]), (["\u22120.5", "-3"], [-0.5, -3]),
      ([[0.5, 1], [2, 3]], [[0.5, 1], [2, 3]])],
 )  # fmt: skip
 def test_real_numbers_are_a_regression(labels, result):
@@ -53,6 +54,8 @@ def test_real_numbers_are_a_regression(labels, result):
 
 def test_the_task_may_be_said():
     assert settled([1.0, 2.0], task="classification") == (["1.0", "2.0"], ["1.0", "2.0"])
+    assert settled(["1,5", "2,5"], task="classification")[0] == ["1,5", "2,5"]
+    assert settled(["1,5", "b"])[0] == ["1,5", "b"]
     assert settled([0.5, 2], task="classification")[0] == ["0.5", "2"]
     assert settled(["3", 4], task="regression") == (None, [3, 4])
     assert settled(["a", "b"], task="multi_label") == (["a", "b"], [[1, 0], [0, 1]])
@@ -84,6 +87,7 @@ def test_lists_and_separated_names_are_several_classes():
             {"task": "classification"},
             r"row 1 has several labels, which a classification cannot have",
         ),
+        (["1,234", "12"], {}, r"row 1 has the label '1,234', which may be 1\.234 or 1234: write numbers with a point"),
         ([[0.5]], {"task": "multi_label"}, "row 1 has a vector as its label, which is no multi_label"),
         (["\ud800"], {}, r"row 1 has the label '\\ud800', half of a surrogate pair"),
         ([[], []], {"task": "multi_label"}, "no row has any label"),

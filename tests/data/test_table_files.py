@@ -86,6 +86,21 @@ def test_class_names_of_the_hub_are_kept(tmp_path):
     assert [train.features["label"].int2str(label) for label in train["label"]] == ["cat", "ant"]
 
 
+@pytest.mark.parametrize("labels", [[[0], [1], [0]], [[1, 2], [], [2]], [[0, 1], [1, 2], [2, 0]]])
+def test_lists_of_classes_of_the_hub_are_several_labels_of_a_row(tmp_path, labels):
+    import datasets
+
+    names = ["sad", "angry", "glad"]
+    classes = datasets.List(datasets.ClassLabel(names=names))
+    features = datasets.Features({"text": datasets.Value("string"), "labels": classes})
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "labels": labels}, features=features)
+    data.to_parquet(tmp_path / "train.parquet")
+    train = load_table(tmp_path)["train"]
+    known = label_names(train.features["label"])
+    found = [{name for name, mark in zip(known, marks, strict=True) if mark} for marks in train["label"]]
+    assert found == [{names[i] for i in row} for row in labels]
+
+
 def test_a_split_column_decides(tmp_path):
     lines = [f"t{i},{i % 2},{split}" for i, split in enumerate(["Train", "test", " DEV ", "train", "val"])]
     splits = load_table(write(tmp_path, "t.csv", "text,label,Split\n" + "\n".join(lines)))
@@ -107,6 +122,31 @@ def test_the_separator_is_read_off_the_header(tmp_path, separator, suffix):
     csv.writer(file, delimiter=separator).writerows(rows)
     write(tmp_path, f"train.{suffix}", file.getvalue())
     assert load_table(tmp_path)["train"]["text"][:] == [row[0] for row in rows[1:]]
+
+
+def test_a_separator_is_one_that_the_rows_have_too(tmp_path):
+    write(tmp_path, "train.csv", "text;label;note, such as, this\na, b;x;1\nc;y;2\n")
+    assert load_table(tmp_path)["train"]["text"][:] == ["a, b", "c"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_single_column_may_hold_any_separator(tmp_path, suffix):
+    rows = ["a, b; c | d", "", "e, f"]
+    write(tmp_path, f"t.{suffix}", "\n".join(["text", *rows]))
+    assert [row["text"] for row in read_samples(tmp_path)] == ["a, b; c | d", "e, f"]
+
+
+def test_a_quote_is_a_letter_where_nothing_is_quoted(tmp_path):
+    write(tmp_path, "train.tsv", 'text\tlabel\n"Yes" he said\tx\n5" wide\tx\n"all of it\ty\n')
+    assert load_table(tmp_path)["train"]["text"][:] == ['"Yes" he said', '5" wide', '"all of it']
+    write(tmp_path, "train.tsv", 'text\tlabel\n"Yes" he said\tx\n"two\nlines"\ty\n')  # some are
+    with pytest.raises(ValueError, match=r"train\.tsv, line 2: "):
+        load_table(tmp_path)
+
+
+def test_blank_cells_beyond_the_header_hold_nothing(tmp_path):
+    write(tmp_path, "train.csv", "text,label\na,x,, \nb,y\n")
+    assert load_table(tmp_path)["train"]["text"][:] == ["a", "b"]
 
 
 def test_columns_that_nobody_reads_may_be_there_twice(tmp_path):

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("classification", "multi_label", "regression")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
+COMMA = re.compile(r"[+\-\N{MINUS SIGN}]?(\d+[.,]?\d*|[.,]\d+)", re.ASCII)
+THOUSANDS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2},\d{3}", re.ASCII)
 TRUTH = {"false": "0", "true": "1"}
 LONGEST_NUMBER = 100  # characters; a longer label is a name
 
@@ -28,7 +30,8 @@ def settle_labels(rows: Sequence[Row], task: str | None = None, separator: str |
     Args:
         rows: "place" says where each comes from, for messages.
         task: None: lists of names, and names with a `separator`, are several classes a row; whole numbers and names
-            are one; other numbers are a regression. Lists of numbers are vectors: of classes where all are 0 or 1.
+            are one; other numbers, with a decimal comma too, are a regression. Lists of numbers are vectors: of
+            classes where all are 0 or 1.
         separator: what stands between the names of a cell.
 
     Spellings of one label are one class: blanks around a name, 1 and 1.0, true and 1, and the two ways to write an
@@ -137,6 +140,8 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
     if all(text.casefold() in TRUTH for text in texts):
         spelling = {text.casefold(): text for text in sorted(texts, reverse=True)}
         texts = [spelling[text.casefold()] for text in texts]
+    if task != "classification":
+        texts = _with_points(texts, rows)
     numbers = _numbers(texts)
     if task == "regression" and numbers is None:
         for row, text in zip(rows, texts, strict=True):
@@ -164,6 +169,23 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
         names.sort(key=lambda name: values[name])
     _warn_of_case(names)
     return names
+
+
+def _with_points(texts: list[str], rows: Sequence[Row]) -> list[str]:
+    """Numbers as spreadsheets of most countries write them, 1,5 with a comma and a real minus; others as they are."""
+    written = [
+        text.replace("\N{MINUS SIGN}", "-").replace(",", ".") if COMMA.fullmatch(text) else text for text in texts
+    ]
+    if written == texts or _numbers(written) is None:
+        return texts
+    commas = [(text, row["place"]) for text, row in zip(texts, rows, strict=True) if "," in text]
+    if commas and all(THOUSANDS.fullmatch(text) for text, _ in commas):
+        text, place = commas[0]
+        raise ValueError(
+            f"{place} has the label {text!r}, which may be {text.replace(',', '.')} or {text.replace(',', '')}: write "
+            "numbers with a point, or say that they are names with --task classification"
+        )
+    return written
 
 
 def _numbers(texts: Sequence[str]) -> list[Decimal] | None:

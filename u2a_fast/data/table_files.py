@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 DELIMITERS = ",;\t|"
+ALONE = "\x1f"  # stands in no file: a header without a delimiter is that of one column, whose cells may hold any
+SNIFFED = 50  # lines
 FOR_EXCEL = re.compile(r'"?sep=(?P<delimiter>[,;\t|])"?\r?\n', re.IGNORECASE)  # a line that tells it the delimiter
 # What people call a split -> what we call it.
 SPLITS = {
@@ -96,29 +100,48 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
 def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     text = _text(path.read_bytes(), path)
     told = FOR_EXCEL.match(text)
-    delimiter = told["delimiter"] if told else _delimiter_of(text.lstrip("\r\n").partition("\n")[0])
-    lines = io.StringIO(text[told.end() if told else 0 :], newline="")
+    body = text[told.end() if told else 0 :]
+    delimiter = told["delimiter"] if told else _delimiter_of(body)
     # strict, because otherwise a quote that is never closed swallows the rest of the file.
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(body, newline=""), delimiter=delimiter, strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
+        if delimiter == "\t" and (plain := _without_quoting(body)):
+            return plain
         # The line where the row starts, which is where a quote may have been left open.
         line = reader.line_num + 1 + bool(told)
         raise ValueError(f"{path}, line {line}: {error}; such a table is safer as .jsonl") from error
     for number, row in enumerate(rows, start=1):
-        if None in row:
+        if any(cell.strip() for cell in row.pop(None, ())):  # blank ones hold nothing
             raise ValueError(
                 f"{path}, row {number} has more cells than the header; quote cells that hold {delimiter!r}"
             )
     return list(reader.fieldnames or ()), rows
 
 
-def _delimiter_of(header: str) -> str:
+def _delimiter_of(text: str) -> str:
+    """What parts the cells of a header that most of the first rows fit, and parts it into the most of them."""
+    lines = list(itertools.islice(io.StringIO(text.lstrip("\r\n"), newline=None), SNIFFED))
+    fits = {}
+    for delimiter in DELIMITERS:
+        try:
+            widths = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+        except csv.Error:
+            continue
+        if widths and widths[0] > 1:
+            fits[delimiter] = (sum(width == widths[0] for width in widths), widths[0])
+    return max(fits, key=fits.__getitem__, default=ALONE)
+
+
+def _without_quoting(text: str) -> tuple[list[str], list[Row]] | None:
+    """A table of tabs in which a quote is a letter, as programs write that quote nothing; None where a row misfits."""
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
-        return csv.Sniffer().sniff(header, DELIMITERS).delimiter
-    except csv.Error:  # a single column
-        return ","
+        rows = list(reader)
+    except csv.Error:
+        return None
+    return None if any(None in row or None in row.values() for row in rows) else (list(reader.fieldnames or ()), rows)
 
 
 def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:
@@ -173,10 +196,18 @@ def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
     for name, feature in features.items():
-        if isinstance(feature, datasets.ClassLabel) and feature.names:
+        one = getattr(feature, "feature", feature)  # of a list of classes, as of each alone
+        if isinstance(one, datasets.ClassLabel) and one.names:
             for row in rows:
-                row[name] = None if row[name] is None or row[name] < 0 else feature.names[row[name]]
+                row[name] = _class_names(row[name], one.names)
     return table.column_names, rows
+
+
+def _class_names(cell: Any, names: Sequence[str]) -> Any:
+    """The names of class numbers, None for no class."""
+    if isinstance(cell, list):
+        return [_class_names(part, names) for part in cell]
+    return None if cell is None or cell < 0 else names[cell]
 
 
 def _text(content: bytes, source: str | Path) -> str:
