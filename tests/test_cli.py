@@ -87,6 +87,29 @@ def test_evaluate_splits_by_the_seed_of_the_run(common, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_evaluate_splits_the_table_of_the_run_as_the_run_did(common, root, tmp_path, caplog):
+    table, out = tmp_path / "data" / "table.csv", tmp_path / "out"
+    tiny_data.write_table(tmp_path / "data", 60)
+    header, *rows = table.read_text(encoding="utf-8").splitlines()
+    folds = [f"{row},{'train' if i % 3 else 'test'}" for i, row in enumerate(rows)]
+    table.write_text("\n".join([header + ",fold", *folds]), encoding="utf-8")
+    main(["train", "--data", str(table), *common[2:], "--columns", '{"split": "fold"}', "--output-dir", str(out)])
+    evaluated = ["evaluate", "--model", str(out), "--data", str(table), "--output-dir", str(tmp_path / "again")]
+    main(evaluated)
+    assert (tmp_path / "again" / "report.csv").read_text() == (out / "report.csv").read_text()
+    assert "may have trained on" not in caplog.text
+    table.write_text("\n".join([header, *rows]), encoding="utf-8")
+    main(evaluated)
+    assert "15 of 60 rows, is not that of the run" in caplog.text
+    caplog.clear()
+    table.rename(table.with_name("test.csv"))
+    main([*evaluated[:4], str(table.with_name("test.csv")), *evaluated[5:]])
+    with open(tmp_path / "again" / "report.csv", encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["n"] == "60"
+    assert "may have trained on" not in caplog.text
+
+
+@pytest.mark.slow
 def test_evaluate_names_the_splits_that_it_found(trained, tmp_path):
     (tmp_path / "train.csv").write_text("text,label\nred,red\n")
     given = ["evaluate", "--model", str(trained), "--data", str(tmp_path), "--output-dir", str(tmp_path / "out")]

@@ -18,7 +18,7 @@ from sklearn.metrics import (
 
 from u2a_fast import U2A, LateFusion, MissingPattern, MultimodalCollator, evaluate
 from u2a_fast.data.labels import label_feature
-from u2a_fast.evaluation import default_scenarios, scenario_logits, scenario_mask
+from u2a_fast.evaluation import class_order, default_scenarios, scenario_logits, scenario_mask
 from u2a_fast.prediction import predict_answers
 from u2a_fast.reports import print_report, with_baseline
 
@@ -263,3 +263,24 @@ def test_class_names_decide_where_both_sides_have_them(folders):
     model.config.id2label = {0: "blue", 1: "green", 2: "yellow"}
     with pytest.raises(ValueError, match="no class 'red': its classes are blue, green, yellow"):
         evaluate(model, data)
+
+
+@pytest.mark.parametrize(
+    ("known", "given"),
+    [(["1", "2", "3"], ["1.0", "2.0", "3.0"]), (["1", "2", "10"], ["01", "+2", "1e1"]), (["no", "1", "x"], ["no", "x"]),
+     (["false", "true"], ["False", "True"]), (["0", "1"], ["FALSE", "true"]), (["nan", "1"], ["nan", "1.0"])],
+)  # fmt: skip
+def test_class_names_mean_the_same_however_they_are_spelled(folders, known, given):
+    model = U2A(folders, num_labels=len(known), processors=tiny_data.processors())
+    model.config.id2label = dict(enumerate(known))
+    data = datasets.Dataset.from_dict({"label": []}, datasets.Features({"label": datasets.ClassLabel(names=given)}))
+    expected = [known.index(name) if name in known else given.index(name) for name in given]
+    assert class_order(data, model).tolist() == expected
+
+
+def test_a_spelling_of_its_own_comes_first(folders):
+    model = U2A(folders, num_labels=3, processors=tiny_data.processors())
+    model.config.id2label = {0: "1", 1: "1.0", 2: "True"}
+    names = datasets.ClassLabel(names=["True", "1.0", "1"])
+    data = datasets.Dataset.from_dict({"label": []}, datasets.Features({"label": names}))
+    assert class_order(data, model).tolist() == [2, 1, 0]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from u2a_fast.runs import RUN_FILE, seed_of
+from u2a_fast.options import TrainOptions
+from u2a_fast.runs import RUN_FILE, check_directory, claim_directory, data_of, seed_of
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoint-4", "baselines/late_fusion"])
@@ -19,3 +20,25 @@ def test_what_is_no_run_has_seed_0(tmp_path, monkeypatch):
     assert seed_of("somebody/a-model") == 0  # on the hub
     (tmp_path / RUN_FILE).unlink()
     assert seed_of(tmp_path) == 0
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_run_goes_on_with_the_table_that_it_began_with(tmp_path, split):
+    table = tmp_path / "data" / "train.csv"
+    table.parent.mkdir()
+    table.write_text("text,label\na,x\nb,y\n")
+    data = str(table.parent if split else table)
+    asked = TrainOptions(data=data, output_dir=str(tmp_path / "out"), resume=True)
+    claim_directory(asked)
+    (tmp_path / "out" / "checkpoint-4").mkdir()
+    assert check_directory(asked) is None and data_of(tmp_path / "out" / "checkpoint-4") is not None
+    table.write_text("text,label\nb,y\na,x\n")
+    with pytest.raises(ValueError, match=r"has changed since the run in .*out began"):
+        check_directory(asked)
+    (tmp_path / "out" / "data.sha256").unlink()  # as folders of earlier versions
+    assert check_directory(asked) is None
+
+
+def test_data_known_by_name_does_not_change(tmp_path):
+    claim_directory(TrainOptions(output_dir=str(tmp_path)))
+    assert data_of(tmp_path) is None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import typing
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -12,16 +14,19 @@ from jsonargparse import ArgumentParser, Namespace
 from safetensors import SafetensorError
 
 from .comparison import CompareOptions, compare
+from .data.table_files import find_tables
 from .evaluation import evaluate
 from .lora_config import LoraConfig
 from .memory import plan, print_plan
 from .methods import load_model
 from .methods.base import MultimodalModel
-from .options import DATA_HELP, TrainOptions, check_splits, load_splits, option
+from .options import DATA_HELP, TrainOptions, check_splits, data_digest, load_splits, option
 from .prediction import check_output, predict_answers, samples_from, write_answers
 from .reports import print_report
-from .runs import seed_of
+from .runs import data_of, run_of, seed_of
 from .training import PROBLEM_TYPES, train
+
+logger = logging.getLogger(__name__)
 
 ENCODERS_HELP = "{modality: hub id or folder} of encoders that have moved; None: where they were"
 
@@ -70,12 +75,33 @@ def run_train(options: TrainOptions) -> None:
 
 def run_evaluate(options: EvaluateOptions) -> None:
     model = load_model(options.model, encoders=options.encoders)
+    run, same = run_of(options.model), is_same_table(options)
+    read = run if same else {}
     seed = seed_of(options.model) if options.seed is None else options.seed
-    table = {"label_separator": options.label_separator, "columns": options.columns, "task": task_of(model)}
+    table = {
+        "label_separator": options.label_separator or read.get("label_separator"),
+        "columns": {**(read.get("columns") or {}), **(options.columns or {})},
+        "task": task_of(model),
+    }
     splits = load_splits(options.data, seed, **table)
     check_splits(options.data, splits, ["test"])
+    if same is False or (same and seed != run.get("seed")):
+        logger.warning(
+            "the test split of %s, %d of %d rows, is not that of the run in %s, which may have trained on some of "
+            "them: to score all rows of new data, name their file test%s",
+            *(options.data, len(splits["test"]), sum(map(len, splits.values()))),
+            *(options.model, Path(options.data).suffix),
+        )
     rows = evaluate(model, splits["test"], None, options.output_dir, options.batch_size, seed)
     print_report(rows, title=f"{options.model} on {options.data}, seed {seed}")
+
+
+def is_same_table(options: EvaluateOptions) -> bool | None:
+    """Whether one table is split into the rows that the model's run split it into; None where splits are given."""
+    digest = data_digest(options.data)
+    if digest is None or "all" not in find_tables(Path(options.data)):
+        return None
+    return digest == data_of(options.model)
 
 
 def task_of(model: MultimodalModel) -> str:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .data import MissingPattern, MultimodalCollator
 from .data.collator import LABELS
 from .data.holes import leave
-from .data.labels import label_names
+from .data.labels import label_names, meaning
 from .data.presence import batches_of, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
 from .metrics import NOT_FINITE, refuse_not_finite, score
@@ -169,11 +169,12 @@ def class_order(dataset: Any, model: MultimodalModel) -> torch.Tensor | None:
     names = next((label_names(features[name]) for name in LABELS if name in features), None)
     if names is None or known == {i: f"LABEL_{i}" for i in range(len(known))}:
         return None
-    unknown = [name for name in names if name not in known.values()]
-    if unknown:
-        raise ValueError(f"this model has no class {unknown[0]!r}: its classes are {', '.join(known.values())}")
-    numbers = {name: i for i, name in known.items()}
-    return torch.tensor([numbers[name] for name in names])
+    numbers = {meaning(name): i for i, name in known.items()} | {name: i for i, name in known.items()}
+    found = [numbers.get(name, numbers.get(meaning(name))) for name in names]
+    if None in found:
+        unknown = names[found.index(None)]
+        raise ValueError(f"this model has no class {unknown!r}: its classes are {', '.join(known.values())}")
+    return torch.tensor(found)
 
 
 def _as_the_model_counts(target: torch.Tensor, classes: torch.Tensor | None, count: int) -> torch.Tensor:

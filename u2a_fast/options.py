@@ -14,6 +14,7 @@ import torch
 from . import data as data_module
 from .data.inputs import DecodeError, is_absent, to_image
 from .data.presence import without_unreadable
+from .data.table_files import digest_of
 from .lora_config import LoraConfig
 from .methods import METHODS
 
@@ -211,6 +212,11 @@ def load_splits(data: str, seed: int, **table: Any) -> Mapping[str, Any]:
         return DATASETS[data].load(seed=seed)
     benchmark = _benchmark(data)
     return data_module.load_table(data, seed, **table) if benchmark is None else benchmark(data.partition(":")[2])
+
+
+def data_digest(data: str) -> str | None:
+    """What tells whether a user's own table has changed; None of data that we know by name."""
+    return None if data in DATASETS or _benchmark(data) else digest_of(Path(data))
 
 
 def _benchmark(data: str) -> Callable[[str], Mapping[str, Any]] | None:

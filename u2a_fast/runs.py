@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from .options import TrainOptions
+from .options import TrainOptions, data_digest
 
 RUN_FILE = "run.yaml"
+DATA_FILE = "data.sha256"  # of the tables that the rows were split out of
 ELSEWHERE = ("output_dir", "resume", "data_cache", "num_workers", "save_steps")  # bear on nothing that comes out
 LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
 
@@ -29,6 +30,12 @@ def check_directory(options: TrainOptions) -> str | None:
             raise ValueError(f"{folder} holds another run ({', '.join(changed)} differ): choose another output_dir")
         if not options.resume:
             raise ValueError(f"{folder} holds this run already: pass --resume to go on, or choose another output_dir")
+        now = data_digest(options.data)
+        if now is not None and data_of(folder) not in (None, now):
+            raise ValueError(
+                f"{options.data} has changed since the run in {folder} began, and its split with it: choose another "
+                "output_dir"
+            )
         return _last_checkpoint(folder)
     found = sorted(path.name for pattern in LEFT_BY_OTHERS for path in folder.glob(pattern))
     if found:
@@ -56,6 +63,8 @@ def _whole_checkpoints(folder: Path) -> Iterator[tuple[int, str, int | None]]:
 def claim_directory(options: TrainOptions) -> None:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if digest := data_digest(options.data):
+        write_whole(folder / DATA_FILE, digest + "\n")
     write_whole(folder / RUN_FILE, yaml.safe_dump(_run(options), sort_keys=False))
 
 
@@ -64,9 +73,26 @@ def seed_of(folder: str | Path) -> int:
 
     By it were the rows chosen that the model has seen.
     """
+    return run_of(folder).get("seed", 0)
+
+
+def run_of(folder: str | Path) -> dict[str, Any]:
+    """The options of the run that a folder belongs to; none where there is no run."""
+    file = _file_of(folder, RUN_FILE)
+    return {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def data_of(folder: str | Path) -> str | None:
+    """The digest of the table that the run of a folder was given; None where none is known."""
+    file = _file_of(folder, DATA_FILE)
+    return None if file is None else file.read_text(encoding="utf-8").strip()
+
+
+def _file_of(folder: str | Path, name: str) -> Path | None:
+    """The file of the run that a model, baseline or checkpoint belongs to."""
     own = Path(folder).resolve()
-    files = (place / RUN_FILE for place in (own, *own.parents[:2]) if own.exists())  # not of a name on the hub
-    return next((yaml.safe_load(file.read_text(encoding="utf-8"))["seed"] for file in files if file.exists()), 0)
+    files = (place / name for place in (own, *own.parents[:2]) if own.exists())  # not of a name on the hub
+    return next((file for file in files if file.exists()), None)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -85,6 +85,18 @@ def task_of(feature: Any) -> str | None:
     return "multi_label" if label_names(feature) else "regression"
 
 
+def meaning(name: str) -> str | Decimal:
+    """What a class name stands for, the same for all spellings of a number or a truth value.
+
+    >>> meaning("1.0") == meaning("1") == meaning("True"), meaning("Dog") == meaning("dog")
+    (True, False)
+    """
+    plain = TRUTH.get(name.casefold(), name)
+    if len(plain) > LONGEST_NUMBER or not NUMBER.fullmatch(plain) or Decimal(plain).is_nan():
+        return name
+    return Decimal(plain)
+
+
 def _cell(label: Any, place: str, separator: str | None) -> Any:
     """A name, a number or a list of either, tidied."""
     if isinstance(label, str) and separator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -33,6 +34,8 @@ Row = dict[str, Any]
 def find_tables(path: Path) -> dict[str, list[Path]]:
     """{"all": files}, or {"train": files, ..} in the usual order; several files are the shards of one table.
 
+    A file called test is the split of that name, of which nothing may be left out.
+
     Raises:
         FileNotFoundError: nothing is there, or not all of it.
         ValueError: a file of another kind, or two tables for one split.
@@ -40,7 +43,7 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is not a table: its name must end in {', '.join(SUFFIXES)}")
-        return {"all": [path]}
+        return {"test" if path.stem.casefold() == "test" else "all": [path]}
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither a file nor a folder")
     tables = _tables_in(path) or _tables_in(path / "data")
@@ -82,6 +85,20 @@ def _tables_in(folder: Path) -> dict[tuple[str, str], list[Path]]:
                 f"{folder} holds {len(files)} of the {counts[key]} files of {key[0]}: add the others"
             )
     return tables
+
+
+def digest_of(path: Path) -> str | None:
+    """SHA-256 of the tables that lie at `path`, by which one that has changed is told; None where there is none."""
+    content = hashlib.sha256()
+    try:
+        for name, files in find_tables(path).items():
+            content.update(f"{name} {len(files)}\0".encode())
+            for file in files:
+                with open(file, "rb") as opened:
+                    content.update(hashlib.file_digest(opened, "sha256").digest())
+    except (ValueError, OSError):
+        return None
+    return content.hexdigest()
 
 
 def read_rows(path: Path) -> tuple[list[str], list[Row]]:
