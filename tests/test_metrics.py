@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from u2a_fast.metrics import score
+from u2a_fast.metrics import score, written
 
 
 def numbers():
@@ -38,3 +38,10 @@ def test_ranks_are_told_apart_where_probabilities_round_to_one():
     assert score("single_label_classification", two, labels)["auroc"] == pytest.approx(5 / 6)
     found = score("multi_label_classification", certain[:, None], labels[:, None])
     assert found["map"] == pytest.approx((1 + 1 + 3 / 4) / 3)
+
+
+def test_errors_in_small_units_keep_their_digits():
+    assert [written("rmse", value, 4) for value in (0, 1.23456e-5, 0.5, 12345.678)] == [
+        "0.0000", "1.235e-05", "0.5000", "12345.6780"
+    ]  # fmt: skip
+    assert written("accuracy", 0.00012, 3) == "0.000" and written("mae", float("nan"), 3) == "nan"

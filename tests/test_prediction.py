@@ -7,8 +7,9 @@ import stat
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from u2a_fast.prediction import check_output, samples_from, write_answers
+from u2a_fast.prediction import answers, check_output, predict_answers, samples_from, write_answers
 
 ANSWERS = [{"value": 1.5}, {}]
 
@@ -26,6 +27,41 @@ def test_columns_are_renamed_on_the_standard_input_too(monkeypatch):
         samples_from("-", {"text": "titel"})
     type_in(monkeypatch)
     assert samples_from("-", {"text": "headline"}) == []
+
+
+def test_names_of_tables_are_read_on_the_standard_input_too(monkeypatch):
+    type_in(monkeypatch, {" Text": "red", "Photo": "a.png"}, {"front": "b.png"}, {" Text": "blue"})
+    rows = samples_from("-")
+    assert [(row.get("text"), row.get("image"), row.get("front")) for row in rows] == [
+        ("red", "a.png", None), (None, None, "b.png"), ("blue", None, None)
+    ]  # fmt: skip
+    type_in(monkeypatch, {"text": "red", "caption": "blue"})
+    assert samples_from("-")[0]["text"] == "red"
+
+
+def test_samples_without_any_column_of_the_model_are_a_mistake():
+    model = SimpleNamespace(config=SimpleNamespace(modalities=("image", "text")))
+    with pytest.raises(ValueError, match="no sample has a column for image or text; there are body, id: rename one"):
+        predict_answers(model, [{"body": "red", "id": 1}, {"body": "blue"}])
+
+
+def test_answers_do_not_replace_the_samples(tmp_path, monkeypatch):
+    samples = tmp_path / "samples.csv"
+    samples.write_text("text\nred\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--output samples\.csv is the input, which the answers would replace"):
+        check_output("samples.csv", str(samples))
+    check_output("answers.csv", str(samples))
+
+
+def test_a_label_is_given_by_its_probability_and_not_by_what_is_shown_of_it(tmp_path):
+    config = SimpleNamespace(id2label={0: "labels", 1: "b"}, num_labels=2)
+    model = SimpleNamespace(config=config, problem_type=lambda labels: "multi_label_classification")
+    said = list(answers(model, torch.tensor([[1e-5, -1e-5], [1.0, 2.0]])))
+    assert said[0] == {"labels": ["labels"], "probabilities": {"labels": 0.5, "b": 0.5}}
+    write_answers(said, str(tmp_path / "answers.csv"))
+    lines = (tmp_path / "answers.csv").read_text().splitlines()
+    assert lines == ["labels,labels ,b", "labels,0.5,0.5", "labels|b,0.7311,0.8808"]
 
 
 def test_the_folder_of_the_output_is_made(tmp_path):

@@ -15,7 +15,7 @@ from .data.pretrained import encoder_title
 from .data.processed_cache import file_digest
 from .methods import METHODS
 from .methods.base import MultimodalModel
-from .metrics import NAMES, headline
+from .metrics import NAMES, headline, written
 from .options import BESIDES, TrainOptions
 from .reports import Row, by_model, columns
 
@@ -146,7 +146,7 @@ def _results(rows: Sequence[Row]) -> str:
     names = columns(rows)
     lines = ["| " + " | ".join(NAMES.get(name, name) for name in names) + " |", "|---" * len(names) + "|"]
     for row in rows:
-        cells = (f"{row[name]:.3f}" if name in NAMES else str(row[name]) for name in names)
+        cells = (written(name, row[name], 3) if name in NAMES else str(row[name]) for name in names)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

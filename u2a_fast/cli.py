@@ -114,7 +114,7 @@ def run_predict(options: PredictOptions) -> None:
         raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
     samples = samples_from(options.input, options.columns)
     model = load_model(options.model, encoders=options.encoders)
-    check_output(options.output)
+    check_output(options.output, options.input)
     write_answers(predict_answers(model, samples, options.batch_size, options.top_k), options.output)
 
 

@@ -20,6 +20,7 @@ NAMES = {
     "rmse": "RMSE",
     "r2": "R2",
 }
+UNBOUNDED = ("mae", "rmse")  # in the labels' own units; less is better
 NAN = float("nan")
 NOT_FINITE = "take the encoders in another dtype, or train again with a lower learning rate"  # logits, and what helps
 
@@ -63,6 +64,16 @@ def measures(problem_type: str, classes: int) -> tuple[str, ...]:
     if problem_type == "multi_label_classification":
         return ("micro_f1", "macro_f1", "map", "accuracy")
     return ("accuracy", "macro_f1", "auroc") if classes == 2 else ("accuracy", "macro_f1")
+
+
+def written(name: str, value: float, places: int) -> str:
+    """A measure as a report shows it: to so many places, and errors in small units to so many digits.
+
+    >>> written("accuracy", 0.66666, 3), written("mae", 0.66666, 3), written("mae", 0.000012345, 3)
+    ('0.667', '0.667', '1.23e-05')
+    """
+    small = name in UNBOUNDED and 0 < value < 10.0 ** (1 - places)
+    return f"{value:.{places}g}" if small else f"{value:.{places}f}"
 
 
 def headline(row: Mapping[str, Any]) -> str:

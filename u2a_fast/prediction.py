@@ -16,8 +16,9 @@ import torch
 
 from .data import MultimodalCollator, readable
 from .data.presence import rows_named
+from .data.splits import MODALITIES
 from .data.table_files import parse_json_lines
-from .data.tables import read_samples
+from .data.tables import COLUMNS, read_samples
 from .methods.base import MultimodalModel
 from .metrics import NOT_FINITE, refuse_not_finite
 
@@ -41,14 +42,21 @@ def samples_from(source: str, columns: Mapping[str, str] | None = None) -> list[
 
 
 def _renamed(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    found = {name for row in rows for name in row}
+    """Rows of the standard input with our names beside their own: as `columns` says, or as in a table."""
+    found = {name: None for row in rows for name in row}
     for ours, theirs in columns.items():
         if rows and theirs not in found:
             raise ValueError(
                 f"columns says {ours!r}: {theirs!r}, but the standard input has {', '.join(sorted(found)) or 'none'}: "
                 "correct the name"
             )
-    return [row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row} for row in rows]
+    usual = {}
+    for ours in MODALITIES:
+        spelled = [name for name in found if name.strip().casefold() in (ours, *COLUMNS[ours])]
+        if ours not in found and len(spelled) == 1:
+            usual[ours] = spelled[0]
+    chosen = {**usual, **columns}
+    return [row | {ours: row[theirs] for ours, theirs in chosen.items() if theirs in row} for row in rows]
 
 
 def predict_answers(
@@ -61,6 +69,12 @@ def predict_answers(
     if not samples:
         return []
     modalities = model.config.modalities
+    found = {name: None for sample in samples for name in sample}
+    if found and not found.keys() & set(modalities):
+        raise ValueError(
+            f"no sample has a column for {' or '.join(modalities)}; there are {', '.join(map(str, found))}: "
+            "rename one, or pass --columns"
+        )
     whole = [dict.fromkeys(modalities) | {name: sample.get(name) for name in modalities} for sample in samples]
     kept = torch.ones(len(whole), dtype=torch.bool)
     if model.all_absent == "error":
@@ -88,8 +102,9 @@ def answers(model: MultimodalModel, logits: torch.Tensor, top_k: int = 3) -> Ite
         if problem_type == "regression":
             yield {"value": row.item()} if len(names) == 1 else {"values": row.tolist()}
         elif problem_type == "multi_label_classification":
-            chances = dict(zip(names, (round(p, DIGITS) for p in row.sigmoid().tolist()), strict=True))
-            yield {"labels": [name for name, p in chances.items() if p > LIKELY], "probabilities": chances}
+            chances = dict(zip(names, row.sigmoid().tolist(), strict=True))
+            rounded = {name: round(p, DIGITS) for name, p in chances.items()}
+            yield {"labels": [name for name, p in chances.items() if p > LIKELY], "probabilities": rounded}
         else:
             values, order = row.softmax(dim=0).topk(min(top_k, len(names)))
             top = [
@@ -99,15 +114,17 @@ def answers(model: MultimodalModel, logits: torch.Tensor, top_k: int = 3) -> Ite
             yield {**top[0], "top": top}
 
 
-def check_output(output: str) -> None:
+def check_output(output: str, source: str = "-") -> None:
     """Make the folder that answers go to.
 
     Raises:
-        ValueError: they could not be written there.
+        ValueError: they could not be written there, or would replace the samples.
     """
     if output == "-":
         return
     path = Path(output)
+    if path.is_file() and Path(source).exists() and path.samefile(source):
+        raise ValueError(f"--output {output} is the input, which the answers would replace: choose another place")
     if path.is_dir():
         raise ValueError(f"--output {output} is a folder: name a file in it")
     try:
@@ -159,7 +176,8 @@ def _flat(answer: Answer) -> dict[str, Any]:
             cells |= {name if place == 1 else f"{name}_{place}": value for name, value in one.items()}
         return cells
     if "labels" in answer:
-        return {"labels": "|".join(answer["labels"]), **answer["probabilities"]}
+        chances = {f"{name} " if name == "labels" else name: p for name, p in answer["probabilities"].items()}
+        return {"labels": "|".join(answer["labels"]), **chances}
     if "values" in answer:
         return {f"value_{place}": value for place, value in enumerate(answer["values"], start=1)}
     return answer

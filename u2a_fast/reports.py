@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .metrics import NAMES, headline
+from .metrics import NAMES, headline, written
 
 Row = dict[str, Any]
 BESIDE = ("majority", "std")  # what a row holds besides its measures
@@ -62,7 +62,7 @@ def write_report(rows: Sequence[Row], output_dir: str | Path) -> None:
         writer = csv.DictWriter(file, columns(rows), extrasaction="ignore")
         writer.writeheader()
         for row in rows:
-            writer.writerow({**row, **{name: f"{row[name]:.4f}" for name in columns(rows) if name in NAMES}})
+            writer.writerow({**row, **{name: written(name, row[name], 4) for name in columns(rows) if name in NAMES}})
     models = by_model(rows)
     single = {row["scenario"]: row[headline(row)] for row in models.pop(UNIMODAL, ())}
     own = models.pop("")
@@ -85,12 +85,11 @@ def print_report(rows: Sequence[Row], title: str = "") -> None:
     for name in (*columns(own), *beside):
         table.add_column(Text(NAMES.get(name, name)), justify="left" if name == "scenario" else "right")
     for row in own:
-        measured = [row[name] for name in columns(own) if name in NAMES]
+        measured = [written(name, row[name], 3) for name in columns(own) if name in NAMES]
         compared = [row["majority"], *(found.get(row["scenario"]) for found in scores.values())]
         compared += [single.get(best_single(row["scenario"], single))] if single else []
-        cells = ["" if value is None else f"{value:.3f}" for value in measured + compared]
-        cells.insert(len(measured), str(row["n"]))
-        table.add_row(Text(row["scenario"]), *cells)
+        shown = ["" if value is None else written(measure, value, 3) for value in compared]
+        table.add_row(Text(row["scenario"]), *measured, str(row["n"]), *shown)
     Console().print(table)
 
 

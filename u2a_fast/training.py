@@ -20,6 +20,7 @@ from .data.labels import label_names, task_of
 from .data.presence import warn_of_cuts
 from .evaluation import evaluate
 from .kernels.targets import has_bfloat16
+from .label_checks import refuse_alike, refuse_unmeasurable, warn_of_classes
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
 from .methods.base import MultimodalModel
@@ -27,7 +28,7 @@ from .methods.config import check_choice
 from .methods.loading import overlay
 from .methods.presence import check_modalities
 from .methods.saved import saved_state
-from .metrics import measures, refuse_not_finite, score
+from .metrics import UNBOUNDED, refuse_not_finite, score
 from .options import BESIDES, TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
 from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
 from .quantization import read_quantization
@@ -42,7 +43,6 @@ PROBLEM_TYPES = {
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
-LESS_IS_BETTER = ("mae", "rmse")
 STATE = "trainer_state.json"
 WORKERS_BESIDE_GPU = 2
 SAMPLE_BYTES = 150 * 2**20  # kept for backward by a sample, ViT-B + BERT-base with adapters, counted generously
@@ -84,6 +84,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     processes().wait_for_everyone()  # all have looked at the folder
     if is_main():
         print(*filter(None, [choices(options, chosen, list(sources))]), trainer.train_dataset.summary(), sep="\n")
+        warn_of_classes(options.data, splits)
         if hasattr(splits["train"], "__len__"):
             warn_of_cuts(trainer.model.processors, training_split(chosen, splits))
         trainer.model.print_trainable_parameters()
@@ -194,13 +195,10 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
             )
     train = splits["train"]
     feature = train.features["label"]
-    if task_of(feature) == "classification":
-        given = set(train["label"]) if hasattr(train, "__len__") else set(feature.names)
-        if len(given) < 2:
-            raise ValueError(f"the train split of {options.data} has one class only: there is nothing to tell apart")
+    refuse_alike(options.data, train)
     if options.metric_for_best:
-        names = measures(PROBLEM_TYPES[str(task_of(feature))], len(label_names(feature) or ()))
-        check_choice("metric_for_best", options.metric_for_best, names)
+        problem_type = PROBLEM_TYPES[str(task_of(feature))]
+        refuse_unmeasurable(options.data, options.metric_for_best, problem_type, splits["validation"])
     if not hasattr(train, "__len__"):
         check_stream(options, sources, str(task_of(feature)))
     check_modalities(sources, [name for name in train.features if name not in BESIDES])
@@ -302,7 +300,7 @@ def training_arguments(options: TrainOptions, folder: Path, workers: int) -> Tra
         "eval_strategy": "epoch",
         "load_best_model_at_end": True,
         "metric_for_best_model": options.metric_for_best,
-        "greater_is_better": options.metric_for_best not in LESS_IS_BETTER,
+        "greater_is_better": options.metric_for_best not in UNBOUNDED,
     }
     return TrainingArguments(
         str(folder),

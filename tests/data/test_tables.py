@@ -40,6 +40,21 @@ def test_texts_that_look_like_something_else_stay_texts(tmp_path, text):
     assert [row["text"] for row in loaded] == [text, text]
 
 
+def test_paths_may_be_written_as_addresses_of_files_or_from_home(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "home" / "a b.png")
+    address = (tmp_path / "home" / "a b.png").as_uri()
+    assert "%20" in address
+    table = write(tmp_path, text=f"image,label\n~/a b.png,x\n {address},y\nhome/a b.png,x\n")
+    rows = [row for part in load_table(table).values() for row in part]
+    assert {row["image"]["path"] for row in rows} == {str(tmp_path / "home" / "a b.png")}
+    with pytest.raises(ValueError, match=r"row 1, column image: holds the address https://a\.b/c\.png: download"):
+        load_table(write(tmp_path, text="image,label\n https://a.b/c.png,x\n"))
+
+
 def test_nan_is_a_hole_in_every_column(pictures):
     rows = [{"image": "0.png", "text": "a", "group": "g", "label": 0}, dict.fromkeys(("image", "text", "group"), NAN)]
     write(pictures, "train.jsonl", "".join(json.dumps({"label": 1} | row) + "\n" for row in rows))

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from .inputs import DecodeError, given_rate, is_absent, to_audio
 from .labels import settle_labels
@@ -207,11 +209,14 @@ def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
         return _record_cell(cell, column, folder)
     if not isinstance(cell, str):
         raise ValueError(f"holds a {type(cell).__name__}: write a path, bytes, or a record of path and bytes")
+    cell = cell.strip()
+    if cell.casefold().startswith("file://"):
+        cell = url2pathname(urlsplit(cell).path)
     if URL.match(cell):
         raise ValueError(f"holds the address {cell}: download the file and write its path")
-    path = os.path.abspath(folder / cell.strip())
+    path = os.path.abspath(folder / (os.path.expanduser(cell) if cell.startswith("~/") else cell))
     if "\\" in cell and not os.path.exists(path):  # written on Windows
-        path = os.path.abspath(folder / cell.strip().replace("\\", "/"))
+        path = os.path.abspath(folder / cell.replace("\\", "/"))
     return {"path": path, "bytes": None}
 
 

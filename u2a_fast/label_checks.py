@@ -1,0 +1,64 @@
+"""What the labels of a data set's splits cannot teach or measure, said before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .data.labels import label_names
+from .methods.config import check_choice
+from .metrics import measures, score
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_alike(data: str, train: Any) -> None:
+    """ValueError where all rows to train on have one label. Of a stream only the names of its classes are known."""
+    feature = train.features["label"]
+    if not hasattr(train, "__len__"):
+        alike = hasattr(feature, "names") and len(feature.names) < 2
+    else:
+        alike = len({tuple(label) if isinstance(label, list) else label for label in train["label"]}) < 2
+    if alike:
+        what = "one class only" if hasattr(feature, "names") else "the same label in every row"
+        raise ValueError(f"the train split of {data} has {what}: there is nothing to tell apart")
+
+
+def refuse_unmeasurable(data: str, metric: str, problem_type: str, validation: Any) -> None:
+    """ValueError where no model has a value of the metric on the validation split, so that no epoch is the best."""
+    feature = validation.features["label"]
+    check_choice("metric_for_best", metric, measures(problem_type, len(label_names(feature) or ())))
+    if not hasattr(validation, "__len__"):
+        return
+    labels = torch.tensor(validation["label"][:])
+    shape = labels.shape if labels.dim() > 1 else (len(labels), len(label_names(feature) or "1"))
+    if math.isnan(score(problem_type, torch.zeros(shape), labels)[metric]):
+        raise ValueError(
+            f"the validation split of {data} has no {metric}, since the labels of its rows ({len(labels)}) are too "
+            "much alike: add others, or choose another --metric-for-best"
+        )
+
+
+def warn_of_classes(data: str, splits: Mapping[str, Any]) -> None:
+    """Warn of classes that nobody can learn from these splits: the train split lacks them, or none has two rows."""
+    names = getattr(splits["train"].features["label"], "names", None)
+    if names is None or not all(hasattr(part, "__len__") for part in splits.values()):
+        return
+    counts = Counter(splits["train"]["label"])
+    unknown = [label for label in splits["test"]["label"] if label not in counts]
+    if counts.total() > len(names) / 2 and max(counts.values()) < 2:
+        logger.warning(
+            "%s: no two rows of the train split have the same label, %r for one: numbers are written as 1.5, several "
+            "labels of a row need --label-separator",
+            *(data, names[splits["train"]["label"][0]]),
+        )
+    elif unknown:
+        logger.warning(
+            "%s: %d of %d rows of the test split are of a class that no row of the train split has, %r for one",
+            *(data, len(unknown), len(splits["test"]), names[unknown[0]]),
+        )
