@@ -29,7 +29,7 @@ from .attention_small_query import backward_triton, few_queries, forward_triton,
 def _reference(q, k, v, lengths, suffix, read_only, causal, window, positions):
     keys = k.shape[2] - read_only
     order = torch.arange(k.shape[2], device=q.device)
-    row, key, tokens = order[-q.shape[2] :, None], order[:keys], keys - suffix
+    row, key, tokens = order[max(0, len(order) - q.shape[2]) :, None], order[:keys], keys - suffix
     visible = (row >= key if causal else key[None] >= 0)[None, None]
     if lengths is not None:
         visible = visible & ((key < lengths[:, None]) | (key >= tokens))[:, None, None]
@@ -66,7 +66,7 @@ def _sdpa(q, k, v, *seen):
 
 
 def _nothing(q, k, v):
-    """Attention over 0 samples, differentiable all the same."""
+    """Attention of 0 samples or 0 queries, differentiable all the same."""
     return q + (k.sum() + v.sum())
 
 
@@ -182,7 +182,7 @@ def attention(
 
 def _run(q, k, v, *seen):
     """Attention without read-only rows, by the implementation that suits device, dtype and shape."""
-    if q.shape[0] == 0:  # nobody: flash kernels refuse it before torch 2.10
+    if q.shape[0] == 0 or q.shape[2] == 0:  # nobody asks: flash kernels refuse no samples before torch 2.10
         return _nothing(q, k, v)
     _, _, causal, window, _ = seen = in_effect(q.shape[2], k.shape[2], *seen)
     if uses_matmul(q, k, *seen) or uses_triton(q, k, causal, window):

@@ -184,7 +184,7 @@ def _by_query_head(t: Tensor, like: Tensor) -> Tensor:
     """The way back, to the shape of `like`, laid out as [B, Sq, H, Dh]."""
     if t.shape == like.shape:
         return t
-    return rows_first(like).copy_(t.unflatten(2, (-1, like.shape[2])).flatten(1, 2))
+    return rows_first(like).copy_(t.unflatten(2, (like.shape[1] // t.shape[1], like.shape[2])).flatten(1, 2))
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:

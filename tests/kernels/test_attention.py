@@ -233,6 +233,18 @@ def test_no_samples(dtype, implementation, device):
     assert out.shape == (0, 2, 5, 8) and qkv.grad.shape == qkv.shape
 
 
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [{}, {"causal": True}, {"lengths": torch.tensor([3, 0])}], ids=str)
+def test_no_queries(given, dtype, implementation, device):
+    q = torch.zeros(2, 4, 0, 8, dtype=dtype, requires_grad=True)
+    k = torch.randn(2, 2, 5, 8).to(dtype).requires_grad_()
+    with running(implementation, device):
+        out = on(device, attention)(q, k, k, **given)
+        out.sum().backward()
+    assert out.shape == q.shape == q.grad.shape and not k.grad.any()
+
+
 def test_matmul_runs_where_it_is_faster():
     set_backend("auto")
     q = torch.zeros(1, 1, 4, 8)
