@@ -273,7 +273,8 @@ def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
             g = torch.bmm(parts.transpose(0, 1), b).transpose(0, 1).flatten(1)
         if s is not None:
             low = s.view(-1, groups, b.shape[2]).permute(1, 2, 0)  # [groups, r, M]
-            db = torch.baddbmm(b.transpose(1, 2), low, parts.transpose(0, 1), beta=0, alpha=scaling)
+            none = b.new_zeros(())  # of beta = 0 and alpha = 0 ATen leaves memory as it is, in bf16 and fp16
+            db = torch.baddbmm(none, low, parts.transpose(0, 1), alpha=scaling)
             db = db.transpose(1, 2).reshape(lora_b.shape)
     return g, None if db is None else cast(db, lora_b.dtype)
 

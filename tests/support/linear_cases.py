@@ -23,6 +23,7 @@ class Case:
     bias: bool = True
     weight: str = "float"  # or "int8", or "w8a8": int8 with the input quantised too
     dropout: float = 0.0
+    scaling: float = SCALING
     strided: bool = False  # x is a view of every other column
 
 
@@ -33,6 +34,7 @@ CASES = {
     "q three times as wide, odd sizes": Case(lead=(7, 5), k=37, n=85, groups=3, wide=3),
     "one wide group": Case(n=32, wide=2),
     "wide q, several tiles and rank steps": Case(lead=(150,), k=200, n=540, r=70, groups=2, wide=2),
+    "nothing of the adapter, q, k, v of rank 24": Case(n=96, r=24, groups=3, scaling=0.0),
     "rank 24, no bias": Case(k=64, n=48, r=24, bias=False),
     "rank 64": Case(k=64, n=48, r=64),
     "several tiles and rank steps": Case(lead=(150,), k=200, n=540, r=70, groups=2),
@@ -78,7 +80,7 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
         "bias": draw(case.n).to(wide).requires_grad_() if case.bias else None,
         "lora_a": a,
         "lora_b": b,
-        "scaling": SCALING,
+        "scaling": case.scaling,
         "weight_scale": scale,
         "groups": case.groups,
         "lead": case.wide,
