@@ -52,6 +52,11 @@ def _from_to(tensors, start, end):
     return [t if t is None or t.shape[0] == end - start else t[start:end] for t in tensors]  # len() fixes a size
 
 
+def _side_by_side(t: Tensor | None) -> Tensor | None:
+    """t [N, C] with columns that lie side by side: of the strides of q, k and v, flash attention knows the others."""
+    return t if t is None or t.stride(1) == 1 else t.contiguous()
+
+
 def _bias(q, k, *seen):
     """What is added to the scores, [B or 1, 1, Sq or 1, Sk]: -inf where a key is not seen; and rows that see none."""
     sizes = q.shape[2], k.shape[2]
@@ -99,7 +104,7 @@ def _attend(q, kv, positions, samples, heads, kv_heads, recomputed, *seen):
 
 def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads, window, positions):
     """out [Nq, D], s [Nq, R] or None, and flash attention's log-sum-exp [Nq, H] or None."""
-    groups = by_three(groups)
+    q, kv, groups = _side_by_side(q), _side_by_side(kv), by_three(groups)
     recomputed = recomputes(q, groups, lengths, suffix, window, positions)
     seen = heads, kv_heads, recomputed, lengths, suffix, causal, window
     if len(groups) == 1 and min(groups[0]) > 0:
@@ -148,7 +153,7 @@ def backward_aten(
     d_out, d_s, q, kv, lora_a, out, lse, heads, groups, lengths, suffix, causal, kv_heads, window, positions
 ):
     """d_q, d_kv (None where kv is) and dA (None without lora_a). `out` and `lse`: of flash attention."""
-    groups, wants_out = by_three(groups), d_s is not None
+    q, kv, groups, wants_out = _side_by_side(q), _side_by_side(kv), by_three(groups), d_s is not None
     if wants_out:
         a = cast(lora_a, d_s.dtype)
         d_out = d_s @ a if d_out is None else torch.addmm(d_out, d_s, a)

@@ -114,7 +114,7 @@ def linear_lowrank_forward(
             s_at = S + rm[:, None].to(tl.int64) * (GROUPS * R) + group * R + rr[None, :]
             s = tl.load(s_at, mask=mok[:, None] & (rr < R)[None, :], other=0.0)
             b = tl.load(B + rn[None, :] * R + rr[:, None], mask=nok[None, :] & (rr < R)[:, None], other=0.0)
-            y = tl.dot(s, (b * scaling).to(s.dtype), y, out_dtype=WIDE, input_precision=PRECISION)
+            y = tl.dot(s, (b.to(WIDE) * scaling).to(s.dtype), y, out_dtype=WIDE, input_precision=PRECISION)
     if BIAS is not None:
         y += tl.load(BIAS + rn, mask=nok, other=0.0).to(WIDE)[None, :]
     y_at = Y + rm[:, None].to(tl.int64) * (BLOCKS * WIDTH) + rn[None, :]
@@ -195,7 +195,7 @@ def linear_aten(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     In bf16 on a CPU oneDNN adds the bias, which ATen writes to each row of the result first: 2 to 8% of the time.
     """
     if bias is not None and h.dtype == torch.bfloat16 and h.is_cpu and torch.cpu._is_avx512_bf16_supported():
-        return torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(h, weight, bias.contiguous(), "none", [], "")  # knows no strides
     return F.linear(h, weight, bias)
 
 

@@ -80,7 +80,7 @@ MUTANTS = {
     ),
     "padding ranks of A not masked": Mutant(BACKWARD, "mask=(rr < R)[:, None] & kok", "mask=kok", linear(DROPPED)),
     # terms and factors
-    "scaling forgotten in y": Mutant(LINEAR, "(b * scaling)", "b", linear(SMALL)),
+    "scaling forgotten in y": Mutant(LINEAR, "(b.to(WIDE) * scaling)", "b", linear(SMALL)),
     "scaling forgotten in G": Mutant(REDUCE, "pid, scale, n", "pid, 1.0, n", linear(SMALL)),
     "scaling forgotten in dB": Mutant(REDUCE, "pid - first, scale", "pid - first, 1.0", linear(SMALL)),
     "bias forgotten": Mutant(LINEAR, "if BIAS is not None", "if BIAS is None", linear(SMALL)),
