@@ -82,9 +82,8 @@ class PatchRotary(_Rotary):
     def forward(self, tokens: int, rows: int, like: Tensor) -> Rotation:
         """As `TextRotary`; tokens: of a picture, prefix and patches."""
         side = math.isqrt(max(0, tokens - self.prefix))
-        height, width = (
-            max(1, side) * size for size in self.patch
-        )  # there are no angles of no patch, nobody's picture
+        # Nobody's picture has no patch, and there are no angles of none.
+        height, width = (max(1, side) * size for size in self.patch)
         cos, sin = self.angles(like.new_empty(1, 0, height, width))
         turned = slice(self.prefix, tokens)
         table = Rotation(like.new_ones(rows, cos.shape[-1] // 2), like.new_zeros(rows, cos.shape[-1] // 2))
