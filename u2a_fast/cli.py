@@ -85,14 +85,19 @@ def run_evaluate(options: EvaluateOptions) -> None:
     }
     splits = load_splits(options.data, seed, **table)
     check_splits(options.data, splits, ["test"])
-    if same is False or (same and seed != run.get("seed")):
+    test = splits["test"]
+    if same is False and Path(options.data).stem.casefold() == "test":
+        from datasets import concatenate_datasets
+
+        test = concatenate_datasets([*splits.values()])
+    elif same is False or (same and seed != run.get("seed")):
         logger.warning(
             "the test split of %s, %d of %d rows, is not that of the run in %s, which may have trained on some of "
             "them: to score all rows of new data, name their file test%s",
-            *(options.data, len(splits["test"]), sum(map(len, splits.values()))),
+            *(options.data, len(test), sum(map(len, splits.values()))),
             *(options.model, Path(options.data).suffix),
         )
-    rows = evaluate(model, splits["test"], None, options.output_dir, options.batch_size, seed)
+    rows = evaluate(model, test, None, options.output_dir, options.batch_size, seed)
     print_report(rows, title=f"{options.model} on {options.data}, seed {seed}")
 
 

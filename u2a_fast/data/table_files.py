@@ -34,8 +34,6 @@ Row = dict[str, Any]
 def find_tables(path: Path) -> dict[str, list[Path]]:
     """{"all": files}, or {"train": files, ..} in the usual order; several files are the shards of one table.
 
-    A file called test is the split of that name, of which nothing may be left out.
-
     Raises:
         FileNotFoundError: nothing is there, or not all of it.
         ValueError: a file of another kind, or two tables for one split.
@@ -43,7 +41,7 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{path} is not a table: its name must end in {', '.join(SUFFIXES)}")
-        return {"test" if path.stem.casefold() == "test" else "all": [path]}
+        return {"all": [path]}
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither a file nor a folder")
     tables = _tables_in(path) or _tables_in(path / "data")
