@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta
+from torch._C._autograd import _get_creation_meta as creation_meta
 
 from . import backend
 from .backend import cast, jit, tl
@@ -290,7 +292,7 @@ def rotary(
 
     Args:
         rows: [N, C], floating: `heads` heads of width Dh, then what stays as it is. Its memory is used for the result,
-            where that can be: read what is returned, and no longer `rows`.
+            where that can be: read what is returned, and no longer `rows`. Not that of a leaf that needs a gradient.
         heads: how many heads, those of q and of k together.
         cos, sin: [N, Dh / 2], of the angles of each row; None: no rotation.
         weight: [heads, Dh], of QK-norm; None: no norm.
@@ -307,27 +309,26 @@ def rotary(
     tensor([[-2.,  1., -4.,  3.,  9.]])
     """
     _check(rows, heads, cos, sin, weight)
-    operands = rows, heads, cos, sin, weight, eps
+    operands = heads, cos, sin, weight, eps
     if backend.resolve(rows, cos, sin, weight) == "reference":
-        return _reference(*operands)
-    if not torch.compiler.is_compiling() and not _writable(rows):
-        operands = rows.clone(memory_format=torch.contiguous_format), *operands[1:]
+        return _reference(rows, *operands)
+    rows = rows if _may_be_written(rows) else rows.clone(memory_format=torch.contiguous_format)
     if backend.needs_grad(rows):
-        return _Rotary.apply(*operands)
-    rotate(*operands)
-    return operands[0]
+        return _Rotary.apply(rows, *operands)
+    rotate(rows, *operands)
+    return rows
 
 
-def _writable(rows: Tensor) -> bool:
-    """Whether the memory of rows can hold the result: autograd keeps leaves, and one of several views of a call."""
-    if 0 in rows.stride():  # rows that share their memory
+def _may_be_written(rows: Tensor) -> bool:
+    """Not where elements share a place, nor where autograd forbids it: a leaf, and one of several views of one call."""
+    if torch.compiler.is_compiling():
+        return True  # a graph clones them
+    if 0 in rows.stride() and rows.numel() > 1:
         return False
     if not backend.needs_grad(rows):
         return True
-    if not rows._is_view():
-        return not rows.is_leaf
-    made = torch._C._autograd._get_creation_meta(rows)
-    return made == torch._C._autograd.CreationMeta.DEFAULT and not rows._base.is_leaf
+    base = rows._base if rows._is_view() else rows
+    return not base.is_leaf and (base is rows or creation_meta(rows) == CreationMeta.DEFAULT)
 
 
 def _width(cos: Tensor | None, weight: Tensor | None) -> int:
@@ -341,7 +342,7 @@ def _check(rows, heads, cos, sin, weight):
     shapes = {n: list(t.shape) for n, t in (("cos", cos), ("sin", sin), ("weight", weight)) if t is not None}
     width = shapes["weight"][-1] if weight is not None else 2 * shapes["cos"][-1]
     expected = {"cos": [rows.shape[0], width // 2], "sin": [rows.shape[0], width // 2], "weight": [heads, width]}
-    if rows.dim() != 2 or not rows.is_floating_point() or rows.shape[1] < heads * width or width % 2:
+    if rows.dim() != 2 or heads < 1 or not rows.is_floating_point() or rows.shape[1] < heads * width or width % 2:
         raise ValueError(
             f"rows must be floating [N, C] with room for {heads} heads of an even width, "
             f"not {rows.dtype} {list(rows.shape)} for heads of {width}"

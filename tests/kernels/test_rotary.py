@@ -183,9 +183,10 @@ class Folded(torch.autograd.Function):
         lambda leaf: leaf,
         lambda leaf: leaf.view(6, -1),
         lambda leaf: leaf.repeat(1, 2).split(leaf.shape[1], dim=1)[0],
+        lambda leaf: (leaf * 1).split(leaf.shape[1], 1)[0].view(leaf.shape),
         lambda leaf: Folded.apply(leaf).flatten(0, 1),
     ],
-    ids=["a leaf", "its view", "one of several views", "a view of a Function"],
+    ids=["a leaf", "a view of a leaf", "one of several views", "a view of that", "a view of a Function"],
 )
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
 def test_rows_that_autograd_does_not_let_be_changed_are_copied(implementation, of_leaf, device):
@@ -265,6 +266,7 @@ COS = torch.ones(4, 3)
     (torch.ones(4, 12), 2, {}, "cos and sin together, or weight"),
     (torch.ones(4, 12), 2, {"cos": COS}, "cos and sin together, or weight"),
     (torch.ones(4, 12), 3, {"cos": COS, "sin": COS}, "room for 3 heads"),
+    (torch.ones(4, 12), 0, {"cos": COS, "sin": COS}, "room for 0 heads"),
     (torch.ones(2, 2, 12), 2, {"cos": COS, "sin": COS}, r"floating \[N, C\]"),
     (torch.ones(4, 12).int(), 2, {"cos": COS, "sin": COS}, r"floating \[N, C\]"),
     (torch.ones(4, 12), 2, {"weight": torch.ones(2, 5)}, "an even width"),
