@@ -205,7 +205,8 @@ def check_window(window: int | None, positions: Tensor | None, shape: tuple[int,
 
 
 def _check(q, k, v, lengths, suffix, read_only, causal):
-    if q.ndim != 4 or k.shape != v.shape or k.shape[::3] != q.shape[::3] or k.ndim != 4 or q.shape[1] % k.shape[1]:
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and k.shape[::3] == q.shape[::3]
+    if not fits or 0 in (k.shape[1], k.shape[3]) or q.shape[1] % k.shape[1]:
         shapes = f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         raise ValueError(f"q must be [B, H, Sq, Dh] and k, v [B, H, S, Dh], or fewer heads that divide H, not {shapes}")
     if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:

@@ -232,10 +232,12 @@ def attention_rows(
     chosen = backend.resolve(q, kv, lora_a, lengths, positions)
     q, kv = backend.in_autocast_dtype(q), None if kv is None else backend.in_autocast_dtype(kv)
     kv_heads = heads if kv_heads is None else kv_heads
-    _check(q, kv, heads, kv_heads, groups, lengths, causal)
+    _check(q, kv, lora_a, heads, kv_heads, groups)
+    if not isinstance(groups, Ends):
+        _check_groups(q, kv, groups, lengths, suffix, causal)
     if window is not None:
         rows = q.shape[:1] if kv is None else kv.shape[:1]
-        check_window(window, positions, rows, isinstance(groups, Ends) or all(g.queries == g.keys for g in groups))
+        check_window(window, positions, rows, isinstance(groups, Ends) or all(g[1] == g[2] for g in groups))
     if q.is_cpu and chosen == "torch" and not isinstance(groups, Ends):
         flat = [size for group in groups for size in group]
         operands = q, kv, lora_a, heads, flat, lengths, suffix, causal, kv_heads, window, positions
@@ -247,26 +249,42 @@ def attention_rows(
     return out, None if lora_a is None else F.linear(out, lora_a.to(out.dtype))
 
 
-def _check(q, kv, heads, kv_heads, groups, lengths, causal):
+def _check(q, kv, lora_a, heads, kv_heads, groups):
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"kv_heads must divide the {heads} heads of q, not be {kv_heads}: choose a divisor, or None")
-    rows, of_row = q.shape[0] if kv is None else kv.shape[0], heads + 2 * kv_heads if kv is None else heads
+    if not q.is_floating_point() or (kv is not None and kv.dtype != q.dtype):
+        raise TypeError(
+            f"q and kv must have one floating point dtype, not {q.dtype} and {kv if kv is None else kv.dtype}"
+        )
+    of_row = heads + 2 * kv_heads if kv is None else heads
     width = q.shape[1] // of_row if q.dim() == 2 else 0
-    if q.dim() != 2 or q.shape[1] != of_row * width or (kv is not None and kv.shape[1:] != (2 * kv_heads * width,)):
+    fits = width > 0 and q.shape[1] == of_row * width
+    if not fits or (kv is not None and (kv.dim() != 2 or kv.shape[1] != 2 * kv_heads * width)):
         shapes = list(q.shape), None if kv is None else list(kv.shape)
         raise ValueError(
             f"q must be [N, {heads + 2 * kv_heads} * Dh], or [Nq, {heads} * Dh] beside kv [N, {2 * kv_heads} * Dh], "
             f"for {heads} heads and {kv_heads} of k and v, not {shapes}"
         )
-    if isinstance(groups, Ends):
-        return
-    if sum(g.samples * g.queries for g in groups) != q.shape[0] or sum(g.samples * g.keys for g in groups) != rows:
+    if lora_a is not None and (lora_a.dim() != 2 or lora_a.shape[0] == 0 or lora_a.shape[1] != heads * width):
+        raise ValueError(f"lora_a must be [R, {heads * width}] like the result, R at least 1, not {list(lora_a.shape)}")
+
+
+def _check_groups(q, kv, groups, lengths, suffix, causal):
+    rows, asked = q.shape[0] if kv is None else kv.shape[0], [g for g in groups if g[0] * g[1] > 0]
+    if sum(g[0] * g[1] for g in groups) != q.shape[0] or sum(g[0] * g[2] for g in groups) != rows:
         raise ValueError(f"groups {list(groups)} do not add up to {q.shape[0]} rows of q and {rows} of k and v")
-    if any(g.keys == 0 and g.samples * g.queries > 0 for g in groups):
+    if any(min(g) < 0 for g in groups):
+        raise ValueError(f"groups are counts of samples and of their rows, not {list(groups)}")
+    if any(g[2] == 0 for g in asked):
         raise ValueError(f"queries need keys: give the samples of each group rows of k and v, unlike in {list(groups)}")
     if lengths is not None and len(groups) != 1:
         raise ValueError(f"lengths hide keys of a single group, not of {len(groups)}: leave the padding out instead")
-    if causal and any(g.queries > g.keys for g in groups):
+    if lengths is not None and (lengths.shape != (groups[0][0],) or lengths.dtype not in (torch.int32, torch.int64)):
+        given = f"{lengths.dtype} {list(lengths.shape)}"
+        raise ValueError(f"lengths must be {[groups[0][0]]} integers, one for each sample of the group, not {given}")
+    if suffix < 0 or any(g[2] < suffix for g in asked):
+        raise ValueError(f"suffix must count rows of every sample, not be {suffix} for {list(groups)}")
+    if causal and any(g[1] > g[2] for g in groups):
         raise ValueError(
             f"the queries of a causal sample are its last rows, so no more than keys, unlike in {list(groups)}"
         )

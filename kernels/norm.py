@@ -40,6 +40,9 @@ class _Norm(torch.autograd.Function):
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension, [..., D] in the dtype of x; under autocast backward keeps x in that dtype.
 
+    Raises:
+        TypeError, ValueError: x is not floating, or weight or bias is not [D].
+
     >>> layer_norm(torch.tensor([1.0, 3.0]), torch.ones(2), None)
     tensor([-1.0000,  1.0000])
     """
@@ -52,6 +55,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Statistics and the product with the weight are fp32 (fp64 for fp64); Hugging Face rounds to the dtype of x before
     that product.
 
+    Raises:
+        TypeError, ValueError: x is not floating, or weight is not [D].
+
     >>> rms_norm(torch.tensor([1.0, 7.0]), torch.ones(2), 0.0)
     tensor([0.2000, 1.4000])
     """
@@ -59,6 +65,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def _norm(x, weight, bias, eps, rms):
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and (vector.dim() != 1 or vector.shape != x.shape[-1:]):
+            raise ValueError(f"{name} must be {list(x.shape[-1:])} like the rows of x, not {list(vector.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating, not {x.dtype}: convert it first")
     if backend.resolve(x, weight, bias) == "reference":
         return norm_reference(x, weight, bias, eps, rms).to(x.dtype)
     if not backend.needs_grad(x, weight, bias):

@@ -58,7 +58,7 @@ def quantize_rows_aten(w: Tensor) -> tuple[Tensor, Tensor]:
     buffer = chunk_buffer(w, chunks, torch.float32)
     for s in chunks:
         rows = w[s]
-        scale[s] = absmax(rows if w.dtype != torch.float64 else rows.float()).float() / 127
+        scale[s] = absmax(rows if w.dtype.itemsize in (2, 4) else rows.float()).float() / 127
         q[s] = buffer[: len(rows)].copy_(rows).div_(scale[s, None].clamp_min(TINY)).round_()
     return q, scale
 

@@ -372,6 +372,8 @@ def test_autocast_around_backward_alone_changes_nothing(device):
     [
         ({"k": torch.ones(1, 2, 4, 9)}, ValueError, r"k, v \[B, H, S, Dh\]"),
         ({"q": torch.ones(1, 3, 4, 8)}, ValueError, "fewer heads that divide H"),
+        (dict.fromkeys("qkv", torch.ones(1, 0, 4, 8)), ValueError, "fewer heads that divide H"),
+        (dict.fromkeys("qkv", torch.ones(1, 2, 4, 0)), ValueError, r"q must be \[B, H, Sq, Dh\]"),
         ({"q": torch.ones(1, 2, 3, 8).half()}, TypeError, "one floating point dtype"),
         ({"lengths": torch.ones(2, dtype=torch.int64)}, ValueError, "lengths must be"),
         ({"lengths": torch.ones(1, 4, dtype=torch.bool)}, ValueError, "packed first"),

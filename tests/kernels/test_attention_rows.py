@@ -186,6 +186,9 @@ def test_autocast_computes_in_its_dtype(device):
     [
         ([Group(2, 3, 3)], None, "do not add up to 27 rows of q"),
         ([Group(1, 9, 9), Group(2, 9, 9)], torch.tensor([1, 2, 3]), "lengths hide keys of a single group, not of 2"),
+        ([Group(-3, -9, -9)], None, "counts of samples and of their rows"),
+        ([Group(3, 9, 9)], torch.tensor([1, 2]), r"lengths must be \[3\] integers"),
+        ([Group(3, 9, 9)], torch.ones(3), "not torch.float32"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(groups, lengths, message):
@@ -226,6 +229,30 @@ def test_heads_that_do_not_fit_are_refused(kv_heads, message):
     q = torch.ones(3, 3 * HEADS * 5)
     with pytest.raises(ValueError, match=message):
         attention_rows(q[:, :-1] if kv_heads == 1 else q, None, HEADS, [Group(1, 3, 3)], kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize(
+    "q, also, error, message",
+    [
+        (torch.ones(9, 36).int(), {}, TypeError, "one floating point dtype, not torch.int32"),
+        (torch.ones(9, 12), {"kv": torch.ones(9, 24).double()}, TypeError, "torch.float32 and torch.float64"),
+        (torch.ones(9, 0), {}, ValueError, r"q must be \[N, 12 \* Dh\]"),
+        (torch.ones(9, 36), {"lora_a": torch.ones(2, 36)}, ValueError, r"lora_a must be \[R, 12\]"),
+        (torch.ones(9, 36), {"lora_a": torch.ones(0, 12)}, ValueError, "R at least 1"),
+        (torch.ones(9, 36), {"suffix": -1}, ValueError, "rows of every sample, not be -1"),
+        (torch.ones(9, 36), {"suffix": 4}, ValueError, "rows of every sample, not be 4"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(q, also, error, message):
+    with pytest.raises(error, match=message):
+        attention_rows(q, **{"kv": None, "heads": HEADS, "groups": [(3, 3, 3)]} | also)
+
+
+def test_plain_triples_are_groups():
+    q = torch.randn(9, 36)
+    assert torch.equal(
+        attention_rows(q, None, HEADS, [(3, 3, 3)])[0], attention_rows(q, None, HEADS, [Group(3, 3, 3)])[0]
+    )
 
 
 @pytest.mark.parametrize("also", [{"lengths": torch.tensor([4, 5])}, {"causal": True}, {"window": 5}])

@@ -18,6 +18,12 @@ def quantized(w, implementation, device):
     return result
 
 
+def test_eight_bits_are_wide_enough(device):
+    w = torch.randn(5, 7).to(torch.float8_e4m3fn)
+    for got, expected in zip(on(device, quantize_rows)(w), on(device, quantize_rows)(w.float()), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
