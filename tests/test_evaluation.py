@@ -4,6 +4,7 @@ import csv
 import math
 
 import datasets
+import pandas as pd
 import pytest
 import tiny_data
 import torch
@@ -284,3 +285,29 @@ def test_a_spelling_of_its_own_comes_first(folders):
     names = datasets.ClassLabel(names=["True", "1.0", "1"])
     data = datasets.Dataset.from_dict({"label": []}, datasets.Features({"label": names}))
     assert class_order(data, model).tolist() == [2, 1, 0]
+
+
+def test_names_in_any_samples_are_scored_by_name(folders, caplog):
+    model = U2A(folders, num_labels=3, processors=tiny_data.processors())
+    model.config.id2label = {0: "1", 1: "2", 2: "10"}
+    rows = [{"text": "red", "label": label} for label in ("10", "2.0", "01")]
+    assert scenario_logits(model, rows, ["full"], 2, 0)[2].tolist() == [2, 1, 0]
+    assert scenario_logits(model, pd.DataFrame(rows), ["full"], 2, 0)[2].tolist() == [2, 1, 0]
+    assert "taken for places" not in caplog.text
+    with pytest.raises(ValueError, match="no class '3': its classes are 1, 2, 10"):
+        evaluate(model, [{"text": "red", "label": "3"}])
+    assert scenario_logits(model, [{"text": "red", "label": 1}], ["full"], 2, 0)[2].tolist() == [1]
+    assert "labels that are numbers are taken for places among the classes, 0 for '1'" in caplog.text
+
+
+def test_several_names_of_a_sample_are_scored_by_name(folders):
+    model = U2A(folders, num_labels=3, processors=tiny_data.processors(), problem_type="multi_label_classification")
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    rows = [{"text": "red", "label": ["c", "a"]}, {"text": "red", "label": [0.0, 1.0, 0.0]}]
+    assert scenario_logits(model, rows, ["full"], 2, 0)[2].tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+def test_numbers_of_a_regression_may_be_whole_and_any(folders):
+    model = U2A(folders, num_labels=1, problem_type="regression", processors=tiny_data.processors())
+    (row,) = evaluate(model, [{"text": "red", "label": label} for label in (-100, 0, 7)], scenarios=["full"])
+    assert row["n"] == 3

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from .data import MissingPattern, MultimodalCollator
 from .data.collator import LABELS
 from .data.holes import leave
+from .data.inputs import is_absent
 from .data.labels import label_names, meaning
 from .data.presence import batches_of, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
@@ -23,6 +25,8 @@ from .metrics import NOT_FINITE, refuse_not_finite, score
 from .paired import TALLIES, tally
 from .processes import is_main
 from .reports import Row, plot_confusion, write_report
+
+logger = logging.getLogger(__name__)
 
 RATES = (0.3, 0.5, 0.7, 0.9)
 RATE = re.compile(r"rate (?P<rate>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)")
@@ -87,7 +91,7 @@ def evaluate(
     Args:
         dataset: samples with a column for each modality (None where it is missing) and `label`: a data set, a
             DataFrame, or a stream of them, whose rates are drawn sample by sample. Class names, where both have them (a
-            `ClassLabel` here, `id2label` of the model), decide which class a label means.
+            `ClassLabel` or strings here, `id2label` of the model), decide which class a label means.
         scenarios: names as in `scenario_mask`; None: `default_scenarios`.
         output_dir: where to write `report.csv`, `report.png`, what `paired` compares models by and, of a classifier,
             `confusion.png`.
@@ -138,15 +142,17 @@ def scenario_logits(
     logits: dict[str, list[torch.Tensor]] = {name: [] for name in scenarios}
     count = len(dataset) if hasattr(dataset, "__len__") else None
     tables = {name: scenario_rows(name, count, modalities, seed) for name in scenarios}
-    classes = class_order(dataset, model)
+    classes, known = class_order(dataset, model), _names(model)
+    named = classes is not None
     total = None if count is None else math.ceil(count / batch_size)
     model.eval()
     try:
         for samples in tqdm(batches, desc="evaluating", unit="batch", total=total, disable=not is_main()):
-            batch = collate(samples)
+            batch = collate([_numbered(sample, known) for sample in samples])
             present, target = batch.pop("modality_mask"), batch.pop("labels", None)
             if target is None:
                 raise ValueError("evaluate needs a label in every sample: this data set has none")
+            named = named or any(isinstance(sample.get(name), str) for sample in samples for name in LABELS)
             target = _as_the_model_counts(target, classes, model.config.num_labels)
             model.check_labels(target, len(present))
             encoded = model.encode(to_device(batch, model.device), present)
@@ -160,21 +166,55 @@ def scenario_logits(
     if not labels:
         raise ValueError("evaluate needs samples: this data set is empty")
     warn_of_losses(collate, sum(map(len, labels)))
+    if not named and model.problem_type(labels[0]) == "single_label_classification":
+        _warn_of_positions(known)
     return {name: torch.cat(parts) for name, parts in logits.items()}, torch.cat(natural), torch.cat(labels)
 
 
 def class_order(dataset: Any, model: MultimodalModel) -> torch.Tensor | None:
     """`[classes of the data set]`: the model's number for each of them; None where one side has no names."""
-    features, known = getattr(dataset, "features", None) or {}, model.config.id2label
+    features, known = getattr(dataset, "features", None) or {}, _names(model)
     names = next((label_names(features[name]) for name in LABELS if name in features), None)
-    if names is None or known == {i: f"LABEL_{i}" for i in range(len(known))}:
-        return None
-    numbers = {meaning(name): i for i, name in known.items()} | {name: i for i, name in known.items()}
-    found = [numbers.get(name, numbers.get(meaning(name))) for name in names]
-    if None in found:
-        unknown = names[found.index(None)]
-        raise ValueError(f"this model has no class {unknown!r}: its classes are {', '.join(known.values())}")
-    return torch.tensor(found)
+    return None if names is None or known is None else torch.tensor([_number(name, known) for name in names])
+
+
+def _names(model: MultimodalModel) -> list[str] | None:
+    """The model's class names in their order; None where nobody gave it any."""
+    known = model.config.id2label
+    return None if known == {i: f"LABEL_{i}" for i in range(len(known))} else [known[i] for i in sorted(known)]
+
+
+def _number(name: str, known: Sequence[str]) -> int:
+    """The number of a class among the known ones, however it is spelled."""
+    numbers = {meaning(other): i for i, other in enumerate(known)} | {other: i for i, other in enumerate(known)}
+    found = numbers.get(name, numbers.get(meaning(name)))
+    if found is None:
+        raise ValueError(f"this model has no class {name!r}: its classes are {', '.join(known)}")
+    return found
+
+
+def _numbered(sample: Mapping[str, Any], known: Sequence[str] | None) -> Mapping[str, Any]:
+    """A sample with the model's number of its class in place of a name, and with marks in place of several names."""
+    column = next((name for name in LABELS if sample.get(name) is not None), None)
+    if column is None or known is None:
+        return sample
+    label = sample[column]
+    if isinstance(label, str) and not is_absent(label):
+        return {**sample, column: _number(label, known)}
+    if isinstance(label, list | tuple) and label and all(isinstance(part, str) for part in label):
+        marked = {_number(part, known) for part in label}
+        return {**sample, column: [float(i in marked) for i in range(len(known))]}
+    return sample
+
+
+def _warn_of_positions(known: Sequence[str] | None) -> None:
+    """Of labels that are numbers without names, for a model whose names are other numbers."""
+    if known and all(name.isdecimal() for name in known) and list(known) != [str(i) for i in range(len(known))]:
+        logger.warning(
+            "labels that are numbers are taken for places among the classes, 0 for %r: pass names as strings, %r, or a "
+            "ClassLabel column, where they are names",
+            *(known[0], known[0]),
+        )
 
 
 def _as_the_model_counts(target: torch.Tensor, classes: torch.Tensor | None, count: int) -> torch.Tensor:
@@ -189,4 +229,4 @@ def _as_the_model_counts(target: torch.Tensor, classes: torch.Tensor | None, cou
 
 def _counted(model: MultimodalModel, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     counted = mask.any(dim=1) | (model.all_absent == "prior")
-    return counted & (labels != -100) if labels.dim() == 1 and not labels.is_floating_point() else counted
+    return counted & (labels != -100) if model.problem_type(labels) == "single_label_classification" else counted

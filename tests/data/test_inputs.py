@@ -79,6 +79,12 @@ def test_the_transparent_colour_of_a_palette_becomes_white():
     assert to_image(image).getpixel((0, 0)) == (40, 50, 60)
 
 
+def test_colours_of_a_palette_may_be_transparent():
+    image = Image.new("RGBA", (4, 4), (200, 30, 30, 0)).quantize(2)
+    assert image.mode == "P" and "transparency" not in image.info
+    assert to_image(image).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_padding_is_white_and_on_both_sides():
     square = np.asarray(to_image(Image.new("RGB", (2, 6))))
     assert square[:, :, 0].tolist() == [[255, 255, 0, 0, 255, 255]] * 6

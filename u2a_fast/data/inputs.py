@@ -161,7 +161,7 @@ def _on_white(image: Image.Image, square: bool) -> Image.Image:
         shades = np.asarray(image)
         scale = 1 if image.mode == "I" and shades.max() <= 255 else 257
         image = Image.fromarray((shades // scale).clip(0, 255).astype(np.uint8))
-    transparent = "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+    transparent = image.has_transparency_data
     if image.mode == "La":
         image = image.convert("LA")
     image = image.convert("RGBA" if transparent else "RGB")
