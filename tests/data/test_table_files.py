@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from u2a_fast.data import MultimodalCollator, load_table
 from u2a_fast.data.labels import label_names
-from u2a_fast.data.table_files import parse_json_lines
+from u2a_fast.data.table_files import find_tables, parse_json_lines
 from u2a_fast.data.tables import read_samples
 
 FEW = settings(
@@ -74,6 +74,17 @@ def test_shards_of_the_hub_are_one_table(tmp_path, below):
     (tmp_path / below / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="2 of the 3 files of train: add the others"):
         load_table(tmp_path)
+
+
+def test_hidden_files_are_no_tables(tmp_path):
+    for name in ("._items.csv", ".items.csv", "items.csv"):
+        write(tmp_path, name)
+    assert [path.name for path in find_tables(tmp_path)["all"]] == ["items.csv"]
+
+
+def test_a_file_called_test_is_the_split_of_that_name(tmp_path):
+    assert list(load_table(write(tmp_path, "Test.csv"))) == ["test"]
+    assert list(load_table(write(tmp_path, "train.csv"))) == ["train", "validation", "test"]
 
 
 def test_class_names_of_the_hub_are_kept(tmp_path):

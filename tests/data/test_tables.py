@@ -2,6 +2,7 @@ import json
 import logging
 
 import pytest
+from PIL import Image
 
 from u2a_fast.data import load_table
 
@@ -41,8 +42,6 @@ def test_texts_that_look_like_something_else_stay_texts(tmp_path, text):
 
 
 def test_paths_may_be_written_as_addresses_of_files_or_from_home(tmp_path, monkeypatch):
-    from PIL import Image
-
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "home" / "a b.png")
@@ -137,6 +136,30 @@ def test_one_table_is_split_by_seed_with_groups_together(tmp_path):
     assert [len(part) for part in splits.values()] == [pytest.approx(share, abs=3) for share in (195, 30, 75)]
     assert load_table(tmp_path)["test"]["text"][:] == splits["test"]["text"][:]
     assert load_table(table, seed=1)["test"]["text"][:] != splits["test"]["text"][:]
+
+
+def test_a_group_is_one_however_it_is_written(tmp_path):
+    lines = "".join(f'{{"text": "{i}", "label": {i % 2}, "group": {group}}}\n'
+                    for i in range(40) for group in (i, f"{i}.0", f'" {i}"'))  # fmt: skip
+    splits = load_table(write(tmp_path, "t.jsonl", lines))
+    groups = [set(part["group"]) for part in splits.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 40
+
+
+def test_what_lies_in_train_and_test_is_told(pictures, caplog):
+    for number in range(3):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(pictures / f"{number}.png")
+    rows = [("0.png", "x", "train"), ("1.png", "y", "train"), ("2.png", "x", "val"), ("0.png", "y", "test")]
+    lines = "".join(f"{image},{label},{split},{place}\n" for place, (image, label, split) in enumerate(rows))
+    table = write(pictures, text="image,label,split,group\n" + lines)
+    load_table(table, decode=True)
+    assert "1 of 1 rows to test have the image of a row to train on" in caplog.text and "the group" not in caplog.text
+    caplog.clear()
+    load_table(write(pictures, text="image,label,split,group\n" + lines.replace(",3", ",2")), decode=True)
+    assert "1 of 1 rows to test have the group of a row to train on" in caplog.text
+    caplog.clear()
+    load_table(write(pictures, text="image,label,split\n0.png,x,train\n1.png,y,test\n"), decode=True)
+    assert not caplog.text
 
 
 def test_all_formats_give_the_same(pictures):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import logging
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from .labels import label_feature
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 MODALITIES = ("image", "text", "audio", "video")
 SHARES = {"train": 0.65, "validation": 0.10, "test": 0.25}
@@ -89,6 +92,24 @@ def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
     labels = [row.get("label") for row in rows]
     groups = [index if row.get("group") is None else row["group"] for index, row in enumerate(rows)]
     return {name: [rows[index] for index in part] for name, part in grouped_split(labels, groups, seed).items()}
+
+
+def warn_of_leaks(splits: Mapping[str, Sequence[Row]], source: str) -> None:
+    """Warn of rows to test whose group, picture, recording or video is that of a row to train on."""
+    learnt = [row for name in ("train", "validation") for row in splits.get(name, ())]
+    for column in ("group", "image", "audio", "video"):
+        known = {content for row in learnt if (content := _content(row.get(column))) is not None}
+        shared = sum(_content(row.get(column)) in known for row in splits.get("test", ()))
+        if shared:
+            logger.warning(
+                "%s: %d of %d rows to test have the %s of a row to train on, which makes their scores too good: give "
+                "such rows one `group`, and no `split`",
+                *(source, shared, len(splits["test"]), column),
+            )
+
+
+def _content(cell: Any) -> Hashable:
+    return (cell["path"], cell["bytes"]) if isinstance(cell, Mapping) else cell
 
 
 def make_dataset(splits: dict[str, list[Row]], class_names: Sequence[str] | None) -> datasets.DatasetDict:

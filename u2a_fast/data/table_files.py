@@ -69,7 +69,7 @@ def _tables_in(folder: Path) -> dict[tuple[str, str], list[Path]]:
     tables: dict[tuple[str, str], list[Path]] = {}
     counts: dict[tuple[str, str], int] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() in SUFFIXES and file.is_file():
+        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith("."):  # macOS leaves ._x.csv
             shard = SHARD.fullmatch(file.stem)
             key = (
                 shard["stem"] if shard else file.stem,

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 from .inputs import DecodeError, given_rate, is_absent, to_audio
 from .labels import settle_labels
 from .presence import readable, rows_named
-from .splits import MODALITIES, Row, make_dataset, split_rows
+from .splits import MODALITIES, Row, make_dataset, split_rows, warn_of_leaks
 from .table_files import SPLITS, find_tables, read_rows
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def load_table(
         splits = _by_split_column(rows) if "split" in rows[0] else split_rows(rows, seed)
     if decode and not keep_empty:
         splits = {name: _without_empty(part) for name, part in splits.items()}
+    if decode:
+        warn_of_leaks(splits, str(path))
     for row in rows:
         del row["place"]
         row.pop("split", None)
@@ -189,7 +191,10 @@ def _text_cell(cell: Any, column: str, folder: Path) -> str:
 
 
 def _group_cell(cell: Any, column: str, folder: Path) -> str:
-    return str(cell) if isinstance(cell, float) else _text_cell(cell, column, folder)
+    """The name of a group: 1, 1.0 and " 1" are one, as of labels."""
+    if isinstance(cell, float):
+        return str(int(cell)) if cell.is_integer() else str(cell)
+    return _text_cell(cell, column, folder).strip()
 
 
 def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
