@@ -42,3 +42,11 @@ def test_a_run_goes_on_with_the_table_that_it_began_with(tmp_path, split):
 def test_data_known_by_name_does_not_change(tmp_path):
     claim_directory(TrainOptions(output_dir=str(tmp_path)))
     assert data_of(tmp_path) is None
+
+
+def test_a_folder_is_claimed_by_one_run(tmp_path):
+    asked = TrainOptions(output_dir=str(tmp_path))
+    assert check_directory(asked) is None and check_directory(asked) is None  # of two processes
+    claim_directory(asked)
+    with pytest.raises(ValueError, match="another process has begun a run in"):
+        claim_directory(asked)

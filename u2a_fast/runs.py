@@ -61,7 +61,14 @@ def _whole_checkpoints(folder: Path) -> Iterator[tuple[int, str, int | None]]:
 
 
 def claim_directory(options: TrainOptions) -> None:
+    """Say which run a folder holds.
+
+    Raises:
+        ValueError: another process has begun one there since `check_directory` looked.
+    """
     folder = Path(options.output_dir)
+    if not options.resume and (folder / RUN_FILE).exists():
+        raise ValueError(f"another process has begun a run in {folder} just now: choose another output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     if digest := data_digest(options.data):
         write_whole(folder / DATA_FILE, digest + "\n")

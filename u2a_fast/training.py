@@ -26,7 +26,6 @@ from .methods import METHODS, LateFusion
 from .methods.base import MultimodalModel
 from .methods.config import check_choice
 from .methods.loading import overlay
-from .methods.presence import check_modalities
 from .methods.saved import saved_state
 from .metrics import UNBOUNDED, refuse_not_finite, score
 from .options import BESIDES, TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
@@ -201,7 +200,13 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
         refuse_unmeasurable(options.data, options.metric_for_best, problem_type, splits["validation"])
     if not hasattr(train, "__len__"):
         check_stream(options, sources, str(task_of(feature)))
-    check_modalities(sources, [name for name in train.features if name not in BESIDES])
+    columns = [name for name in train.features if name not in BESIDES]
+    for name in sources:
+        if name not in columns:
+            raise ValueError(
+                f"--encoders has an unknown modality {name!r}: {options.data} has {', '.join(columns)}; leave it out, "
+                "or name its column in --columns"
+            )
 
 
 def check_stream(options: TrainOptions, sources: Mapping[str, str], task: str) -> None:
