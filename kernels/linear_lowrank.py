@@ -223,14 +223,12 @@ def add_lowrank(y, s, lora_b, scaling, groups, lead):
     if groups == 1:
         y.addmm_(s, lora_b.t(), alpha=scaling)
         return
-    if lead > 1:  # the first group, and the others, which are alike
-        (width, *_), r = group_widths(y.shape[1], groups, lead), lora_b.shape[1]
-        add_lowrank(y[:, :width], s[:, :r], lora_b[:width], scaling, 1, 1)
-        add_lowrank(y[:, width:], s[:, r:], lora_b[width:], scaling, groups - 1, 1)
-        return
-    width, r = y.shape[1] // groups, lora_b.shape[1]
-    parts = y.as_strided((groups, y.shape[0], width), (width, y.stride(0), 1))  # a graph cannot write to views of views
-    low, b = s.view(-1, groups, r).transpose(0, 1), lora_b.view(groups, width, r).transpose(1, 2)  # [groups, M, r]
+    width, r = group_widths(y.shape[1], groups, lead)[-1], lora_b.shape[1]
+    low, blocks = s.view(-1, groups, r).transpose(0, 1), groups + lead - 1
+    if lead > 1:  # the first group is several blocks
+        low = torch.cat([low[:1].expand(lead, -1, -1), low[1:]])  # [blocks, M, r]
+    parts = y.as_strided((blocks, y.shape[0], width), (width, y.stride(0), 1))  # a graph cannot write to views of views
+    b = lora_b.view(blocks, width, r).transpose(1, 2)
     parts.baddbmm_(low, b, alpha=scaling)
 
 
