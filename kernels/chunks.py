@@ -9,6 +9,13 @@ CHUNK = 1 << 19  # elements taken in fp32 at a time: more fall out of cache, few
 CHUNK_OF_CORE = 1 << 17  # elements a core takes at a time where many ops follow each other: they stay in its cache
 
 
+def flat(t: Tensor | None) -> Tensor | None:
+    """[..., C] -> [M, C]; says M, which a view of no elements does not."""
+    if t is None or t.dim() == 2:
+        return t
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+
+
 def row_chunks(t: Tensor) -> list[slice]:
     """Slices of the rows of t [M, N] to go through in turn; on a GPU one of all rows."""
     return _slices(t, CHUNK)

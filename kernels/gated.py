@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backend
 from .activations import ACTIVATIONS, activate
 from .backend import jit, tl
-from .chunks import row_chunks_by_core
+from .chunks import flat, row_chunks_by_core
 from .tiling import accumulator, check_rows
 
 TILE = {"BM": 4, "BF": 512, "num_warps": 4}
@@ -81,7 +81,7 @@ def gated_backward_kernel(
 
 def _rows_of(h: Tensor) -> Tensor:
     """[M, 2 F] with any distance between rows, none between columns."""
-    rows = h.reshape(-1, h.shape[-1])
+    rows = flat(h)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -125,7 +125,7 @@ def forward_aten(h: Tensor, activation: str) -> Tensor:
 def backward_aten(dy: Tensor, h: Tensor, activation: str) -> Tensor:
     """d_h [..., 2 F]"""
     act, act_backward = ACTIVATIONS[activation]
-    rows, dy, d_h = h.reshape(-1, h.shape[-1]), dy.reshape(-1, dy.shape[-1]), h.new_empty(h.shape)
+    rows, dy, d_h = flat(h), flat(dy), h.new_empty(h.shape)
     (gate, up), (d_gate, d_up) = (t.chunk(2, 1) for t in (rows, d_h.view(rows.shape)))
     for s in row_chunks_by_core(dy):
         torch.mul(dy[s], act(gate[s]), out=d_up[s])
@@ -173,15 +173,15 @@ def gated(h: Tensor, activation: str) -> Tensor:
         [..., F] in the dtype of h.
 
     Raises:
-        ValueError: an odd width, or an unknown activation.
+        ValueError: an odd width, integers, or an unknown activation.
 
     >>> gated(torch.tensor([[-1.0, 2.0, 3.0, 4.0]]), "relu")
     tensor([[0., 8.]])
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
-    if h.dim() == 0 or h.shape[-1] % 2:
-        raise ValueError(f"h must be [..., 2 F], gate and up side by side, not {list(h.shape)}")
+    if h.dim() == 0 or h.shape[-1] % 2 or not h.is_floating_point():
+        raise ValueError(f"h must be floating [..., 2 F], gate and up side by side, not {h.dtype} {list(h.shape)}")
     if backend.resolve(h) == "reference":
         return _reference(h, activation)
     return _Gated.apply(h, activation) if backend.needs_grad(h) else gated_forward(h, activation)

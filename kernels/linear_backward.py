@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backend
 from .backend import cast, jit, tl
+from .chunks import flat
 from .dropout import kept, kept_tile, threshold
 from .quantize import dequantize_rows_aten
 from .reduce import launch_reduce_rows, launch_sum_parts, splits
@@ -268,11 +269,12 @@ def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
         if s is not None:
             db = of_own_group((s.t() @ dy).t(), groups, lead).mul_(scaling)
     else:
-        parts, b = dy.view(-1, groups, dy.shape[1] // groups), b.view(groups, -1, b.shape[1])  # [M, groups, N / groups]
+        (n, r), m = b.shape, dy.shape[0]
+        parts, b = dy.view(m, groups, n // groups), b.view(groups, n // groups, r)
         if wants_g:
             g = torch.bmm(parts.transpose(0, 1), b).transpose(0, 1).flatten(1)
         if s is not None:
-            low = s.view(-1, groups, b.shape[2]).permute(1, 2, 0)  # [groups, r, M]
+            low = s.view(m, groups, r).permute(1, 2, 0)  # [groups, r, M]
             none = b.new_zeros(())  # of beta = 0 and alpha = 0 ATen leaves memory as it is, in bf16 and fp16
             db = torch.baddbmm(none, low, parts.transpose(0, 1), alpha=scaling)
             db = db.transpose(1, 2).reshape(lora_b.shape)
@@ -309,11 +311,6 @@ def a_grad(g: Tensor, h: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------- registration
-def flat(t: Tensor | None) -> Tensor | None:
-    """[..., C] -> [M, C]"""
-    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
-
-
 def _like_rows(dy: Tensor, t: Tensor | None) -> Tensor | None:
     """[M, C] -> [..., C] with the leading dimensions of dy."""
     return t if t is None or dy.dim() == 2 else t.view(*dy.shape[:-1], t.shape[1])

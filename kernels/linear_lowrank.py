@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import backend
 from .backend import cast, jit, tl
-from .chunks import chunk_buffer, row_chunks
-from .linear_backward import as_float, flat, gradients, group_widths, save
+from .chunks import chunk_buffer, flat, row_chunks
+from .linear_backward import as_float, gradients, group_widths, save
 from .quantize import TINY, QuantizedRows, dequantize_rows_reference, launch_quantize_rows, quantize_rows_aten
 from .tiling import accumulator, check_rows, dot_precision, gemm_tile, group_of, rank_tile, tile_index
 
@@ -194,14 +194,20 @@ def linear_aten(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     In bf16 on a CPU oneDNN adds the bias, which ATen writes to each row of the result first: 2 to 8% of the time.
     """
-    if bias is not None and h.dtype == torch.bfloat16 and h.is_cpu and torch.cpu._is_avx512_bf16_supported():
+    if (
+        bias is not None
+        and h.dtype == torch.bfloat16
+        and h.is_cpu
+        and weight.numel()
+        and torch.cpu._is_avx512_bf16_supported()
+    ):
         return torch.ops.mkldnn._linear_pointwise(h, weight, bias.contiguous(), "none", [], "")  # knows no strides
     return F.linear(h, weight, bias)
 
 
 def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input, q, scale):
     """As `linear_lowrank_triton`; the low-rank products are added in place."""
-    rows = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
+    rows = flat(h)
     if quantize_input:
         q, scale = quantize_rows_aten(rows) if q is None else (flat(q), scale)
         y = linear_int8(q, scale, weight, bias, weight_scale, h.dtype)
@@ -224,7 +230,7 @@ def add_lowrank(y, s, lora_b, scaling, groups, lead):
         y.addmm_(s, lora_b.t(), alpha=scaling)
         return
     width, r = group_widths(y.shape[1], groups, lead)[-1], lora_b.shape[1]
-    low, blocks = s.view(-1, groups, r).transpose(0, 1), groups + lead - 1
+    low, blocks = s.view(s.shape[0], groups, r).transpose(0, 1), groups + lead - 1
     if lead > 1:  # the first group is several blocks
         low = torch.cat([low[:1].expand(lead, -1, -1), low[1:]])  # [blocks, M, r]
     parts = y.as_strided((blocks, y.shape[0], width), (width, y.stride(0), 1))  # a graph cannot write to views of views
@@ -285,8 +291,8 @@ def check(x, weight, bias, lora_a, lora_b, weight_scale, groups, lead, quantize_
     for name, vector in (("bias", bias), ("weight_scale", weight_scale)):
         if vector is not None and vector.shape != (n,):
             raise ValueError(f"{name} must be [{n}] like the weight's rows, not {tuple(vector.shape)}")
-    if lora_b is not None and (lora_b.dim() != 2 or lora_b.shape[0] != n):
-        raise ValueError(f"lora_b must be [{n}, r] like the weight's rows, not {tuple(lora_b.shape)}")
+    if lora_b is not None and (lora_b.dim() != 2 or lora_b.shape[0] != n or lora_b.shape[1] == 0):
+        raise ValueError(f"lora_b must be [{n}, r] like the weight's rows, r at least 1, not {tuple(lora_b.shape)}")
     if groups < 1 or lead < 1 or n % (groups + lead - 1):
         raise ValueError(
             f"groups must divide the weight's {n} rows, the first counting `lead` times, and {groups} "

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import backend
 from .backend import jit, tl
+from .chunks import flat
 from .dropout import drop, kept_tile, threshold
-from .linear_backward import flat, gradients, save
+from .linear_backward import gradients, save
 from .linear_lowrank import (
     check,
     check_factors,

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
+from .chunks import flat
 from .dropout import drop
-from .linear_backward import flat, group_widths
-from .linear_lowrank import linear_lowrank
+from .linear_backward import group_widths
+from .linear_lowrank import check_factors, linear_lowrank
 
 NF4_BLOCK = 64  # weights that share an absmax
 CHUNK = 1 << 18  # weights packed at a time on a CPU, where bitsandbytes needs several times their memory; whole blocks
@@ -57,10 +58,14 @@ def pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def unpack_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The `[N, K]` weight in `dtype`.
 
+    Raises:
+        TypeError, ValueError: packed weights of another dtype or number.
+
     >>> unpack_nf4(*pack_nf4(torch.eye(2)), (2, 2), torch.float32)
     tensor([[1., 0.],
             [0., 1.]])
     """
+    _check_stored(packed, absmax, shape)
     computed = torch.float32 if dtype == torch.float64 else dtype
     # bitsandbytes' CPU kernels read rows as whole blocks of weights: a matrix whose rows are not is given as blocks.
     count = shape[0] * shape[1]
@@ -69,6 +74,18 @@ def unpack_nf4(packed: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: to
     options = {"blocksize": NF4_BLOCK, "quant_type": "nf4", "dtype": computed}
     state = bitsandbytes().QuantState(absmax, shape=torch.Size((count // width, width)), **options)
     return bitsandbytes().dequantize_4bit(packed, state).view(shape).to(dtype)
+
+
+def _check_stored(packed: Tensor, absmax: Tensor, shape: tuple[int, int]) -> None:
+    count = shape[0] * shape[1]
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed must be uint8, two weights a byte, not {packed.dtype}: see pack_nf4")
+    if packed.numel() != -(-count // 2):
+        raise ValueError(f"packed holds {2 * packed.numel()} weights, which is not {shape[0]} x {shape[1]}")
+    if absmax.numel() != -(-count // NF4_BLOCK):
+        raise ValueError(
+            f"absmax must be one number for {NF4_BLOCK} of {count} weights each, not {absmax.numel()}: see pack_nf4"
+        )
 
 
 class _Nf4Lowrank(torch.autograd.Function):
@@ -99,7 +116,7 @@ class _Nf4Lowrank(torch.autograd.Function):
         return (
             dy @ unpack_nf4(packed, absmax, ctx.shape, dy.dtype) if needs_x else None,
             *[None] * 3,
-            dy.sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
+            flat(dy).sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
             *(ds, db, None, None, None),
         )
 
@@ -138,19 +155,21 @@ def nf4_linear(
 
     Raises:
         TypeError: `packed` is not uint8.
-        ValueError: `packed` does not hold N * K weights, or `lora_b` goes without one of `s` and `lora_a`.
+        ValueError: `packed` and `absmax` are not of N * K weights, `lora_b` goes without one of `s` and `lora_a`, or
+            does not fit it, or a dropout outside [0, 1).
         ImportError: bitsandbytes is missing.
 
     >>> packed, absmax = pack_nf4(torch.eye(8))
     >>> nf4_linear(torch.arange(8.0), packed, absmax, (8, 8), s=torch.ones(1), lora_b=torch.ones(8, 1), scaling=0.5)
     tensor([0.5000, 1.5000, 2.5000, 3.5000, 4.5000, 5.5000, 6.5000, 7.5000])
     """
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"packed must be uint8, two weights a byte, not {packed.dtype}: see pack_nf4")
-    if packed.numel() != -(-shape[0] * shape[1] // 2):
-        raise ValueError(f"packed holds {2 * packed.numel()} weights, which is not {shape[0]} x {shape[1]}")
+    _check_stored(packed, absmax, shape)
     if (lora_b is None) != (s is None and lora_a is None) or (s is not None and lora_a is not None):
         raise ValueError("lora_b goes with either s or lora_a: give one of the two with it, and none without it")
+    if lora_a is not None:
+        check_factors(lora_a, lora_b, groups, x.shape[-1])
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
     x = backend.in_autocast_dtype(x)
     if lora_b is not None:
         s = F.linear(_dropped(x, dropout), lora_a.to(x.dtype)) if s is None else s.to(x.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import backend
 from .backend import cast
-from .chunks import row_chunks_by_core
+from .chunks import flat, row_chunks_by_core
 
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 CHUNK_ROWS = 256  # rows taken in fp32 at a time: a second-level cache holds them
@@ -83,7 +83,7 @@ def _backward(dh, x, mean, rstd, weight, mask):
 
 
 def _backward_in_chunks(dh, x, mean, rstd, weight, mask):
-    dh, rows, mean, rstd = dh.reshape(-1, dh.shape[-1]), x.reshape(-1, x.shape[-1]), mean.flatten(), rstd.flatten()
+    dh, rows, mean, rstd = flat(dh), flat(x), mean.flatten(), rstd.flatten()
     dx = torch.empty_like(rows) if mask[0] else None
     sums = [torch.zeros_like(weight) if wanted else None for wanted in mask[1:]]
     size = CHUNK_ROWS if x.device.type == "cpu" else max(1, len(rows))
@@ -104,7 +104,7 @@ def _rms_norm(x, weight, eps):
     if x.is_cuda:
         dtype, own = _dtypes(x, weight)
         return torch.ops.aten._fused_rms_norm(x.to(dtype), weight.shape, weight.to(own), eps)
-    rows, weight = x.reshape(-1, x.shape[-1]), cast(weight, backend.wide(x.dtype))
+    rows, weight = flat(x), cast(weight, backend.wide(x.dtype))
     h, rstd = rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], 1, dtype=weight.dtype)
     for s in row_chunks_by_core(rows):
         part = cast(rows[s], weight.dtype)
@@ -121,8 +121,7 @@ def _rms_backward(dh, x, rstd, weight, mask):
         dtype, own = (wide, wide) if mask[1] else _dtypes(x, weight)
         operands = dh.to(dtype), x.to(dtype), weight.shape, rstd.view(*x.shape[:-1], 1), weight.to(own), mask
         return torch.ops.aten._fused_rms_norm_backward(*operands)
-    rows, dh = (t.reshape(-1, t.shape[-1]) for t in (x, dh))
-    rstd, weight = rstd.view(-1, 1), cast(weight, wide)
+    rows, dh, rstd, weight = flat(x), flat(dh), rstd.view(-1, 1), cast(weight, wide)
     dx = rows.new_empty(rows.shape) if mask[0] else None
     d_weight = torch.zeros_like(weight) if mask[1] else None
     for s in row_chunks_by_core(rows):

@@ -25,7 +25,8 @@ from .assemble_aten import Leaves
 from .assemble_backward import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
 from .backend import cast
-from .linear_backward import a_grad, as_float, flat, linear_backward_triton, low_rank_backward
+from .chunks import flat
+from .linear_backward import a_grad, as_float, linear_backward_triton, low_rank_backward
 from .linear_lowrank import check, check_factors, linear_lowrank, linear_lowrank_aten, linear_lowrank_triton
 from .norm_aten import norm_aten, norm_backward_aten
 

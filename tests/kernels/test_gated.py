@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
-SHAPES = [(5, 7), (3, 11, 70), (1, 513), (0, 8), (2, 0, 3), (4, 1), (150, 1100)]  # and F of them
+SHAPES = [(5, 7), (3, 11, 70), (1, 513), (0, 8), (2, 0, 3), (4, 1), (3, 0), (2, 3, 0), (150, 1100)]  # and F of them
 
 
 def operands(shape, dtype):
@@ -133,6 +133,7 @@ def test_compiles_as_one_graph(backend, device):
     (torch.ones(2, 4), "swish", "unknown activation 'swish': choose one of gelu"),
     (torch.ones(2, 5), "silu", "gate and up side by side"),
     (torch.tensor(1.0), "silu", "gate and up side by side"),
+    (torch.ones(2, 4).int(), "silu", "must be floating"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(h, activation, message):
     with pytest.raises(ValueError, match=message):

@@ -324,6 +324,7 @@ WRONG = {
     "no lead": ({"lead": 0}, ValueError, "with a lead of 0 do not"),
     "rows of A": ({"lora_a": torch.ones(7, 40)}, ValueError, r"lora_a must be \[6, 40\]"),
     "rows of B": ({"lora_b": torch.ones(23, 6)}, ValueError, r"lora_b must be \[24, r\]"),
+    "rank 0": ({"lora_a": torch.ones(0, 40), "lora_b": torch.ones(24, 0)}, ValueError, "r at least 1"),
     "A without B": ({"lora_b": None}, ValueError, "go together"),
     "scale of a float weight": ({"weight_scale": torch.ones(24)}, ValueError, "weight_scale goes with an int8 weight"),
     "int8 without a scale": ({"weight": torch.ones(24, 40, dtype=torch.int8)}, ValueError, "weight_scale missing"),

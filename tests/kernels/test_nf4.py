@@ -119,6 +119,9 @@ def test_the_backward_is_in_the_dtype_of_its_forward(device):
         ({"shape": (48, 81)}, ValueError, "3840 weights, which is not 48 x 81"),
         ({"lora_b": torch.ones(48, 2)}, ValueError, "either s or lora_a"),
         ({"s": torch.ones(1, 2)}, ValueError, "either s or lora_a"),
+        ({"absmax": torch.ones(59)}, ValueError, "64 of 3840 weights each, not 59"),
+        ({"lora_a": torch.ones(2, 79), "lora_b": torch.ones(48, 2)}, ValueError, r"lora_a must be \[2, 80\]"),
+        ({"dropout": 1.5}, ValueError, "below 1, not 1.5"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, message):

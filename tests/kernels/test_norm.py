@@ -83,9 +83,24 @@ def test_autocast_keeps_half_and_computes_in_fp32(norm, device):
 
 
 @both
-def test_zero_rows_and_no_gradient(norm, device):
-    tensors, _ = operands(torch.float32, norm, rows=0)
-    y, *gradients = results(on(device, norm), tensors, torch.zeros(0, 12))
-    assert y.shape == (0, 12) and [t.shape for t in gradients] == [t.shape for t in tensors]
+@pytest.mark.parametrize("rows, width", [(0, 12), (3, 0)])
+def test_zero_rows_and_no_gradient(rows, width, norm, device):
+    tensors, dy = operands(torch.float32, norm, rows=rows, width=width)
+    y, *gradients = results(on(device, norm), tensors, dy)
+    assert y.shape == (rows, width) and [t.shape for t in gradients] == [t.shape for t in tensors]
     with torch.no_grad():
         assert not on(device, norm)(*tensors).requires_grad
+
+
+@pytest.mark.parametrize("x, vectors, error, message", [
+    (torch.ones(3, 4), [torch.ones(5)], ValueError, r"weight must be \[4\] like the rows of x, not \[5\]"),
+    (torch.ones(3, 4), [torch.ones(1)], ValueError, r"weight must be \[4\]"),
+    (torch.ones(3, 4), [torch.ones(3, 4)], ValueError, r"weight must be \[4\]"),
+    (torch.tensor(1.0), [torch.tensor(1.0)], ValueError, r"weight must be \[\]"),
+    (torch.ones(3, 4).int(), [torch.ones(4)], TypeError, "x must be floating, not torch.int32"),
+    (torch.ones(3, 4), [torch.ones(4), torch.ones(3)], ValueError, r"bias must be \[4\]"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(x, vectors, error, message):
+    for norm in PLAIN if len(vectors) == 1 else (layer_norm,):
+        with pytest.raises(error, match=message):
+            norm(x, *vectors, *([None] if norm is layer_norm and len(vectors) == 1 else []))

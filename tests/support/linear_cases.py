@@ -42,6 +42,8 @@ CASES = {
     "no rows": Case(lead=(0, 5)),
     "no rows of q, k, v": Case(lead=(0,), groups=3),
     "no rows of wide q": Case(lead=(0,), n=32, groups=3, wide=2),
+    "no inputs": Case(lead=(2, 3), k=0, groups=3),
+    "no outputs": Case(lead=(2, 3), n=0, groups=3, r=24),
     "no adapter": Case(r=None),
     "strided": Case(strided=True),
     "dropout": Case(lead=(3, 30), k=72, n=96, groups=3, dropout=DROPOUT),
@@ -66,13 +68,13 @@ def operands(case: Case, dtype: torch.dtype, seed: int = 0) -> dict:
 
     x = draw(*case.lead, case.k * (1 + case.strided), mean=0.5).to(dtype)
     x = x[..., :: 1 + case.strided].requires_grad_()
-    weight, scale = draw(case.n, case.k, std=case.k**-0.5).to(dtype), None
+    weight, scale = draw(case.n, case.k, std=max(1, case.k) ** -0.5).to(dtype), None
     if case.weight != "float":
         scale = weight.float().abs().amax(1) / 127
         weight = (weight.float() / scale[:, None]).round().to(torch.int8)
     a = b = None
     if case.r is not None:
-        a = draw(case.groups * case.r, case.k, mean=0.1, std=case.k**-0.5).to(wide).requires_grad_()
+        a = draw(case.groups * case.r, case.k, mean=0.1, std=max(1, case.k) ** -0.5).to(wide).requires_grad_()
         b = draw(case.n, case.r, mean=0.1).to(wide).requires_grad_()
     return {
         "x": x,
