@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from u2a_fast.data.labels import label_feature
-from u2a_fast.label_checks import refuse_alike, refuse_unmeasurable, warn_of_classes
+from u2a_fast.label_checks import refuse_alike, refuse_labels, refuse_unmeasurable, warn_of_classes
 
 TASKS = {"classes": "single_label_classification", "marks": "multi_label_classification", "numbers": "regression"}
 FEATURES = {
@@ -51,3 +51,29 @@ def test_classes_that_the_train_split_lacks_are_named(caplog):
     caplog.clear()
     warn_of_classes("t.csv", {"train": split("many", [2, 1, 0]), "test": split("many", [3])})
     assert "no two rows of the train split have the same label, 'c' for one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "message"),
+    [
+        (datasets.Value("string"), ["a", "b"], "are string: make classes a ClassLabel column"),
+        (datasets.Value("int64"), [0, 1], "are int64"),
+        (datasets.Value("bool"), [True, False], "are bool"),
+        (datasets.List(datasets.ClassLabel(names=["a", "b"])), [[0], [1]], "are lists of class numbers"),
+        (datasets.List(datasets.Value("int64")), [[0, 1], [1, 0]], "are lists of int64"),
+        (datasets.ClassLabel(names=["a", "b"]), [0, -1], "has no label in row 2"),
+        (datasets.ClassLabel(names=["a", "b"]), [None, 1], "has no label in row 1"),
+        (datasets.Value("float64"), [-1.0, None], "has no label in row 2"),
+        (datasets.List(datasets.Value("float32")), [[0.0, None]], "has no label in row 1"),
+    ],
+)
+def test_labels_that_do_not_say_what_they_mean_are_refused(feature, labels, message):
+    part = datasets.Dataset.from_dict({"label": labels}, datasets.Features({"label": feature}))
+    with pytest.raises(ValueError, match=rf"the test split of my data has .*{message}|split of my data {message}"):
+        refuse_labels("my data", {"test": part})
+
+
+@pytest.mark.parametrize("kind", list(FEATURES))
+def test_labels_as_tables_have_them_are_taken(kind):
+    labels = [[0.0, 1.0]] * 2 if kind == "marks" else [-1.5, -1.0] if kind == "numbers" else [0, 1]
+    refuse_labels("my data", {"train": split(kind, labels)})

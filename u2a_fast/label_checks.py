@@ -17,6 +17,23 @@ from .metrics import measures, score
 logger = logging.getLogger(__name__)
 
 
+def refuse_labels(data: str, splits: Mapping[str, Any]) -> None:
+    """ValueError where a label column does not say what its labels mean, or a row has none."""
+    for name, part in splits.items():
+        feature = part.features["label"]
+        one = getattr(feature, "feature", feature)  # of a list
+        classes, several, dtype = hasattr(one, "names"), one is not feature, str(getattr(one, "dtype", "records"))
+        if several if classes else not dtype.startswith("float"):
+            kind = ("lists of " if several else "") + ("class numbers" if classes else dtype)
+            raise ValueError(
+                f"the {name} split of {data} has labels that are {kind}: make classes a "
+                "ClassLabel column and what was measured floats; load_table reads lists of names"
+            )
+        for row, label in enumerate(part["label"] if hasattr(part, "__len__") else ()):
+            if label is None or (classes and label < 0) or (isinstance(label, list) and None in label):
+                raise ValueError(f"the {name} split of {data} has no label in row {row + 1}: leave the row out")
+
+
 def refuse_alike(data: str, train: Any) -> None:
     """ValueError where all rows to train on have one label. Of a stream only the names of its classes are known."""
     feature = train.features["label"]

@@ -20,7 +20,7 @@ from .data.labels import label_names, task_of
 from .data.presence import warn_of_cuts
 from .evaluation import evaluate
 from .kernels.targets import has_bfloat16
-from .label_checks import refuse_alike, refuse_unmeasurable, warn_of_classes
+from .label_checks import refuse_alike, refuse_labels, refuse_unmeasurable, warn_of_classes
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
 from .methods.base import MultimodalModel
@@ -194,6 +194,7 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
             )
     train = splits["train"]
     feature = train.features["label"]
+    refuse_labels(options.data, splits)
     refuse_alike(options.data, train)
     if options.metric_for_best:
         problem_type = PROBLEM_TYPES[str(task_of(feature))]

@@ -100,6 +100,13 @@ def test_what_does_not_fit_is_named_with_its_row(labels, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_that_fp32_cannot_tell_apart_are_refused():
+    with pytest.raises(ValueError, match=r"differ too little for their size, 1600000000\.5 \(t\.csv, row 1\) for one"):
+        settled([1600000000.5, 1600000010.5, 1600000100.5])
+    assert settled([1.6e9 + 0.5, 1.7e9])[0] is None and settled([2.5, 2.5])[0] is None
+    assert settled([1600000000.5, 1600000010.5], task="classification")[0] == ["1600000000.5", "1600000010.5"]
+
+
 def test_names_that_differ_in_case_are_kept_apart_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         assert settled(["Dog", "dog"])[0] == ["Dog", "dog"]

@@ -19,6 +19,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf|in
 COMMA = re.compile(r"[+\-\N{MINUS SIGN}]?(\d+[.,]?\d*|[.,]\d+)", re.ASCII)
 THOUSANDS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2},\d{3}", re.ASCII)
 TRUTH = {"false": "0", "true": "1"}
+FP32_STEP = 2.0**-24  # what rounding loses of a number, at most
 LONGEST_NUMBER = 100  # characters; a longer label is a name
 
 Row = dict[str, Any]
@@ -168,6 +169,7 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
             raise ValueError(f"{counted} ({unfit[0]['place']}); fill them in or leave the rows out")
         for row, number in zip(rows, numbers, strict=True):
             row["label"] = _finite(number, row["place"])
+        _refuse_too_close([row["label"] for row in rows], rows[0]["place"])
         return None
     if numbers is not None and any(number.is_nan() for number in numbers):
         numbers = None  # a class of that name: it has no place among numbers
@@ -231,6 +233,16 @@ def _finite(number: Any, place: str) -> float:
     if not abs(value) < float("inf"):
         raise ValueError(f"{place} has the label {number}, which is no number to train on: fill it in or leave it out")
     return value
+
+
+def _refuse_too_close(values: Sequence[float], place: str) -> None:
+    """ValueError where fp32, in which models are trained, keeps less than two digits of what differs."""
+    spread = max(values) - min(values)
+    if max(map(abs, values)) * FP32_STEP > spread / 100 > 0:
+        raise ValueError(
+            f"the labels differ too little for their size, {values[0]:.15g} ({place}) for one, to be told apart in 32 "
+            "bits: subtract their mean, or measure from another origin"
+        )
 
 
 def _warn_of_case(names: Sequence[str]) -> None:
