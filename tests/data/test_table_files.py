@@ -82,11 +82,6 @@ def test_hidden_files_are_no_tables(tmp_path):
     assert [path.name for path in find_tables(tmp_path)["all"]] == ["items.csv"]
 
 
-def test_a_file_called_test_is_the_split_of_that_name(tmp_path):
-    assert list(load_table(write(tmp_path, "Test.csv"))) == ["test"]
-    assert list(load_table(write(tmp_path, "train.csv"))) == ["train", "validation", "test"]
-
-
 def test_class_names_of_the_hub_are_kept(tmp_path):
     import datasets
 
