@@ -170,6 +170,8 @@ class LoraLinear(nn.Module):
     @property
     def lora_before_dropout(self) -> torch.Tensor | None:
         """`lora_a` for the pass that normalises and projects at once; None without an adapter or with dropout."""
+        if self.is_watched:
+            return None
         return None if self.training and self.dropout > 0 else self.factors()[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -192,14 +194,24 @@ class LoraLinear(nn.Module):
         )
 
     @property
+    def is_watched(self) -> bool:
+        """Whether somebody has hooked it or parametrised it: then it is called as a module, with its own input."""
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        return bool(self._modules) or any(hooks)
+
+    @property
     def is_splittable(self) -> bool:
         """Whether `split_after_norm` can take it apart: 4-bit weights only where no block of them spans q and k."""
+        if self.is_watched:
+            return False
         if self.dropout > 0 and self.training:
             return False
         return self.storage != "nf4" or self.widths[0] * self.in_features % NF4_BLOCK == 0
 
     def operands(self) -> kernels.Linear | None:
         """What `kernels.transformer_block` takes of it; None where dropout draws a mask or the weight is 4-bit."""
+        if self.is_watched:
+            return None
         own = self._parameters  # attributes of a module are slow to read, and a block reads twenty
         weight = own["weight"]
         if weight.dtype == torch.uint8 or weight.requires_grad or (self.dropout > 0 and self.training):
@@ -225,7 +237,7 @@ class LoraLinear(nn.Module):
         """
         dropped = self.has_adapter and self.training and self.dropout > 0
         joined = any(rows is not None for rows in learned.values())
-        if not (dropped or joined or self.storage == "nf4"):
+        if not (dropped or joined or self.storage == "nf4" or self.is_watched):
             return kernels.norm_linear(
                 x,
                 *norm[:3],
@@ -247,7 +259,7 @@ class LoraLinear(nn.Module):
             eps=norm.eps,
             rms=norm.rms,
             lora_a=self.lora_before_dropout,
-            quantize=self.quantize_input and not dropped,  # dropout needs the input itself
+            quantize=self.quantize_input and not (dropped or self.is_watched),  # these need the input itself
         )
         return self.forward_projected(h, s), rows
 

@@ -33,8 +33,9 @@ class RMSNorm(nn.Module):
     @property
     def scale(self) -> torch.Tensor:
         """`factor * (offset + weight)` `[D]`; in fp32 at least where it is not the weight, which it would round."""
-        weight = self._parameters["weight"]
-        assert weight is not None
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = self.weight  # parametrised
         if not self.offset and self.factor == 1:
             return weight
         scale = self.offset + weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -56,6 +57,8 @@ def operands(norm: BlockNorm | None) -> kernels.Norm:
         return kernels.Norm()
     if isinstance(norm, RMSNorm):
         return kernels.Norm(norm.scale, None, norm.eps, rms=True)
+    if norm._modules:  # parametrised
+        return kernels.Norm(norm.weight, norm.bias, norm.eps)
     own = norm._parameters  # attributes of a module are slow to read
     return kernels.Norm(own["weight"], own["bias"], norm.eps)
 
