@@ -9,11 +9,15 @@ norm_linear, attention_rows and linear_lowrank would keep one by one; nothing is
 
 from __future__ import annotations
 
+from operator import mul
+
 import torch
 from torch import Tensor
 
 from . import attention_half, backend, mlp_half, steps_aten, steps_triton
 from .attention_half import KEPT, Attention, Turn
+from .attention_varlen import Ends
+from .mlp_half import BETWEEN
 from .operands import Half
 
 TRAINED = 8  # entries of `Half.trained`
@@ -22,7 +26,8 @@ TRAINED = 8  # entries of `Half.trained`
 class _TransformerBlock(torch.autograd.Function):
     """`leaves` are those of `Half.trained` that `needs` marks: an argument costs time whether or not it is one.
 
-    Parameters are kept with `ctx.operands`; saving the leaves as well makes autograd notice a change of them.
+    Parameters are kept with `ctx.operands`; saving the leaves as well makes autograd notice a change of them. What is
+    frozen is not saved, or offloading would move it: its versions tell.
     """
 
     @staticmethod
@@ -31,7 +36,7 @@ class _TransformerBlock(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[2])
         z, kept, ctx.graph = attention_half.forward(rows, attention, see, turn, dtype, steps, True)
         y, kept_by_mlp = mlp_half.forward(z, mlp, activation, dtype, steps)
-        ctx.steps = steps
+        ctx.steps, ctx.versions = steps, _versions(attention, mlp)
         ctx.save_for_backward(*kept, *kept_by_mlp, *leaves)
         return y.view(x.shape)
 
@@ -40,6 +45,10 @@ class _TransformerBlock(torch.autograd.Function):
     def backward(ctx, dy):
         kept, steps, (attention, mlp, see, activation, turn, needs) = ctx.saved_tensors, ctx.steps, ctx.operands
         of_attention, of_mlp = (ctx.needs_input_grad[3], *needs[:TRAINED]), needs[TRAINED:]
+        if ctx.versions != _versions(attention, mlp):
+            raise RuntimeError(
+                "a frozen weight was modified in place between forward and backward: run the forward anew"
+            )
         below, dx = True in of_attention, None
         kept, kept_by_mlp = kept[:KEPT], kept[KEPT : KEPT + mlp_half.KEPT]
         rows = dy.reshape(-1, dy.shape[2])
@@ -49,6 +58,27 @@ class _TransformerBlock(torch.autograd.Function):
             grads = [*others, *grads]
         leaves = [g for g, need in zip(grads, needs[-len(grads) :], strict=True) if need]
         return *[None] * 3, None if dx is None else dx.view(dy.shape), *leaves
+
+
+def _versions(*halves: Half) -> list[int]:
+    """How often each frozen operand has been written to; a graph sees to it itself, inference tensors do not count."""
+    if torch.compiler.is_compiling():
+        return []
+    each = (t for half in halves for t in (*half.frozen, *half.trained))
+    return [t._version for t in each if t is not None and not t.requires_grad and not t.is_inference()]
+
+
+def _check(x: Tensor, see: Attention, activation: str) -> None:
+    if activation not in BETWEEN:
+        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(BETWEEN)}")
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [B, T, D], not {x.dtype} {list(x.shape)}")
+    if isinstance(see.groups, Ends) or torch.compiler.is_compiling():
+        return
+    flat, rows = see.groups, x.shape[0] * x.shape[1]
+    of_q, of_k = (sum(map(mul, flat[::3], flat[i::3])) for i in (1, 2))
+    if of_q != rows or of_k != rows:
+        raise ValueError(f"groups {flat} (samples, rows, rows, and so on) do not add up to the {rows} rows of x")
 
 
 def transformer_block(
@@ -69,6 +99,9 @@ def transformer_block(
 
     Gradients reach x and `Half.trained`; the weights are frozen.
 
+    Raises:
+        ValueError: an x of other dimensions, groups that do not add up to its rows, or an unknown activation.
+
     >>> from u2a_fast.kernels import Linear, Norm
     >>> eye, none = torch.eye(2), torch.zeros(2, 2)
     >>> attention = Half(Norm(), Linear(torch.cat([none, none, eye])), Linear(eye))
@@ -78,6 +111,7 @@ def transformer_block(
     tensor([[[3., 5.],
              [5., 7.]]])
     """
+    _check(x, see, activation)
     dtype, trained = backend.compute_dtype(x), (*attention.trained, *mlp.trained)
     others = () if x.is_cpu else (*attention.frozen, *mlp.frozen, *trained)  # ATen refuses what lies elsewhere itself
     steps = steps_triton if backend.resolve(x, *others) == "triton" else steps_aten

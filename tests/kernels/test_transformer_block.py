@@ -153,6 +153,29 @@ def test_nothing_is_kept_for_a_frozen_mlp_but_its_input_and_the_activations(gate
     assert kept <= 8 * numbers
 
 
+@pytest.mark.parametrize("half, part, field", [
+    (0, "norm", "bias"), (0, "first", "weight"), (0, "second", "lora_a"), (1, "first", "lora_b"), (1, "norm", "weight"),
+])  # fmt: skip
+def test_a_frozen_operand_may_not_change_before_backward(half, part, field):
+    halves_ = halves()
+    changed = getattr(getattr(halves_[half], part), field).requires_grad_(False)
+    y = transformer_block(leaf(BATCH, ROWS, WIDTH), *halves_, see(), "gelu")
+    changed.add_(0)
+    with pytest.raises(RuntimeError, match="modified in place between forward and backward"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("x, see, activation, message", [
+    (torch.ones(ROWS, WIDTH), see(), "gelu", r"x must be floating point \[B, T, D\]"),
+    (torch.ones(BATCH, ROWS, WIDTH).int(), see(), "gelu", "not torch.int32"),
+    (torch.ones(BATCH, ROWS + 1, WIDTH), see(), "gelu", r"groups \(2, 5, 5\) .* do not add up to the 12 rows"),
+    (torch.ones(BATCH, ROWS, WIDTH), see(), "swish", "unknown activation 'swish': choose one of gelu"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(x, see, activation, message):
+    with pytest.raises(ValueError, match=message):
+        transformer_block(x, *halves(), see, activation)
+
+
 def test_without_gradients_nothing_is_recorded(device):
     x, attention, mlp = moved((leaf(BATCH, ROWS, WIDTH), *halves()), device)
     with torch.no_grad():
