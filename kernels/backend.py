@@ -134,10 +134,15 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def under_autocast(device: str) -> bool:
+    """Whether autocast is on for tensors of this type of device; the meta device knows none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """What is computed in from x: the autocast dtype where autocast is on (float64 stays float64), else that of x."""
     device = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if under_autocast(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -153,12 +158,20 @@ def cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def outside_autocast(function: Callable) -> Callable:
-    """The backward of a Function, with autocast off: its dtypes are those of the forward, wherever it is called."""
+    """The backward of a Function, with autocast off: its dtypes are those of the forward, wherever it is called.
+
+    It is differentiated once: what was kept of the forward carries no graph, so second derivatives would be wrong.
+    """
 
     @functools.wraps(function)
     def run(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "u2a_fast.kernels have no second derivatives: leave create_graph=True out, or call "
+                'set_backend("reference") before the forward'
+            )
         given = grads[0] if grads[0] is not None else next((g for g in grads if g is not None), None)
-        if given is None or not torch.is_autocast_enabled(given.device.type):
+        if given is None or not under_autocast(given.device.type):
             return function(ctx, *grads)
         with torch.autocast(given.device.type, enabled=False):
             return function(ctx, *grads)

@@ -289,7 +289,7 @@ def substitute(
     >>> substitute(c, p, torch.tensor([[True, False]]))[0], substitute(c, p, torch.tensor([[True, True]]))[1]
     (tensor([[4.]]), tensor(5.))
     """
-    if torch.is_autocast_enabled(class_tokens.device.type):  # one may come from a linear, the other from a norm
+    if backend.under_autocast(class_tokens.device.type):  # one may come from a linear, the other from a norm
         dtype = torch.promote_types(class_tokens.dtype, proxies.dtype)
         class_tokens, proxies = class_tokens.to(dtype), proxies.to(dtype)
     _check(class_tokens, proxies, present)

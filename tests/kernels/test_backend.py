@@ -98,6 +98,28 @@ def test_the_autocast_dtype_wins_except_over_float64(dtype):
     assert backend.in_autocast_dtype(torch.ones(1)).dtype == torch.float32
 
 
+def test_second_derivatives_are_refused_but_by_the_reference():
+    x, a, b = (torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    for implementation in ("torch", "reference"):
+        backend.set_backend(implementation)
+        y = kernels.rms_norm(kernels.lora_linear(x, torch.eye(4, dtype=torch.float64), None, a, b, 1.0), a[0])
+        if implementation == "torch":
+            with pytest.raises(RuntimeError, match="no second derivatives: leave create_graph=True out"):
+                torch.autograd.grad(y.sum(), x, create_graph=True)
+        else:
+            (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            assert torch.autograd.grad(grad.square().sum(), (x, a, b))[2].any()
+
+
+def test_shapes_are_known_on_the_meta_device():
+    x, weight, a, b = (
+        torch.ones(shape, device="meta", requires_grad=True) for shape in ((2, 3), (4, 3), (1, 3), (4, 1))
+    )
+    y, rows = kernels.norm_linear(x[None], a[0], None, 1e-5, weight.detach(), None, a, b, 1.0)
+    y.sum().backward()
+    assert (y.shape, rows.shape, x.grad.shape, y.device.type) == ((1, 2, 4), (1, 2, 3), (2, 3), "meta")
+
+
 def test_an_empty_grid_launches_nothing():
     backend.launch(None, (0, 3), X=torch.ones(1))
 
