@@ -26,8 +26,8 @@ TRAINED = 8  # entries of `Half.trained`
 class _TransformerBlock(torch.autograd.Function):
     """`leaves` are those of `Half.trained` that `needs` marks: an argument costs time whether or not it is one.
 
-    Parameters are kept with `ctx.operands`; saving the leaves as well makes autograd notice a change of them. What is
-    frozen is not saved, or offloading would move it: its versions tell.
+    Parameters are kept with `ctx.operands`; saving the leaves as well makes autograd notice a change of them. The
+    frozen weights are not saved, or offloading would move them: their versions tell.
     """
 
     @staticmethod
@@ -60,12 +60,12 @@ class _TransformerBlock(torch.autograd.Function):
         return *[None] * 3, None if dx is None else dx.view(dy.shape), *leaves
 
 
-def _versions(*halves: Half) -> list[int]:
-    """How often each frozen operand has been written to; a graph sees to it itself, inference tensors do not count."""
+def _versions(attention: Half, mlp: Half) -> list[int]:
+    """How often each weight has been written to; a graph sees to it itself, inference tensors do not count."""
     if torch.compiler.is_compiling():
         return []
-    each = (t for half in halves for t in (*half.frozen, *half.trained))
-    return [t._version for t in each if t is not None and not t.requires_grad and not t.is_inference()]
+    weights = attention.first[0], attention.second[0], mlp.first[0], mlp.second[0]
+    return [weight._version for weight in weights if not weight.is_inference()]
 
 
 def _check(x: Tensor, see: Attention, activation: str) -> None:
