@@ -107,8 +107,8 @@ class Op:
         name = schema.split("(")[0]
         self.aten, self.triton = aten, triton or aten
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, self.run, device)
+        for device in ("CPU", "CUDA"):  # an exported program may be called with gradients on
+            _library.impl(name, torch.no_grad()(self.run), device)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         self.registered = getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -51,6 +51,8 @@ def test_a_program_of_static_shapes_takes_any_batch(families, device):
             )
             expected = on(device, model)(**inputs, modality_mask=present).logits
             parity.assert_close(program(inputs, present), expected, 1e-9, f"{count} samples")
+        with torch.enable_grad():  # as who forgets no_grad calls it
+            parity.assert_close(program(inputs, present), expected, 1e-9, "with gradients on")
         nobody = {name: {key: value[:0] for key, value in values.items()} for name, values in given[0].items()}
         assert program(nobody, given[1][:0]).shape == (0, 5)
 
