@@ -41,8 +41,8 @@ def score(problem_type: str, logits: Tensor, labels: Tensor) -> Scores:
         logits: `[n, C]`.
         labels: `[n]` classes, or `[n, C]` marks or numbers (`[n]` where C is 1).
 
-    >>> score("regression", torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 2.0]))
-    {'mae': 0.5, 'rmse': 0.7071067811865475, 'r2': -1.0, 'majority': 0.0}
+    >>> score("regression", torch.tensor([[1.0], [3.0]]), torch.tensor([0.0, 2.0]))
+    {'mae': 1.0, 'rmse': 1.0, 'r2': 0.0, 'majority': 0.0}
     """
     logits = logits.double()  # squares of labels far from 0 (years, seconds since 1970) have no digits left in fp32
     measure = {
