@@ -142,7 +142,7 @@ def scenario_logits(
     logits: dict[str, list[torch.Tensor]] = {name: [] for name in scenarios}
     count = len(dataset) if hasattr(dataset, "__len__") else None
     tables = {name: scenario_rows(name, count, modalities, seed) for name in scenarios}
-    classes, known = class_order(dataset, model), _names(model)
+    classes, known = class_order(dataset, model), _classes(model)
     named = classes is not None
     total = None if count is None else math.ceil(count / batch_size)
     model.eval()
@@ -173,47 +173,55 @@ def scenario_logits(
 
 def class_order(dataset: Any, model: MultimodalModel) -> torch.Tensor | None:
     """`[classes of the data set]`: the model's number for each of them; None where one side has no names."""
-    features, known = getattr(dataset, "features", None) or {}, _names(model)
+    features, known = getattr(dataset, "features", None) or {}, _classes(model)
     names = next((label_names(features[name]) for name in LABELS if name in features), None)
-    return None if names is None or known is None else torch.tensor([_number(name, known) for name in names])
+    return None if names is None or known is None else torch.tensor([known.number(name) for name in names])
 
 
-def _names(model: MultimodalModel) -> list[str] | None:
-    """The model's class names in their order; None where nobody gave it any."""
+class _Classes:
+    """The classes of a model, and the number of each however it is spelled."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+        self.numbers = {meaning(name): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+
+    def number(self, name: str) -> int:
+        found = self.numbers.get(name, self.numbers.get(meaning(name)))
+        if found is None:
+            raise ValueError(f"this model has no class {name!r}: its classes are {', '.join(self.names)}")
+        return found
+
+
+def _classes(model: MultimodalModel) -> _Classes | None:
+    """None where nobody gave the model names."""
     known = model.config.id2label
-    return None if known == {i: f"LABEL_{i}" for i in range(len(known))} else [known[i] for i in sorted(known)]
+    if known == {i: f"LABEL_{i}" for i in range(len(known))}:
+        return None
+    return _Classes([known[i] for i in sorted(known)])
 
 
-def _number(name: str, known: Sequence[str]) -> int:
-    """The number of a class among the known ones, however it is spelled."""
-    numbers = {meaning(other): i for i, other in enumerate(known)} | {other: i for i, other in enumerate(known)}
-    found = numbers.get(name, numbers.get(meaning(name)))
-    if found is None:
-        raise ValueError(f"this model has no class {name!r}: its classes are {', '.join(known)}")
-    return found
-
-
-def _numbered(sample: Mapping[str, Any], known: Sequence[str] | None) -> Mapping[str, Any]:
+def _numbered(sample: Mapping[str, Any], known: _Classes | None) -> Mapping[str, Any]:
     """A sample with the model's number of its class in place of a name, and with marks in place of several names."""
     column = next((name for name in LABELS if sample.get(name) is not None), None)
     if column is None or known is None:
         return sample
     label = sample[column]
     if isinstance(label, str) and not is_absent(label):
-        return {**sample, column: _number(label, known)}
+        return {**sample, column: known.number(label)}
     if isinstance(label, list | tuple) and label and all(isinstance(part, str) for part in label):
-        marked = {_number(part, known) for part in label}
-        return {**sample, column: [float(i in marked) for i in range(len(known))]}
+        marked = {known.number(part) for part in label}
+        return {**sample, column: [float(i in marked) for i in range(len(known.names))]}
     return sample
 
 
-def _warn_of_positions(known: Sequence[str] | None) -> None:
+def _warn_of_positions(known: _Classes | None) -> None:
     """Of labels that are numbers without names, for a model whose names are other numbers."""
-    if known and all(name.isdecimal() for name in known) and list(known) != [str(i) for i in range(len(known))]:
+    names = known.names if known else ()
+    if names and all(name.isdecimal() for name in names) and list(names) != [str(i) for i in range(len(names))]:
         logger.warning(
             "labels that are numbers are taken for places among the classes, 0 for %r: pass names as strings, %r, or a "
             "ClassLabel column, where they are names",
-            *(known[0], known[0]),
+            *(names[0], names[0]),
         )
 
 

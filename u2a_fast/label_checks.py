@@ -18,8 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_labels(data: str, splits: Mapping[str, Any]) -> None:
-    """ValueError where a label column does not say what its labels mean, or a row has none."""
+    """ValueError where there is no label column, where it does not say what its labels mean, or a row has none."""
     for name, part in splits.items():
+        if "label" not in part.features:
+            found = ", ".join(part.features)
+            raise ValueError(
+                f"the {name} split of {data} needs a label column of class names, numbers or lists of names; "
+                f"it has {found}"
+            )
         feature = part.features["label"]
         one = getattr(feature, "feature", feature)  # of a list
         classes, several, dtype = hasattr(one, "names"), one is not feature, str(getattr(one, "dtype", "records"))

@@ -185,16 +185,9 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
     for name in needed:
         if hasattr(splits[name], "__len__") and not len(splits[name]):
             raise ValueError(f"the {name} split of {options.data} has no rows: add some, or split the rows otherwise")
-    for name, part in splits.items():
-        if "label" not in part.features:
-            found = ", ".join(part.features)
-            raise ValueError(
-                f"the {name} split of {options.data} needs a label column of class names, numbers or lists of names; "
-                f"it has {found}"
-            )
+    refuse_labels(options.data, splits)
     train = splits["train"]
     feature = train.features["label"]
-    refuse_labels(options.data, splits)
     refuse_alike(options.data, train)
     if options.metric_for_best:
         problem_type = PROBLEM_TYPES[str(task_of(feature))]

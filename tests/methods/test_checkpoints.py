@@ -150,6 +150,17 @@ def test_other_options_than_the_models_own_are_refused_before_anything_is_loaded
         U2A.from_pretrained(tmp_path / "nowhere", **option)
 
 
+def test_a_constructor_that_hands_its_arguments_on_takes_those_of_its_base(folders, tmp_path):
+    class Mine(U2A):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    make_model(folders).save_pretrained(tmp_path / "saved")
+    assert Mine.from_pretrained(tmp_path / "saved", align_weight=0.5).align_weight == 0.5
+    with pytest.raises(ValueError, match=r"lr is not supported: pass any of .*quantization"):
+        Mine.from_pretrained(tmp_path / "saved", lr=1)
+
+
 def test_what_the_constructor_takes_can_be_changed_while_loading(folders, tmp_path):
     make_model(folders).save_pretrained(tmp_path / "saved")
     own = tiny_data.tokenizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,18 @@ def check_count(name: str, value: Any, least: int, most: int = 2**16) -> None:
     if not least <= int(value) <= most:
         bound = f"least {least}" if int(value) < least else f"most {most}"
         raise ValueError(f"{name} must be at {bound}, not {value}")
+
+
+def constructor_arguments(model_class: type) -> list[str]:
+    """Names of what a model's constructor takes beside its encoders, what it hands on as `**kwargs` included."""
+    names: dict[str, None] = {}
+    for owner in model_class.__mro__:
+        if "__init__" in vars(owner):
+            given = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+            names |= {each.name: None for each in given if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+            if not any(each.kind == each.VAR_KEYWORD for each in given):
+                break
+    return [name for name in names if name != "encoders"]
 
 
 class Option:

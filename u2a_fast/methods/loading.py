@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from .. import encoders as encoders_module
 from ..encoders import Encoder, without_adapters
-from .config import MOST_CLASSES, check_count
+from .config import MOST_CLASSES, check_count, constructor_arguments
 from .saved import first_line, saved_folder
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ def as_encoder(
 
 def check_overrides(model_class: Any, overrides: Mapping[str, Any]) -> None:
     """ValueError where `from_pretrained` is asked for what is no argument of the model, before anything is loaded."""
-    known = [name for name in inspect.signature(model_class.__init__).parameters if name not in ("self", "encoders")]
+    known = constructor_arguments(model_class)
     unknown = next((name for name in overrides if name not in known), None)
     if unknown is not None:
         why = NOT_SUPPORTED.get(unknown, f"pass any of encoders, dtype, {', '.join(known)}")

@@ -5,7 +5,6 @@ JSON and safetensors alone are read, by names inside the folder, and checked bef
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.utils import cached_file
 
 from ..encoders.streaming import INDEX, checkpoint_files
-from .config import MOST_CLASSES, MultimodalConfig
+from .config import MOST_CLASSES, MultimodalConfig, constructor_arguments
 
 CONFIG = "config.json"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -69,7 +68,7 @@ def _checks(model_class: Any, config: Mapping[str, Any]) -> list[tuple[str, bool
         return [(f"its modalities are {names!r:.200}, no list of names", False)]
     if not isinstance(arguments, dict):
         return [(f"its arguments are {arguments!r:.200}, no dictionary", False)]
-    known = {*inspect.signature(model_class.__init__).parameters} - {"self", "encoders", "num_labels", "problem_type"}
+    known = {*constructor_arguments(model_class)} - {"num_labels", "problem_type"}
     strange = sorted(set(arguments) - known)
     labels, counted = config.get("id2label"), config.get("num_labels", 1)
     return [
