@@ -1,8 +1,13 @@
-"""What holds for every bench: one start, all cores or one, and smoke runs that test plumbing and time nothing."""
+"""What holds for every bench and all its arms: one start, all cores or one, memory kept as training keeps it.
+
+Smoke runs test plumbing and time nothing.
+"""
 
 import arms
 import pytest
 import torch
+
+from u2a_fast.allocator import keep_freed_memory
 
 
 @pytest.fixture(autouse=True)
@@ -12,7 +17,8 @@ def _same_start(request, monkeypatch):
     if "smoke" in request.node.name:
         torch.set_num_threads(1)  # tensors this small take longer on two
         monkeypatch.setattr(arms, "GEMM_ROWS", 16)
-    yield
+    with keep_freed_memory():
+        yield
     torch.set_num_threads(threads)
 
 

@@ -10,7 +10,7 @@ window of 64, a third to a quarter of the time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,7 +20,7 @@ from . import backend
 from .attention_mask import blind_rows, hidden_by_lengths, hidden_by_place
 
 MATMUL_KEYS = 768
-CHUNK_BYTES = 2**20  # probabilities of as many (sample, head) pairs at a time as a second-level cache holds
+CHUNK_BYTES = 2**20  # of probabilities at a time for each thread: what the second-level cache of its core holds
 BLOCK = 128  # queries that share their keys behind a window
 WORTH = 3  # times the keys of a block: shorter samples take less time in one piece
 
@@ -45,10 +45,18 @@ def _pairs(t: Tensor, sharing: int = 1) -> Tensor:
 
 def _chunks(q: Tensor, k: Tensor, biases: list[Tensor]):
     """Slices of the pairs, and what is added to the scores of each."""
-    pairs, size = q.shape[0], max(1, CHUNK_BYTES // max(1, q.shape[1] * k.shape[1] * q.element_size()))
+    pairs, size = q.shape[0], _chunk_size(q.shape[0], q.shape[1] * k.shape[1] * q.element_size())
     for i in range(0, pairs, size):
         chunk = slice(i, i + size)
         yield chunk, [_of_pairs(bias, chunk, pairs) for bias in biases]
+
+
+def _chunk_size(pairs: int, nbytes: int) -> int:
+    """How many pairs with so many bytes of probabilities each go at a time: chunks of one size, as many a thread."""
+    threads = torch.get_num_threads()
+    most = max(1, CHUNK_BYTES * threads // max(1, nbytes))
+    size = -(-pairs // max(1, -(-pairs // most)))
+    return max(1, -(-size // threads) * threads)
 
 
 def _of_pairs(bias: Tensor, chunk: slice, pairs: int) -> Tensor:
@@ -86,9 +94,14 @@ def _of_rows(bias: Tensor, pairs: int, rows: int) -> Tensor:
     return bias[:, None].expand(pairs, rows // bias.shape[1], -1, -1).flatten(1, 2)
 
 
-def _rows_first(pairs: Tensor, shape) -> Tensor:
-    """[B * H, S, Dh] -> [B, H, S, Dh] laid out as [B, S, H, Dh], as the next linear layer reads it."""
-    return pairs.view(shape).transpose(1, 2).contiguous().transpose(1, 2)
+def _rows_first(pairs: Tensor, shape, into: Tensor | None = None) -> Tensor:
+    """[B * H, S, Dh] -> [B, H, S, Dh]: `into` a view, or laid out by rows, as the next linear layer reads it."""
+    heads = pairs.view(shape)
+    return heads.transpose(1, 2).contiguous().transpose(1, 2) if into is None else into.copy_(heads)
+
+
+def _laid_out(grads: Sequence[Tensor | None], shapes, into) -> tuple[Tensor, ...]:
+    return tuple(_rows_first(*each) for each in zip(grads, shapes, into, strict=True) if each[0] is not None)
 
 
 def forward_matmul(q, k, v, *seen):
@@ -105,11 +118,14 @@ def forward_matmul(q, k, v, *seen):
     return _rows_first(out, shape)
 
 
-def backward_matmul(d_out, q, k, v, *seen, wants_out=False):
-    """dq, dk, dv, and the forward's result if wanted; the probabilities are computed again."""
+def backward_matmul(d_out, q, k, v, *seen, wants_out=False, into=(None, None, None, None)):
+    """dq, dk, dv, and the forward's result if wanted, written into views of their shapes where these are given.
+
+    The probabilities are computed again.
+    """
     lengths, suffix, causal, window, positions = seen
     if is_local(k.shape[2], lengths, suffix, window, positions):
-        return _backward_local(d_out, q, k, v, suffix, causal, window, wants_out)
+        return _backward_local(d_out, q, k, v, suffix, causal, window, wants_out, into)
     biases, blind = _biases(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen)
     shapes, scale = (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
     d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
@@ -129,8 +145,7 @@ def backward_matmul(d_out, q, k, v, *seen, wants_out=False):
         torch.baddbmm(none, ds.transpose(1, 2), q[s], beta=0, alpha=scale, out=dk[s])
     if wants_out and blind is not None:
         out.view(shapes[0]).masked_fill_(blind, 0)
-    results = zip((dq, dk, dv, out), (*shapes, shapes[0]), strict=True)
-    return tuple(_rows_first(t, shape) for t, shape in results if t is not None)
+    return _laid_out((dq, dk, dv, out), (*shapes, shapes[0]), into)
 
 
 # ------------------------------------------------------------------------------------------------------ behind a window
@@ -160,7 +175,7 @@ def _local_chunks(q: Tensor, k: Tensor, suffix: int, causal: bool, window: int):
     keys = k.shape[1]
     for rows, parts in _tiles(queries, keys, suffix, causal, window):
         bias = _bias_of(rows, parts, q, keys, keys - queries, suffix, causal, window)
-        size = max(1, CHUNK_BYTES // max(1, sharing * bias.numel() * q.element_size()))
+        size = _chunk_size(pairs, sharing * bias.numel() * q.element_size())
         for i in range(0, pairs, size):
             yield slice(i, i + size), rows, parts, [bias]
 
@@ -191,7 +206,7 @@ def _forward_local(q, k, v, suffix, causal, window):
     return _rows_first(out, shape)
 
 
-def _backward_local(d_out, q, k, v, suffix, causal, window, wants_out):
+def _backward_local(d_out, q, k, v, suffix, causal, window, wants_out, into):
     shapes, scale, sharing = (q.shape, k.shape, v.shape), q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
     q, d_out, k, v = _by_key(q, sharing), _by_key(d_out, sharing), _pairs(k), _pairs(v)
     dq, out = torch.empty_like(q), torch.empty_like(q) if wants_out else None
@@ -207,5 +222,4 @@ def _backward_local(d_out, q, k, v, suffix, causal, window, wants_out):
         ds = torch.ops.aten._softmax_backward_data(torch.bmm(d, values.transpose(1, 2)), p, -1, p.dtype)
         dq[s, :, rows] = torch.baddbmm(none, ds, keys, beta=0, alpha=scale).view(shape)
         _scatter(dk[s], parts, torch.baddbmm(none, ds.transpose(1, 2), own, beta=0, alpha=scale))
-    results = zip((dq, dk.to(k.dtype), dv.to(v.dtype), out), (*shapes, shapes[0]), strict=True)
-    return tuple(_rows_first(t, shape) for t, shape in results if t is not None)
+    return _laid_out((dq, dk.to(k.dtype), dv.to(v.dtype), out), (*shapes, shapes[0]), into)

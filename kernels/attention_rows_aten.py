@@ -125,28 +125,24 @@ def end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _with_unasked(d_kv: list[Tensor], groups: Sequence[Sequence[int]], kv: Tensor) -> list[Tensor]:
-    """The gradients of the groups that `parts_of` gives, with zeros in the place of keys that nobody asked."""
-    asked = iter(d_kv)
-    return [next(asked) if g[0] * g[1] > 0 else kv.new_zeros(g[0] * g[2], kv.shape[1]) for g in groups]
-
-
-def _attend_backward(d_out, q, out, lse, kv, positions, samples, heads, kv_heads, wants_out, *seen):
-    """d_q, d_kv (None where kv is) and out (None unless wanted) of samples of equal length."""
+def _attend_backward(d_out, q, out, lse, d_q, again, kv, positions, d_kv, samples, heads, kv_heads, *seen):
+    """Write d_q, d_kv (where kv is) and the result (where `again` is) of samples of equal length."""
     views = by_head(q, kv, samples, heads, kv_heads)
     seen = _seen(*views[:2], *seen, positions)
-    shape = samples, -1, heads, views[0].shape[3]
-    d_out = d_out.view(shape).transpose(1, 2)
+    width = views[0].shape[3]
+    d_out = d_out.view(samples, -1, heads, width).transpose(1, 2)
     if out is None:
-        dq, dk, dv, *again = backward_matmul(d_out, *views, *seen, wants_out=wants_out)
-        out = again[0].transpose(1, 2).reshape(q.shape[0], -1) if wants_out else None
-    else:
-        own_out, own_lse = out.view(shape).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
-        dq, dk, dv = _flash_backward(d_out, *views, own_out, own_lse, *seen)
-    dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)  # [samples, S, H, Dh]
+        again = None if again is None else again.view(samples, -1, heads, width).transpose(1, 2)
+        into = *by_head(d_q, d_kv, samples, heads, kv_heads), again
+        backward_matmul(d_out, *views, *seen, wants_out=again is not None, into=into)
+        return
+    own_out, own_lse = out.view(samples, -1, heads, width).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
+    grads = [grad.transpose(1, 2) for grad in _flash_backward(d_out, *views, own_out, own_lse, *seen)]
     if kv is None:
-        return torch.cat((dq, dk, dv), 2).view(q.shape), None, out
-    return dq.reshape(q.shape), torch.cat((dk, dv), 2).view(kv.shape), out
+        torch.cat(grads, 2, out=d_q.view(samples, -1, heads + 2 * kv_heads, width))
+    else:
+        d_q.view(samples, -1, heads, width).copy_(grads[0])
+        torch.cat(grads[1:], 2, out=d_kv.view(samples, -1, 2 * kv_heads, width))
 
 
 def backward_aten(
@@ -157,15 +153,14 @@ def backward_aten(
     if wants_out:
         a = cast(lora_a, d_s.dtype)
         d_out = d_s @ a if d_out is None else torch.addmm(d_out, d_s, a)
-    seen = heads, kv_heads, wants_out, lengths, suffix, causal, window
-    if len(groups) == 1 and min(groups[0]) > 0:
-        d_q, d_kv, out = _attend_backward(d_out, q, out, lse, kv, positions, groups[0][0], *seen)
-    else:
-        recomputed, of_rows = out is None, (d_out, q, out, lse)
-        each = [_attend_backward(*own, samples, *seen) for samples, *own in parts_of(groups, of_rows, (kv, positions))]
-        d_q = end_to_end([t[0] for t in each], *q.shape, q)
-        d_kv = None if kv is None else end_to_end(_with_unasked([t[1] for t in each], groups, kv), *kv.shape, kv)
-        out = end_to_end([t[2] for t in each], *d_out.shape, q) if recomputed and wants_out else out
+    asked = all(samples * queries > 0 for samples, queries, _ in groups)
+    made = q.new_empty if asked else q.new_zeros  # keys that nobody asks have gradients all the same
+    d_q, d_kv = made(q.shape), None if kv is None else made(kv.shape)
+    again = made(d_out.shape) if out is None and wants_out else None
+    seen = heads, kv_heads, lengths, suffix, causal, window
+    for samples, *own in parts_of(groups, (d_out, q, out, lse, d_q, again), (kv, positions, d_kv)):
+        _attend_backward(*own, samples, *seen)
+    out = again if out is None else out
     return d_q, d_kv, cast(d_s.t() @ out, lora_a.dtype) if wants_out else None
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .allocator import keep_freed_memory
 from .data import MissingPattern, MultimodalCollator
 from .data.collator import LABELS
 from .data.holes import leave
@@ -78,6 +79,7 @@ def _left(scenario: str, natural: torch.Tensor, table: torch.Tensor) -> torch.Te
     return leave(natural, table) if scenario.startswith("rate ") else natural & table
 
 
+@keep_freed_memory()
 def evaluate(
     model: MultimodalModel,
     dataset: Any,

@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
+from .allocator import keep_freed_memory
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, task_of
@@ -149,6 +150,7 @@ class LossBar(ProgressCallback):
             super().on_log(args, state, control, logs, **kwargs)
 
 
+@keep_freed_memory()
 def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalModel:
     """Train to the end, from a checkpoint where one is given; the model, saved."""
     state = TrainerState.load_from_json(str(Path(checkpoint) / STATE)) if checkpoint else None
