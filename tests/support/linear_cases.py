@@ -37,6 +37,7 @@ CASES = {
     "nothing of the adapter, q, k, v of rank 24": Case(n=96, r=24, groups=3, scaling=0.0),
     "rank 24, no bias": Case(k=64, n=48, r=24, bias=False),
     "rank 64": Case(k=64, n=48, r=64),
+    "nothing of the adapter, rank 40": Case(n=96, r=40, scaling=0.0),
     "several tiles and rank steps": Case(lead=(150,), k=200, n=540, r=70, groups=2),
     "sizes that divide nothing": Case(lead=(7, 5), k=37, n=51, groups=3),
     "no rows": Case(lead=(0, 5)),
