@@ -59,6 +59,15 @@ def test_the_tables_have_a_column_for_each_method_but_the_rival():
     assert "image only 0.455 ± 0.000, text only 0.705 ± 0.000" in text
 
 
+def test_one_seed_has_no_spread():
+    found = verdicts({"a": (150, 150, 150)}, {"image only": 90})
+    found.table = {
+        name: {scenario: (mean, np.nan) for scenario, (mean, _) in cells.items()} for name, cells in found.table.items()
+    }
+    text = markdown(found)
+    assert "| full | 0.755 | a |" in text and "image only 0.455." in text and "nan" not in text.split("Difference")[0]
+
+
 def test_a_method_alone_has_nothing_to_be_compared_with():
     assert markdown(verdicts({"late_fusion": (150, 150, 150)})).count("| scenario |") == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -160,7 +161,7 @@ def _cells(reports: Sequence[Sequence[Row]]) -> dict[str, Cell]:
     for rows in reports:
         for row in rows:
             scores.setdefault(row["scenario"], []).append(row[headline(row)])
-    return {name: (statistics.fmean(s), statistics.stdev(s) if len(s) > 1 else 0.0) for name, s in scores.items()}
+    return {name: (statistics.fmean(s), statistics.stdev(s) if len(s) > 1 else math.nan) for name, s in scores.items()}
 
 
 def _tallies(models: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, list[np.ndarray]]]:
@@ -180,9 +181,10 @@ def _write(table: Mapping[str, Mapping[str, Cell]], folder: Path, runs: Mapping[
         writer = csv.writer(file)
         writer.writerow(("method", "scenario", f"mean_{measure}", f"std_{measure}", "seeds"))
         for name, cells in table.items():
-            writer.writerows((name, s, f"{m:.4f}", f"{d:.4f}", seeds) for s, (m, d) in cells.items())
+            for scenario, (mean, std) in cells.items():
+                writer.writerow((name, scenario, f"{mean:.4f}", f"{std:.4f}" if seeds > 1 else "", seeds))
     drawn = {
-        name: [{"scenario": s, measure: m, "std": d} for s, (m, d) in cells.items()]
+        name: [{"scenario": s, measure: m} | ({"std": d} if seeds > 1 else {}) for s, (m, d) in cells.items()]
         for name, cells in table.items()
         if name != UNIMODAL
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from .paired import Difference, difference
 from .reports import UNIMODAL, best_single
 
-Cell = tuple[float, float]  # mean and standard deviation over seeds of what the task is ranked by
+Cell = tuple[float, float]  # mean and standard deviation (NaN: of one seed) over seeds of what the task is ranked by
 LATE_FUSION = ("late fusion", "late_fusion")  # the baseline, the method
 
 
@@ -56,10 +57,10 @@ def markdown(found: Verdicts) -> str:
     rows = []
     for scenario in found.scenarios:
         cells = [found.table[name][scenario] for name in found.methods]
-        rows.append([*(f"{mean:.3f} ± {std:.3f}" for mean, std in cells), ", ".join(found.best(scenario))])
+        rows.append([*map(_spread, cells), ", ".join(found.best(scenario))])
     text = _table(found.scenarios, [*found.methods, "best, and level with it"], rows)
     if found.single:
-        single = (f"{name} {mean:.3f} ± {std:.3f}" for name, (mean, std) in found.table[UNIMODAL].items())
+        single = (f"{name} {_spread(cell)}" for name, cell in found.table[UNIMODAL].items())
         text += f"\nUnimodal models trained on what remains: {', '.join(single)}.\n"
     rivals: list[str | None] = [name for name in found.methods if name in LATE_FUSION]
     for rival in rivals + ([None] if found.single else []):
@@ -76,6 +77,11 @@ def _table(scenarios: Sequence[str], columns: Sequence[str], rows: Sequence[Sequ
     lines = ["| " + " | ".join(["scenario", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += ["| " + " | ".join([name, *row]) + " |" for name, row in zip(scenarios, rows, strict=True)]
     return "\n".join(lines) + "\n"
+
+
+def _spread(cell: Cell) -> str:
+    mean, std = cell
+    return f"{mean:.3f}" if math.isnan(std) else f"{mean:.3f} ± {std:.3f}"
 
 
 def _signed(found: Difference) -> str:
