@@ -73,9 +73,9 @@ attention_rows_backward = backend.Op(
     "Tensor? positions) -> (Tensor, Tensor, Tensor)",
     aten=backward_aten,
     fake=lambda d_out, d_s, q, kv, lora_a, *_: (
-        torch.empty_like(q),
-        None if kv is None else torch.empty_like(kv),
-        None if d_s is None else torch.empty_like(lora_a),
+        q.new_empty(q.shape),  # by rows, whatever the operands are laid out by
+        None if kv is None else kv.new_empty(kv.shape),
+        None if d_s is None else lora_a.new_empty(lora_a.shape),
     ),
 )
 

@@ -133,10 +133,10 @@ def _fake_backward(dy, d_x, x, mean, rstd, norm_weight, norm_bias, weight, lora_
     dtype, needs = rest[-2], Trained(*rest[-1])
     return (
         dy.new_empty(dy.shape[0], weight.shape[1], dtype=dtype) if needs.x else None,
-        torch.empty_like(norm_weight) if needs.norm_weight else None,
-        torch.empty_like(norm_bias) if needs.norm_bias else None,
-        torch.empty_like(lora_a) if needs.lora_a else None,
-        torch.empty_like(lora_b) if needs.lora_b else None,
+        norm_weight.new_empty(norm_weight.shape) if needs.norm_weight else None,
+        norm_bias.new_empty(norm_bias.shape) if needs.norm_bias else None,
+        lora_a.new_empty(lora_a.shape) if needs.lora_a else None,
+        lora_b.new_empty(lora_b.shape) if needs.lora_b else None,
     )
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from running import CPU, on, running
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from u2a_fast import kernels
 
@@ -79,6 +80,10 @@ def norm_linear(x, norm_weight, norm_bias, *linear):
     return kernels.norm_linear(x, norm_weight, norm_bias, 1e-5, *linear, 0.5, groups=GROUPS)
 
 
+def norm_linear_frozen(x, norm_weight, norm_bias, weight, *linear):
+    return norm_linear(x, norm_weight, norm_bias, weight.detach(), *linear)
+
+
 LINEAR = [random(3, 4, K), random(N, K), random(N), random(GROUPS * RANK, K), random(N, RANK)]
 QUANTIZED = [LINEAR[0], int8(N, K), *LINEAR[2:], torch.rand(N)]
 ROWS = [random(2, 3, K), random(2, K), random(1, K), torch.tensor([True, False]), random(K)]
@@ -95,6 +100,7 @@ CASES = {
     "attention": (attention, [*(random(3, 2, 9, 8) for _ in range(3)), torch.tensor([6, 3, 5])]),
     "attention_rows": (attention_rows, [random(6, K), random(6, K), random(RANK, K)]),
     "norm_linear": (norm_linear, [LINEAR[0], random(K), random(K), *LINEAR[1:]]),
+    "norm_linear, frozen": (norm_linear_frozen, [LINEAR[0], random(K), random(K), *LINEAR[1:]]),
     "layer_norm": (kernels.layer_norm, [ROWS[0], random(K), random(K)]),
     "rms_norm": (kernels.rms_norm, [ROWS[0], random(K)]),
     "gated": (lambda h: kernels.gated(h, "silu"), [ROWS[0]]),
@@ -132,3 +138,17 @@ def test_strides_change_nothing(implementation, name, dtype, layout, device):
         if one is not None:
             scale = max(1.0, one.abs().max().item())
             torch.testing.assert_close(other, one, rtol=limit, atol=limit * scale)
+
+
+@pytest.mark.parametrize("layout", [every_second, transposed, repeated])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_traced_has_the_strides_of_what_runs(name, dtype, layout, monkeypatch):
+    """Or code that was compiled for them stops at the gradients of transposed operands."""
+    function, operands = CASES[name]
+    views = [layout(t.to(dtype) if t.is_floating_point() else t) for t in operands]
+    runs = [t for t in results(function, views) if t is not None]
+    monkeypatch.setattr(kernels.backend.Op, "__call__", lambda op, *given: op.registered(*given))  # as in a trace
+    with FakeTensorMode() as fake:
+        traced = [t for t in results(function, [fake.from_tensor(t) for t in views]) if t is not None]
+    assert [(t.shape, t.dtype, t.stride()) for t in traced] == [(t.shape, t.dtype, t.stride()) for t in runs]
