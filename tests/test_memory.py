@@ -259,10 +259,28 @@ def test_8_bit_states_take_a_quarter():
     assert 0.25 < small_states.optimizer / plain.optimizer < 0.26
 
 
-@pytest.mark.parametrize("options, words", [({"method": "pmf"}, "memory_report"), ({"optimizer": "sgd"}, "adamw")])
-def test_what_cannot_be_planned_is_refused(options, words):
+UNCOUNTABLE = [
+    ({"optimizer": "sgd"}, "adamw"),
+    ({"batch": 0}, "at least 1, not 0"),
+    ({"tokens": {"txt": 64}}, "'txt'"),
+    ({"tokens": {"text": 0}}, "text must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("options, words", [({"method": "pmf"}, "memory_report"), *UNCOUNTABLE])
+def test_what_cannot_be_planned_is_refused_before_anything_is_counted(options, words, monkeypatch):
+    monkeypatch.setattr(memory, "extrapolate", None)
     with pytest.raises(ValueError, match=words):
         memory.plan({"image": transformers.ViTConfig(), "text": transformers.BertConfig()}, **options)
+
+
+@pytest.mark.parametrize("options, words", UNCOUNTABLE)
+def test_what_cannot_be_reported_is_refused_before_anything_is_counted(options, words, monkeypatch):
+    monkeypatch.setattr(memory, "saved_bytes", None)
+    options = {"batch_size" if name == "batch" else name: value for name, value in options.items()}
+    model = U2A({"image": tiny_encoders.build("vit"), "text": tiny_encoders.build("bert")}, num_labels=2)
+    with pytest.raises(ValueError, match=words):
+        memory.memory_report(model, **options)
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from .memory_counts import (
     with_tokens,
 )
 from .methods import MultimodalModel
+from .methods.presence import check_modalities
 from .quantization import read_quantization
 
 # Optimizer bytes for each trained parameter: two fp32 states, or two of 8 bit with an fp32 absmax per block of 256.
@@ -82,7 +83,7 @@ def plan(
         dtype: of our frozen encoders where they are not quantised; fp32 means bf16 autocast over fp32 weights.
 
     Raises:
-        ValueError: another method or optimizer, or an encoder that is not supported.
+        ValueError: another method or optimizer, no samples, tokens of no modality, or an encoder that is not supported.
 
     >>> from transformers import BertConfig, ViTConfig
     >>> rows = plan({"image": ViTConfig(), "text": BertConfig()}, quantization="int8")
@@ -91,6 +92,7 @@ def plan(
     """
     if method != "u2a":
         raise ValueError(f"plan counts the method u2a, not {method!r}: build the model and call memory_report(model)")
+    _check(batch, tokens or {}, optimizer, list(encoder_configs))
     configs = {m: with_tokens(read_config(c, m), (tokens or {}).get(m)) for m, c in encoder_configs.items()}
     modes = read_quantization(quantization, configs)
     case = Case(configs, batch, dict(tokens or {}), checkpointing, lora, modes, dtype)
@@ -98,6 +100,18 @@ def plan(
     ours = extrapolate(lambda layers: count_ours(case, layers), depths)
     stored = ", ".join(sorted({mode or str(dtype).removeprefix("torch.") for mode in modes.values()}))
     return [_row(f"U2A, {stored}", ours, optimizer), *_baselines(case, optimizer)]
+
+
+def _check(batch: int, tokens: Mapping[str, int], optimizer: str, modalities: Sequence[str]) -> None:
+    """Refuse before anything is counted."""
+    if batch < 1:
+        raise ValueError(f"a step needs samples: the batch must be at least 1, not {batch}")
+    check_modalities(tokens, modalities)
+    for name, rows in tokens.items():
+        if rows < 1:
+            raise ValueError(f"tokens of {name} must be at least 1, not {rows}: leave it out for what the config gives")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
 
 
 def _baselines(case: Case, optimizer: str) -> list[MemoryRow]:
@@ -115,8 +129,6 @@ def _baseline(case: Case, name: str, adapt: bool) -> Counts:
 
 def _row(name: str, counts: Counts, optimizer: str) -> MemoryRow:
     weights, trained, activations = counts
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
     return MemoryRow(name, weights, 4 * trained, round(OPTIMIZERS[optimizer] * trained), activations)
 
 
@@ -134,6 +146,7 @@ def memory_report(
         optimizer: `"adamw"` (two fp32 states) or `"adamw_8bit"`.
     """
     configs = {name: encoder.config for name, encoder in model.encoders.items()}
+    _check(batch_size, tokens or {}, optimizer, list(configs))
     small = [_saved_by(model, configs, batch, tokens or {}) for batch in (2, 4)]
     activations = small[0] + (batch_size - 2) * (small[1] - small[0]) // 2
     weights = sum(t.numel() * t.itemsize for t in tensors_of(model))
