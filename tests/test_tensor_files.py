@@ -38,10 +38,19 @@ def test_the_last_writer_wins(tmp_path):
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+@pytest.mark.parametrize("folder", ["file", "file/of/mine"])
+def test_a_file_in_place_of_the_folder_is_refused(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is a file: a cache needs a folder"):
-        TensorFiles(tmp_path / "file")
+        TensorFiles(tmp_path / folder)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_one_that_may_be_read_is_not(tmp_path, monkeypatch):
+    TensorFiles(tmp_path).write(digest("a"), {"x": torch.ones(1)})
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write everywhere
+    with pytest.raises(ValueError, match="cannot be made"):
+        TensorFiles(tmp_path / "new" / "folder")
+    assert TensorFiles(tmp_path).read(digest("a")) is not None
 
 
 @pytest.mark.parametrize("other", [("y", torch.ones(2)), ("x", torch.ones(2, 1)), ("x", torch.ones(2).double())])

@@ -22,7 +22,7 @@ class TensorFiles:
     """`{name: tensor}` by key under `folder`, which need not exist yet. A key is a hash of what its tensors depend on.
 
     Raises:
-        ValueError: `folder` is a file.
+        ValueError: `folder` is a file or lies in one, or it is not there and cannot be made.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     files = TensorFiles(folder)
@@ -33,8 +33,11 @@ class TensorFiles:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{folder} is a file: a cache needs a folder")
+        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise ValueError(f"{there} is a file: a cache needs a folder")
+        if there != self.folder and not os.access(there, os.W_OK):  # a folder that is there may hold all that is asked
+            raise ValueError(f"{folder} cannot be made: {there} may not be written to")
 
     def read(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of `key`; None where there are none, or their file is not what was written."""
