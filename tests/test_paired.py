@@ -100,3 +100,12 @@ def test_only_samples_that_count_for_both_are_compared():
     assert difference("accuracy", [ours], [theirs]) == (1.0, 1.0, 1.0)
     assert difference("accuracy", [ours, ours], [theirs, np.full_like(theirs, np.nan)]) == (1.0, 1.0, 1.0)
     assert np.isnan(difference("accuracy", [ours], [np.full_like(theirs, np.nan)])).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("labels", [(0.1, 0.4, 1.0), (101.3, 105.7), (3.0, 3.0)])
+def test_resamples_whose_numbers_are_all_the_same_have_no_r2(labels):
+    labels, counted = torch.tensor(labels), torch.ones(len(labels), dtype=torch.bool)
+    near, far = (tally("regression", labels[:, None] + error, labels, counted).numpy() for error in (0.1, 0.2))
+    found = np.array(difference("r2", [near], [far]))
+    assert np.isnan(found).all() if len(set(labels.tolist())) == 1 else (np.abs(found) < 2).all()

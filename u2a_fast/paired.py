@@ -40,6 +40,8 @@ def tally(problem_type: str, logits: Tensor, labels: Tensor, counted: Tensor) ->
 def from_sums(measure: str, sums: np.ndarray, count: int) -> np.ndarray:
     """The accuracy, `macro_f1` or `r2` of `count` samples from the sum of their tallies: `[.., K]` -> `[..]`.
 
+    R2 is NaN where all numbers are the same, as in resamples of few.
+
     >>> float(from_sums("accuracy", np.array([3.0]), 4))
     0.75
     """
@@ -48,8 +50,9 @@ def from_sums(measure: str, sums: np.ndarray, count: int) -> np.ndarray:
     first, second, third = np.split(sums, 3, axis=-1)
     if measure == "macro_f1":
         return (2 * first / np.maximum(2 * first + second + third, 1)).mean(axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):  # NaN where all numbers of a resample are the same
-        return (1 - first / (second - third**2 / count)).mean(axis=-1)
+    spread = second - third**2 / count
+    alike = spread <= 4 * count * np.finfo(float).eps * second  # rounding is all that is left of it
+    return (1 - first / np.where(alike, np.nan, spread)).mean(axis=-1)
 
 
 def difference(measure: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Difference:
@@ -70,6 +73,8 @@ def difference(measure: str, ours: Sequence[np.ndarray], theirs: Sequence[np.nda
     resampled = np.stack([_resampled(measure, a, b, random) for a, b in pairs])  # [seeds, RESAMPLES]
     shape = RESAMPLES, len(pairs)
     drawn = resampled[random.integers(len(pairs), size=shape), random.integers(RESAMPLES, size=shape)].mean(axis=1)
+    if np.isnan(drawn).all():
+        return float(mean), np.nan, np.nan
     low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(mean), float(low), float(high)
 
