@@ -10,6 +10,8 @@ import tiny_data
 from u2a_fast import comparison
 from u2a_fast.cli import main
 
+NAN = float("nan")
+
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
@@ -47,6 +49,20 @@ def test_a_comparison_is_resumed_and_only_with_the_same_options(arguments, monke
     for changed in (["--learning-rate", "1.0"], ["--quantization", "int8"], ["--missing-rate", "0.1"]):
         with pytest.raises(SystemExit, match="holds another run"):
             main([*arguments, "--methods", '["u2a"]', *changed])
+
+
+@pytest.mark.parametrize(
+    ("scores", "cell"),
+    [
+        ([0.2, 0.4], (0.3, 0.1 * 2**0.5)),
+        ([NAN, 0.4], (0.4, 0.0)),
+        ([0.4, NAN, 0.2], (0.3, 0.1 * 2**0.5)),
+        ([NAN] * 2, (NAN,) * 2),
+    ],
+)
+def test_seeds_in_which_no_sample_counts_say_nothing(scores, cell):
+    reports = [[{"scenario": "text missing", "accuracy": score, "n": 0}] for score in scores]
+    assert comparison._cells(reports)["text missing"] == pytest.approx(cell, nan_ok=True)
 
 
 def test_an_unknown_method_is_named_before_anything_runs(arguments):

@@ -1,7 +1,7 @@
 """glibc's allocator, told to keep what a step frees until the work is done.
 
 By default it gives large blocks and the end of its heap back to the system, and the next step faults the same pages
-in again: 38,000 faults and 4 to 8% of a step of ViT-B + BERT-base on two cores, more of a single block.
+in again: 38,000 faults and 5 to 7% of a step of ViT-B + BERT-base on two cores, more of a single block.
 """
 
 from __future__ import annotations

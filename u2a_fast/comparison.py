@@ -56,7 +56,7 @@ def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:
 
     Returns:
         `{method: {scenario: (mean, standard deviation) over seeds}}` of the accuracy (macro F1 of several labels a
-        sample, R2 of a regression), baselines included.
+        sample, R2 of a regression), baselines included. NaN where no sample of any seed counts.
     """
     if processes().num_processes > 1:
         raise ValueError("compare trains one model after another in one process: start it without a launcher")
@@ -161,7 +161,14 @@ def _cells(reports: Sequence[Sequence[Row]]) -> dict[str, Cell]:
     for rows in reports:
         for row in rows:
             scores.setdefault(row["scenario"], []).append(row[headline(row)])
-    return {name: (statistics.fmean(s), statistics.stdev(s) if len(s) > 1 else math.nan) for name, s in scores.items()}
+    return {name: _cell([score for score in s if not math.isnan(score)]) for name, s in scores.items()}
+
+
+def _cell(scores: Sequence[float]) -> Cell:
+    """Of the seeds in whose test split some samples count; one alone has no spread."""
+    if not scores:
+        return math.nan, math.nan
+    return statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else math.nan
 
 
 def _tallies(models: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, list[np.ndarray]]]:
@@ -182,9 +189,9 @@ def _write(table: Mapping[str, Mapping[str, Cell]], folder: Path, runs: Mapping[
         writer.writerow(("method", "scenario", f"mean_{measure}", f"std_{measure}", "seeds"))
         for name, cells in table.items():
             for scenario, (mean, std) in cells.items():
-                writer.writerow((name, scenario, f"{mean:.4f}", f"{std:.4f}" if seeds > 1 else "", seeds))
+                writer.writerow((name, scenario, f"{mean:.4f}", "" if math.isnan(std) else f"{std:.4f}", seeds))
     drawn = {
-        name: [{"scenario": s, measure: m} | ({"std": d} if seeds > 1 else {}) for s, (m, d) in cells.items()]
+        name: [{"scenario": s, measure: m} | ({} if math.isnan(d) else {"std": d}) for s, (m, d) in cells.items()]
         for name, cells in table.items()
         if name != UNIMODAL
     }

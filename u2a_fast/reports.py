@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,12 +46,13 @@ def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def best_single(scenario: str, single: Mapping[str, float]) -> str | None:
-    """The best of the unimodal models (`{"text only": score, ..}`) on what a scenario leaves.
+    """The best of the unimodal models (`{"text only": score, ..}`) on what a scenario leaves, NaN being no score.
 
     >>> best_single("text missing", {"text only": 0.8, "image only": 0.7})
     'image only'
     """
-    left = [name for name in single if scenario != f"{name.removesuffix(' only')} missing"]
+    measured = [name for name, score in single.items() if not math.isnan(score)]
+    left = [name for name in measured if scenario != f"{name.removesuffix(' only')} missing"]
     return max(left, key=lambda name: single[name], default=None)
 
 

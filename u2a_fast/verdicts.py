@@ -47,8 +47,11 @@ class Verdicts:
         return difference(self.measure, self.tallies[name][scenario], self.tallies[rival][asked])
 
     def best(self, scenario: str) -> list[str]:
-        """The method with the best mean, and those that it is ahead of by no more than the noise."""
-        first, *rest = sorted(self.methods, key=lambda name: -self.table[name][scenario][0])
+        """The method with the best mean, and those that it is ahead of by no more than the noise; none of NaNs."""
+        measured = [name for name in self.methods if not np.isnan(self.table[name][scenario][0])]
+        if not measured:
+            return []
+        first, *rest = sorted(measured, key=lambda name: -self.table[name][scenario][0])
         return [first, *(name for name in rest if not self.over(first, name, scenario)[1] > 0)]
 
 
