@@ -18,8 +18,8 @@ def balanced(model: MultimodalModel, labels: Tensor) -> Loss:
     """A loss for `model.loss` in which every class weighs the same, by the labels of the training split.
 
     Args:
-        labels: `[n]` classes, or `[n, C]` marks. A class's weight is n / (C count); of several labels a sample, the
-            weight of a mark is the number of samples without it over that of samples with it.
+        labels: `[n]` classes, -100 for none, or `[n, C]` marks. A class's weight is n / (C count); of several labels a
+            sample, the weight of a mark is the number of samples without it over that of samples with it.
 
     Raises:
         ValueError: a regression, which has no classes.
@@ -33,12 +33,12 @@ def balanced(model: MultimodalModel, labels: Tensor) -> Loss:
         return lambda logits, target: F.binary_cross_entropy_with_logits(
             logits, target.to(logits.dtype), pos_weight=weights.to(logits)
         )
-    classes = model.config.num_labels
-    weights = count / (classes * labels.bincount(minlength=classes).clamp(min=1))
+    classes, known = model.config.num_labels, labels[labels != -100].long()
+    weights = len(known) / (classes * known.bincount(minlength=classes).clamp(min=1))
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         smoothing = model.label_smoothing if model.training else 0.0
-        return F.cross_entropy(logits, target, weight=weights.to(logits), label_smoothing=smoothing)
+        return F.cross_entropy(logits, target.long(), weight=weights.to(logits), label_smoothing=smoothing)
 
     return loss
 
