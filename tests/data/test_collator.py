@@ -221,6 +221,16 @@ def test_texts_are_padded_on_the_right_whatever_the_tokenizer_prefers(tokenizer,
     assert text["attention_mask"][0].tolist() == [1, 1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_clips_are_padded_on_the_right_whatever_the_extractor_prefers(side):
+    from transformers import Wav2Vec2FeatureExtractor
+
+    extractor = Wav2Vec2FeatureExtractor(padding_side=side)
+    audio = MultimodalCollator({"audio": extractor})([{"audio": np.ones(400)}, {"audio": np.ones(300)}])["audio"]
+    assert audio["attention_mask"][1].tolist() == [1] * 300 + [0] * 100
+    assert extractor.padding_side == side
+
+
 @pytest.mark.parametrize("preferred", [False, True])
 def test_clips_of_different_length_are_padded_together_behind_a_mask(preferred):
     from transformers import Wav2Vec2FeatureExtractor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -48,7 +49,7 @@ class MultimodalCollator:
     Other keys than the modalities, `label` and `labels` are ignored.
 
     Texts end at the tokenizer's `model_max_length`, which a model lowers to what its encoder takes, and clips at their
-    extractor's window; what is cut is counted in `cut`. Texts are padded on the right; those of SigLIP to its length,
+    extractor's window; what is cut is counted in `cut`. Both are padded on the right; texts of SigLIP to its length,
     without a mask, as it was trained. A tokenizer without a padding token gets its end token for one.
 
     With `cache`, a folder, the tensors of pictures and of clips in a window of their own are kept there by content, and
@@ -203,6 +204,9 @@ class MultimodalCollator:
         options = inspect.signature(type(processor).__call__).parameters
         pads_only_if_told = "padding" in options and options["padding"].default is False
         pad: dict[str, Any] = {"padding": True} if pads_only_if_told else {}
+        if pad and getattr(processor, "padding_side", "right") != "right":
+            processor = copy.copy(processor)  # encoders take a mask of clips for the length of their start
+            processor.padding_side = "right"
         if pad and "return_attention_mask" in options and processor.model_input_names[0] == "input_values":
             # Without it the zeros behind a short clip are heard, so that a row depends on its neighbours.
             pad["return_attention_mask"] = True
