@@ -177,7 +177,10 @@ def write_clip(path, samples, rate):
     return path
 
 
-@pytest.mark.parametrize("form", ["path", "bytes", "record", "array", "tensor", "array record", "list"])
+FORMS = ["path", "bytes", "record", "array", "tensor", "tensor with a gradient", "bf16 tensor", "array record", "list"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_clip_may_come_in_any_form(tmp_path, clip, form):
     path = write_clip(tmp_path / "a.wav", clip, 16000) if form in ("path", "bytes", "record") else None
     value = {
@@ -186,12 +189,14 @@ def test_a_clip_may_come_in_any_form(tmp_path, clip, form):
         "record": lambda: {"path": str(path), "bytes": None},
         "array": lambda: clip,
         "tensor": lambda: torch.from_numpy(clip),
+        "tensor with a gradient": lambda: torch.from_numpy(clip).requires_grad_(),
+        "bf16 tensor": lambda: torch.from_numpy(clip).bfloat16(),
         "array record": lambda: {"array": clip, "sampling_rate": 16000, "path": None},
         "list": lambda: clip.tolist(),
     }[form]()
     samples = to_audio(value, 16000)
     assert samples.dtype == np.float32
-    np.testing.assert_allclose(samples, clip / np.abs(clip).max(), atol=1e-6)
+    np.testing.assert_allclose(samples, clip / np.abs(clip).max(), atol=1e-2 if form == "bf16 tensor" else 1e-6)
 
 
 @pytest.mark.slow

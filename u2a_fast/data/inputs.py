@@ -259,6 +259,9 @@ def given_rate(clip: Mapping[str, Any]) -> int:
 
 
 def _as_float(samples: Any) -> np.ndarray:
+    if type(samples).__name__ == "Tensor":  # NumPy takes none with a gradient, on a device or in bf16
+        samples = samples.detach().cpu()
+        samples = samples.float() if str(samples.dtype) == "torch.bfloat16" else samples
     samples = np.asarray(samples)
     if samples.dtype.kind == "u":
         return samples.astype(np.float32) - (np.iinfo(samples.dtype).max // 2 + 1)
