@@ -152,8 +152,11 @@ class Encoder(nn.Module):
         self.stem, self.rotary = stem, rotary
         self.blocks = nn.ModuleList(blocks)
         self.loaded_in_8bit = blocks[0].o.storage == "int8"
-        taken = inspect.signature(family.embed).parameters
-        self.knows_types = "token_type_ids" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        _, *taken = inspect.signature(family.embed).parameters.values()
+        self._takes = tuple(p.name for p in taken if p.kind is not p.VAR_KEYWORD)
+        self._needs = {p.name for p in taken if p.name in self._takes and p.default is p.empty}
+        self._takes_any = len(self._takes) < len(taken)
+        self.knows_types = "token_type_ids" in self._takes or self._takes_any
         self.requires_grad_(False)
 
     @property
@@ -192,7 +195,12 @@ class Encoder(nn.Module):
         return self
 
     def embed(self, **inputs: torch.Tensor) -> EmbedResult:
-        """Hugging Face's inputs -> tokens `[B, S, D]`, padding_mask bool `[B, S]` (True = a real token) or None."""
+        """Hugging Face's inputs -> tokens `[B, S, D]`, padding_mask bool `[B, S]` (True = a real token) or None.
+
+        Raises:
+            ValueError: they are those of another kind of encoder.
+        """
+        self._check_names(inputs)
         inputs = {
             name: value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in inputs.items()
@@ -202,7 +210,17 @@ class Encoder(nn.Module):
 
     def padding_mask(self, **inputs: torch.Tensor) -> torch.Tensor | None:
         """The mask that `embed` will give, bool `[B, S]`; None where there is none, or none is known before."""
+        self._check_names(inputs)
         return None if self.family.padding is None else self.family.padding(self, **inputs)
+
+    def _check_names(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse what another family's processor makes, which Python would call an unexpected argument of a helper."""
+        known = inputs.keys() if self._takes_any else {*self._takes, "token_type_ids"}
+        if inputs.keys() - known or self._needs - inputs.keys():
+            raise ValueError(
+                f"an encoder of {self.family.name} takes {', '.join(self._takes)}, not {', '.join(inputs)}: give it "
+                "what the processor of its own model makes"
+            )
 
     def lengthened(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Text inputs filled up with padding to a multiple of `LENGTHS` tokens, so that few lengths occur; others as

@@ -59,6 +59,17 @@ def embed_image(encoder: Encoder, pixel_values: torch.Tensor, **options: bool) -
 
 
 def embed_spectrogram(encoder: Encoder, input_values: torch.Tensor) -> EmbedResult:
+    config, (frames, bands) = encoder.config, input_values.shape[1:]
+    side, strides = config.patch_size, (config.time_stride, config.frequency_stride)
+    given, wanted = (
+        [(size - side) // stride for size, stride in zip(sizes, strides, strict=True)]
+        for sizes in ((frames, bands), (config.max_length, config.num_mel_bins))
+    )
+    if given != wanted:  # as many patches in another grid would get each other's positions
+        raise ValueError(
+            f"this AST encoder takes {config.num_mel_bins} mel bands and {config.max_length} frames, not {bands} and "
+            f"{frames}: let its own feature extractor make them"
+        )
     return encoder.stem["embeddings"](input_values), None
 
 
@@ -102,11 +113,12 @@ def embed_whisper(
     encoder: Encoder, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> EmbedResult:
     stem, positions = encoder.stem, encoder.stem["positions"].weight
-    frames = 2 * positions.shape[0]
-    if input_features.shape[-1] != frames:
+    bands, frames = stem["conv1"].in_channels, 2 * positions.shape[0]
+    if input_features.shape[1:] != (bands, frames):
+        given = " and ".join(map(str, input_features.shape[1:]))
         raise ValueError(
-            f"this Whisper encoder takes {frames} mel frames, not {input_features.shape[-1]}: "
-            "let its own feature extractor pad the clip"
+            f"this Whisper encoder takes {bands} mel bands and {frames} frames, not {given}: let its own feature "
+            "extractor make them"
         )
     hidden = gelu(stem["conv2"](gelu(stem["conv1"](input_features))))  # [B, D, S]
     return hidden.transpose(1, 2) + positions, None  # Whisper ignores the padding mask of its mel frames
