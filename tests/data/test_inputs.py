@@ -125,6 +125,12 @@ def test_an_array_of_another_shape_is_refused_in_a_sentence(shape):
     assert not isinstance(caught.value, DecodeError)
 
 
+@pytest.mark.parametrize("value", [np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0), np.uint8), Image.new("RGB", (0, 0))])
+def test_a_picture_without_a_pixel_is_a_decode_error(value):
+    with pytest.raises(DecodeError, match="pixels is empty"):
+        to_image(value)
+
+
 @pytest.mark.parametrize("size", [(16000, 10), (10, 60000), (5000, 4000)])
 def test_a_picture_with_a_long_side_is_shrunk_before_its_square_is_made(size):
     file = io.BytesIO()

@@ -154,6 +154,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image, square: bool) -> Image.Image:
     from PIL import Image
 
+    if not all(image.size):  # as a crop beside the picture: a white square would be a picture that nobody took
+        raise DecodeError(f"a picture of {image.width} x {image.height} pixels is empty")
     if image.mode == "F":
         raise DecodeError("mode F does not say which number is white; convert it to 8 bits (0 to 255)")
     if image.mode == "I" or image.mode.startswith("I;16"):
