@@ -126,9 +126,10 @@ def test_pictures_without_a_position_for_each_patch_are_refused():
         ("whisper", {"input_features": (1, 12, 30)}, "takes 12 mel bands and 18 frames, not 12 and 30: let its own"),
         ("ast", {"input_values": (1, 56, 32)}, "takes 24 mel bands and 56 frames, not 32 and 56: let its own"),
         ("ast", {"input_values": (1, 24, 56)}, "takes 24 mel bands and 56 frames, not 56 and 24: let its own"),
-        ("wav2vec2", {"input_features": (1, 12, 18)}, "takes input_values, attention_mask, not input_features: give"),
-        ("whisper", {"input_values": (1, 400)}, "takes input_features, attention_mask, not input_values: give"),
-        ("vit", {"input_ids": (1, 3)}, "takes pixel_values, not input_ids: give"),
+        ("videomae", {"pixel_values": (1, 6, 3, 24, 24)}, "takes 4 frames, not 6: give .* processor.num_frames = 4"),
+        ("wav2vec2", {"input_features": (1, 12, 18)}, "takes input_values, .*, not input_features: give it"),
+        ("whisper", {"input_values": (1, 400)}, "takes input_features, attention_mask, not input_values: give it"),
+        ("vit", {"input_ids": (1, 3)}, "takes pixel_values, not input_ids: give it"),
     ],
 )
 def test_what_another_encoders_processor_makes_is_refused(name, inputs, message):
@@ -136,7 +137,7 @@ def test_what_another_encoders_processor_makes_is_refused(name, inputs, message)
     inputs = {key: torch.randn(shape) for key, shape in inputs.items()}
     with pytest.raises(ValueError, match=message):
         encoder.embed(**inputs)
-    if "mel bands" not in message:
+    if "give it" in message:
         with pytest.raises(ValueError, match=message):
             encoder.padding_mask(**inputs)
 

@@ -199,4 +199,10 @@ def embed_whole_image(
 
 
 def embed_video(encoder: Encoder, pixel_values: torch.Tensor) -> EmbedResult:
+    frames, wanted, tubelet = pixel_values.shape[1], encoder.config.num_frames, encoder.config.tubelet_size
+    if frames // tubelet != wanted // tubelet:  # a processor that two models share has the last one's number
+        raise ValueError(
+            f"this VideoMAE encoder takes {wanted} frames, not {frames}: give the model a processor of its own, or set "
+            f"processor.num_frames = {wanted}"
+        )
     return encoder.stem["embeddings"](pixel_values, None), None
