@@ -178,6 +178,18 @@ def test_heic_pictures_are_read_with_pillow_heif():
     assert np.asarray(to_image(file.getvalue()))[20, 20] == pytest.approx([200, 30, 30], abs=6)
 
 
+def test_a_film_without_sound_is_no_recording_in_a_sentence(tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(DecodeError, match="there is no recording in it"):
+        to_audio(str(tmp_path / "a.mp4"), RATE)
+
+
 def test_m4a_recordings_are_read_with_av(tmp_path):
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "a.m4a"), "w") as container:

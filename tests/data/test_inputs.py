@@ -244,6 +244,12 @@ def test_channels_are_averaged(clip, layout):
     np.testing.assert_allclose(to_audio(stereo, 16000), clip / np.abs(clip).max(), atol=1e-6)
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_channels_of_a_file_are_averaged_where_they_are_more_than_its_samples(tmp_path, frames):
+    path = write_clip(tmp_path / "a.wav", np.linspace(-1, 1, 8) * np.ones((frames, 8)) + 0.5, 16000)
+    assert to_audio(str(path), 16000).tolist() == pytest.approx([1] * frames)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30000])
 def test_the_peak_is_one(clip, scale):
     assert np.abs(to_audio(clip * scale, 16000)).max() == pytest.approx(1)

@@ -220,13 +220,14 @@ def _mono(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
 
 
 def _read_clip(source: str | Path | io.BytesIO, rate: int) -> tuple[np.ndarray, int]:
-    """A file's samples, [samples] or [samples, channels], and their rate."""
+    """A file's samples, mono, and their rate."""
     soundfile = _needed("soundfile", RECORDINGS, "demo")
     try:
         with soundfile.SoundFile(source) as file:
             _check_size(file.frames, file.channels, file.samplerate, rate)
             # The number of frames, because some formats (GSM 6.10, G.721) cannot seek to find their end.
-            return file.read(file.frames, dtype="float32"), file.samplerate
+            samples = file.read(file.frames, dtype="float32")  # the second axis is channels, however short the first
+            return samples if samples.ndim == 1 else samples.mean(axis=1), file.samplerate
     except soundfile.LibsndfileError:
         start = _start(source)
         if start[4:8] != b"ftyp" and start[:2] not in (b"\xff\xf1", b"\xff\xf9"):
@@ -238,6 +239,8 @@ def _read_aac(av: ModuleType, source: str | Path | io.BytesIO, rate: int) -> np.
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)
     parts, count = [], 0
     with av.open(source if isinstance(source, io.BytesIO) else str(source)) as container:
+        if not container.streams.audio:
+            raise DecodeError("there is no recording in it")
         for frame in chain(container.decode(audio=0), [None]):  # None: what the resampler still holds
             for piece in resampler.resample(frame):
                 parts.append(piece.to_ndarray()[0])
