@@ -1,6 +1,7 @@
 import concurrent.futures
 import hashlib
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,8 @@ def test_each_known_carrier_is_pinned_in_requirements_demo(known, request):
 def test_the_cache_folder_obeys_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("U2A_FAST_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
+    monkeypatch.setenv("U2A_FAST_CACHE", "~/mine")
+    assert cache_folder() == Path.home() / "mine"
     monkeypatch.delenv("U2A_FAST_CACHE")
     assert cache_folder().parts[-2:] == (".cache", "u2a-fast")
 

@@ -56,6 +56,11 @@ def test_whisper_refuses_windows_it_does_not_have(seconds):
         whisper_folder(seconds=seconds)
 
 
+@pytest.mark.parametrize("folder, number", [(dinov2_folder, 28), (whisper_folder, 1)])
+def test_a_whole_number_may_be_a_float(folder, number):
+    assert folder(float(number)) == folder(number)
+
+
 @pytest.mark.parametrize("folder", [dinov2_folder, minilm_folder, whisper_folder])
 def test_without_its_package_a_folder_is_a_sentence_with_the_command(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("U2A_FAST_CACHE", str(tmp_path))

@@ -103,7 +103,7 @@ def content_hash(path: Path) -> str:
 
 def cache_folder() -> Path:
     """The folder for converted encoders and fetched data: $U2A_FAST_CACHE, or ~/.cache/u2a-fast."""
-    return Path(os.environ.get("U2A_FAST_CACHE") or Path.home() / ".cache" / "u2a-fast")
+    return Path(os.environ.get("U2A_FAST_CACHE") or "~/.cache/u2a-fast").expanduser()  # no shell reads a .env file
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -110,6 +110,7 @@ def dinov2_folder(image_size: int = 112) -> Path:
     """
     if image_size < 14 or image_size % DINOV2_CONFIG["patch_size"]:
         raise ValueError(f"image_size must be a positive multiple of 14, the patch size, not {image_size}")
+    image_size = int(image_size)  # 56.0 is one too, and would be a second folder
 
     def build(folder: Path) -> None:
         tensors = dinov2_tensors(read_onnx(DINOV2.path(ONNX_FILE)))
@@ -186,6 +187,7 @@ def whisper_folder(seconds: int = 4) -> Path:
     """
     if seconds not in range(1, 31):
         raise ValueError(f"seconds must be a whole number from 1 to 30, not {seconds}")
+    seconds = int(seconds)  # 4.0 is one too, and neither a name of a folder nor the end of a slice
     positions = POSITIONS_PER_SECOND * seconds
 
     def build(folder: Path) -> None:
