@@ -116,6 +116,22 @@ def test_a_scenario_is_reported_once_however_it_is_named(model):
     assert evaluate(model, rows, 2 * once) == evaluate(model, rows, *once) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scenarios": []}, "needs scenarios"),
+        ({"output_dir": "file"}, "file is"),
+        ({"output_dir": "file/in"}, "file/in"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_runs(options, words, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "encode", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=words):
+        evaluate(model, tiny_data.samples(3), **options)
+
+
 def test_what_cannot_be_scored_is_refused(model):
     for unknown in ("no image", "rate high", "rate nan"):
         with pytest.raises(ValueError, match=f"unknown scenario '{unknown}'"):

@@ -25,7 +25,7 @@ from .methods.base import MultimodalModel, to_device
 from .metrics import NOT_FINITE, refuse_not_finite, score
 from .paired import TALLIES, tally
 from .processes import is_main
-from .reports import Row, plot_confusion, write_report
+from .reports import Row, make_folder, plot_confusion, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -104,14 +104,18 @@ def evaluate(
         `accuracy`; of a regression `mae`, `rmse` and `r2`. `majority` is what a constant answer has of the first.
 
     Raises:
-        ValueError: an unknown scenario, or labels that are absent, out of range, or of a class that the model does not
-            have.
+        ValueError: an unknown scenario or none, a file in place of the folder, or labels that are absent, out of range,
+            or of a class that the model does not have.
     """
     modalities = model.config.modalities
     named = [scenarios] if isinstance(scenarios, str) else scenarios
     scenarios = list(dict.fromkeys(default_scenarios(modalities) if named is None else named))
     for scenario in scenarios:  # before any work: a typing error should not cost a pass over the encoders
         scenario_rows(scenario, 1, modalities)
+    if not scenarios:
+        raise ValueError("evaluate needs scenarios: name some, or leave them out for the default ones")
+    if output_dir is not None:
+        make_folder(output_dir)
     logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)
     for name, values in logits.items():
         refuse_not_finite(f"the logits of {name!r}", values, NOT_FINITE)
