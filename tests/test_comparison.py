@@ -55,7 +55,7 @@ def test_a_comparison_is_resumed_and_only_with_the_same_options(arguments, monke
     ("scores", "cell"),
     [
         ([0.2, 0.4], (0.3, 0.1 * 2**0.5)),
-        ([NAN, 0.4], (0.4, 0.0)),
+        ([NAN, 0.4], (0.4, NAN)),
         ([0.4, NAN, 0.2], (0.3, 0.1 * 2**0.5)),
         ([NAN] * 2, (NAN,) * 2),
     ],

@@ -178,7 +178,7 @@ def block_case(
     trained = ("x", "gamma", "beta", "gamma 2", "beta 2", *leaves)
     dtypes = ("bf16", "fp16") if int8 else LOW
     function = "modern_block" if modern else "transformer_block"
-    return Case(function, name, make, transformer_block, trained, block_formula, dtypes, bitwise=False)
+    return Case(function, name, make, transformer_block, trained, block_formula, dtypes, bitwise=False, of_parts=True)
 
 
 BLOCKS = [
