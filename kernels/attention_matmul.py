@@ -118,32 +118,32 @@ def forward_matmul(q, k, v, *seen):
     return _rows_first(out, shape)
 
 
-def backward_matmul(d_out, q, k, v, *seen, wants_out=False, into=(None, None, None, None)):
-    """dq, dk, dv, and the forward's result if wanted, written into views of their shapes where these are given.
+def backward_matmul(d_out, q, k, v, *seen, into=(None, None, None, None)):
+    """dq, dk, dv, written into views of their shapes where these are given; so is the forward's result, into a fourth.
 
     The probabilities are computed again.
     """
     lengths, suffix, causal, window, positions = seen
     if is_local(k.shape[2], lengths, suffix, window, positions):
-        return _backward_local(d_out, q, k, v, suffix, causal, window, wants_out, into)
+        return _backward_local(d_out, q, k, v, suffix, causal, window, into)
     biases, blind = _biases(q, k, *seen), blind_rows(q.shape[2], k.shape[2], *seen)
     shapes, scale = (q.shape, k.shape, v.shape), q.shape[3] ** -0.5
     d_out = d_out if blind is None else d_out.masked_fill(blind, 0)
     sharing = q.shape[1] // k.shape[1]
     q, k, v, d_out = _pairs(q, sharing), _pairs(k), _pairs(v), _pairs(d_out, sharing)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    out = torch.empty_like(q) if wants_out else None
+    out = None if into[3] is None else torch.empty_like(q)
     none = q.new_empty(())
     for s, added in _chunks(q, k, biases):
         p = _probabilities(q[s], k[s], added)
-        if wants_out:
+        if out is not None:
             torch.bmm(p, v[s], out=out[s])
         torch.bmm(p.transpose(1, 2), d_out[s], out=dv[s])
         dp = torch.bmm(d_out[s], v[s].transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
         torch.baddbmm(none, ds, k[s], beta=0, alpha=scale, out=dq[s])
         torch.baddbmm(none, ds.transpose(1, 2), q[s], beta=0, alpha=scale, out=dk[s])
-    if wants_out and blind is not None:
+    if out is not None and blind is not None:
         out.view(shapes[0]).masked_fill_(blind, 0)
     return _laid_out((dq, dk, dv, out), (*shapes, shapes[0]), into)
 
@@ -206,10 +206,10 @@ def _forward_local(q, k, v, suffix, causal, window):
     return _rows_first(out, shape)
 
 
-def _backward_local(d_out, q, k, v, suffix, causal, window, wants_out, into):
+def _backward_local(d_out, q, k, v, suffix, causal, window, into):
     shapes, scale, sharing = (q.shape, k.shape, v.shape), q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
     q, d_out, k, v = _by_key(q, sharing), _by_key(d_out, sharing), _pairs(k), _pairs(v)
-    dq, out = torch.empty_like(q), torch.empty_like(q) if wants_out else None
+    dq, out = torch.empty_like(q), None if into[3] is None else torch.empty_like(q)
     dk, dv = (torch.zeros_like(t, dtype=backend.wide(t.dtype)) for t in (k, v))  # keys gather from several blocks
     none = q.new_empty(())
     for s, rows, parts, bias in _local_chunks(q, k, suffix, causal, window):

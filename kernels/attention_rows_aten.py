@@ -133,8 +133,7 @@ def _attend_backward(d_out, q, out, lse, d_q, again, kv, positions, d_kv, sample
     d_out = d_out.view(samples, -1, heads, width).transpose(1, 2)
     if out is None:
         again = None if again is None else again.view(samples, -1, heads, width).transpose(1, 2)
-        into = *by_head(d_q, d_kv, samples, heads, kv_heads), again
-        backward_matmul(d_out, *views, *seen, wants_out=again is not None, into=into)
+        backward_matmul(d_out, *views, *seen, into=(*by_head(d_q, d_kv, samples, heads, kv_heads), again))
         return
     own_out, own_lse = out.view(samples, -1, heads, width).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
     grads = [grad.transpose(1, 2) for grad in _flash_backward(d_out, *views, own_out, own_lse, *seen)]

@@ -155,8 +155,8 @@ class Encoder(nn.Module):
         _, *taken = inspect.signature(family.embed).parameters.values()
         self._takes = tuple(p.name for p in taken if p.kind is not p.VAR_KEYWORD)
         self._needs = {p.name for p in taken if p.name in self._takes and p.default is p.empty}
-        self._takes_any = len(self._takes) < len(taken)
-        self.knows_types = "token_type_ids" in self._takes or self._takes_any
+        self._knows = {*self._takes, "token_type_ids"} if len(self._takes) == len(taken) else None  # None: any name
+        self.knows_types = "token_type_ids" in self._takes or self._knows is None
         self.requires_grad_(False)
 
     @property
@@ -215,8 +215,7 @@ class Encoder(nn.Module):
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
         """Refuse what another family's processor makes, which Python would call an unexpected argument of a helper."""
-        known = inputs.keys() if self._takes_any else {*self._takes, "token_type_ids"}
-        if inputs.keys() - known or self._needs - inputs.keys():
+        if (self._knows is not None and inputs.keys() - self._knows) or self._needs - inputs.keys():
             raise ValueError(
                 f"an encoder of {self.family.name} takes {', '.join(self._takes)}, not {', '.join(inputs)}: give it "
                 "what the processor of its own model makes"

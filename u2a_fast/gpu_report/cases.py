@@ -57,7 +57,7 @@ class Case:
     dtypes: tuple[str, ...] = LOW
     strided: tuple[str, ...] = ()  # operands that become views of every other column
     bitwise: bool = True  # False: a library's kernels run too, which may add up in any order
-    of_parts: bool = False  # the formula is made of ops with cases of their own: what these lose may be lost
+    in_library: Callable[[Operands], Outputs] | None = None  # the formula again, by what PyTorch has for it
 
 
 # ------------------------------------------------------------------------------------------------------------- linears

@@ -6,8 +6,11 @@ of k and v than of q; beside it the block of BERT and ViT. See cases.py.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .. import kernels
 from ..kernels import Attention, Group, Half, Linear, Norm, Turn
@@ -130,8 +133,8 @@ def transformer_block(o: Operands) -> Outputs:
     return {"z": kernels.transformer_block(o["x"], attention, mlp, see, "gated_silu" if modern else "gelu", turn)}
 
 
-def block_formula(o: Operands) -> Outputs:
-    """The block from its parts."""
+def block_formula(o: Operands, in_library: bool = False) -> Outputs:
+    """The block from its parts; attention as its formula, or as PyTorch's own."""
     x, modern, heads, kv_heads = o["x"], o["cos"] is not None, o["heads"], o["kv_heads"]
     for of in LINEARS_OF_A_BLOCK:
         o = float_weight(o, x, of + " ")
@@ -147,11 +150,18 @@ def block_formula(o: Operands) -> Outputs:
     h = linear(norm(x, ""), "qkv", 3, heads // kv_heads).flatten(0, 1)
     if modern:
         h = kernels.rotary(h, heads + kv_heads, o["cos"], o["sin"], o["of heads"], EPS)
-    groups = [Group(x.shape[0], x.shape[1], x.shape[1])]
-    out, _ = kernels.attention_rows(h, None, heads, groups, causal=modern, kv_heads=kv_heads)
-    x = x + linear(out.view(*x.shape[:2], out.shape[1]), "o")
+    if in_library:
+        by_head = h.view(*x.shape[:2], heads + 2 * kv_heads, x.shape[2] // 2).transpose(1, 2)  # [B, heads, S, Dh]
+        q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=modern, enable_gqa=modern)
+        out = out.transpose(1, 2).flatten(2)
+    else:
+        groups = [Group(x.shape[0], x.shape[1], x.shape[1])]
+        out, _ = kernels.attention_rows(h, None, heads, groups, causal=modern, kv_heads=kv_heads)
+        out = out.view(*x.shape[:2], out.shape[1])
+    x = x + linear(out, "o")
     h = linear(norm(x, " 2"), "fc1", 2 if modern else 1)
-    return {"z": x + linear(kernels.gated(h, "silu") if modern else torch.nn.functional.gelu(h), "fc2")}
+    return {"z": x + linear(kernels.gated(h, "silu") if modern else functional.gelu(h), "fc2")}
 
 
 def block_case(
@@ -178,7 +188,8 @@ def block_case(
     trained = ("x", "gamma", "beta", "gamma 2", "beta 2", *leaves)
     dtypes = ("bf16", "fp16") if int8 else LOW
     function = "modern_block" if modern else "transformer_block"
-    return Case(function, name, make, transformer_block, trained, block_formula, dtypes, bitwise=False, of_parts=True)
+    given = function, name, make, transformer_block, trained, block_formula, dtypes
+    return Case(*given, bitwise=False, in_library=partial(block_formula, in_library=True))
 
 
 BLOCKS = [

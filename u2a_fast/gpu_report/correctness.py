@@ -2,10 +2,10 @@
 
 The error is at most twice (gradients: three times) that of the reference backend in the same precision on the same
 device or, since that adds up in another order, on the CPU, and no smaller than the rounding of the result itself.
-Tensor cores cut operands to TF32 where a library may round them: what the reference loses with cut ones counts. So does
-for a block what its parts lose in ATen calls, each proven by cases of its own: flash attention in fp32 on a CPU loses
-more than the reference. Each runs once over memory that was filled with NaN, and twice more, whose bits must be the
-same where all kernels are ours. A GPU computes through Triton and through ATen.
+Tensor cores cut operands to TF32 where a library may round them: what the reference loses with cut ones counts, and so
+does in fp32 what PyTorch's own attention loses in a block: on a CPU more than the formula. Each runs once over memory
+that was filled with NaN, and twice more, whose bits must be the same where all kernels are ours. A GPU computes through
+Triton and through ATen.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def check(case: Case, name: str, device: torch.device, backends: list[str]) -> E
         if name == "tf32":
             with CutToTF32():
                 plain.append(results(case, made, torch.device("cpu"), "reference", dtype))
-        if case.of_parts:
-            plain.append(results(case, made, device, "torch", parts=True))
+        if case.in_library is not None and name == "fp32":
+            plain.append(results(replace(case, formula=case.in_library), made, device, "reference", dtype))
         for backend in backends:
             ours = backend == "triton" or device.type == "cpu"  # a GPU's library may add up in any order
             with filled_with_nan():
@@ -69,20 +70,12 @@ def check(case: Case, name: str, device: torch.device, backends: list[str]) -> E
 
 
 def results(
-    case: Case,
-    made: Operands,
-    device: torch.device,
-    backend: str,
-    dtype: torch.dtype | None = None,
-    parts: bool = False,
+    case: Case, made: Operands, device: torch.device, backend: str, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Outputs by name and "d name" for each gradient, on the CPU; all operands in `dtype` where one is given.
-
-    The reference computes the formula, others the op; with `parts` the formula too, each of its ops by the backend.
-    """
+    """Outputs by name and "d name" for each gradient, on the CPU; all operands in `dtype` where one is given."""
     operands = {n: placed(n, t, device, dtype, n in case.strided) for n, t in made.items()}
     leaves = {n: operands[n].requires_grad_() for n in case.trained if operands.get(n) is not None}
-    call = case.formula if (backend == "reference" or parts) and case.formula is not None else case.call
+    call = case.formula if backend == "reference" and case.formula is not None else case.call
     before = get_backend()
     set_backend(backend)
     try:
