@@ -225,6 +225,12 @@ def test_nothing_but_a_hub_id_is_asked_for_over_the_network(folder, tmp_path, mo
     refused(folder / CONFIG, "no folder of an adapter")
 
 
+@pytest.mark.parametrize("source", [3, None, b"folder"])
+def test_what_is_no_name_is_refused_before_anything_is_asked_for(source):
+    with pytest.raises(TypeError, match="an adapter is a folder or a hub id, not"):
+        load_folder(source, from_pretrained_model(tiny_encoders.build("bert")), "text")
+
+
 def test_a_hub_id_is_looked_up_itself_and_then_in_the_modality_s_folder(folder, monkeypatch):
     asked = []
 

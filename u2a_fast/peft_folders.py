@@ -123,6 +123,8 @@ def _read_folder(source: str | os.PathLike, encoder: Encoder, modality: str) -> 
 
 def _files(source: str | os.PathLike, modality: str) -> tuple[Path, Path]:
     """Where config and weights lie, on this machine; only a hub id is asked for over the network."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"an adapter is a folder or a hub id, not {type(source).__name__}")
     for subfolder in ("", modality):
         options = {"subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}
         try:

@@ -12,6 +12,7 @@ from .reports import UNIMODAL, best_single
 
 Cell = tuple[float, float]  # mean and standard deviation (NaN: of one seed) over seeds of what the task is ranked by
 LATE_FUSION = ("late fusion", "late_fusion")  # the baseline, the method
+UNMEASURED = "–"  # where no sample counts
 
 
 class Verdicts:
@@ -84,10 +85,14 @@ def _table(scenarios: Sequence[str], columns: Sequence[str], rows: Sequence[Sequ
 
 def _spread(cell: Cell) -> str:
     mean, std = cell
+    if math.isnan(mean):
+        return UNMEASURED
     return f"{mean:.3f}" if math.isnan(std) else f"{mean:.3f} ± {std:.3f}"
 
 
 def _signed(found: Difference) -> str:
     mean, low, high = found
+    if math.isnan(mean):
+        return UNMEASURED
     text = f"**{mean:+.3f}**" if low > 0 or high < 0 else f"{mean:+.3f}"
     return f"{text} ({low:+.3f} to {high:+.3f})"

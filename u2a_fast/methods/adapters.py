@@ -57,6 +57,7 @@ class Adapters(nn.Module):
             ValueError: an unknown modality; no such folder; an adapter that does not fit the encoder; anything that is
                 not plain LoRA on the linears of its layers (DoRA, trained biases, `modules_to_save`, ...). The model is
                 then as it was.
+            TypeError: a name that is neither text nor a path.
         """
         check_modalities([modality], self.config.modalities)
         load_folder(name_or_path, self.encoders[modality], modality)
