@@ -263,9 +263,11 @@ def test_what_is_chosen_for_a_table_follows_its_size_and_pictures(root):
     asked = TrainOptions(data=str(root / "classes.csv"))
     found = settled(asked, splits)
     assert (found.missing_rate, found.modality_dropout, found.epochs, found.batch_size) == (0.0, 0.3, 12, 16)
-    assert found.image_size == 112 and not found.translators and settled(found, splits) is found
+    assert found.image_size == 112 and settled(found, splits) is found
+    assert found.separate_heads and not found.translators  # which would be too many for so few rows
     large = {"train": datasets.concatenate_datasets([splits["train"]] * 50)}
-    assert settled(asked, large).epochs == 10 and settled(asked, large).translators
+    assert settled(asked, large).epochs == 10
+    assert settled(asked, large).translators and not settled(asked, large).separate_heads
     assert settled(TrainOptions(epochs=1, missing_rate=0.5), splits).modality_dropout == 0.1
     assert settled(TrainOptions(data="mmimdb:/x"), splits).missing_rate == 0.7
     said = choices(asked, found, ("image", "text"))

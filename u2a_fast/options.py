@@ -35,6 +35,7 @@ class Recipe:
     batch_size: int = 16
     image_size: int = 112
     translators: bool = True
+    separate_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class BuiltinData:
 DATASETS = {
     "emoji": BuiltinData(data_module.load_emoji),  # 72 pixels wide
     # Larger pictures, which at 112 pixels take a quarter of the time; 454 samples to train on.
-    "stamps": BuiltinData(data_module.load_stamps, Recipe(translators=False)),
+    "stamps": BuiltinData(data_module.load_stamps, Recipe(translators=False, separate_heads=True)),
 }
 DATA_HELP = (
     ", ".join(DATASETS)
@@ -62,7 +63,7 @@ BESIDES = ("label", "group")  # columns that are no modality
 # For data that nobody has tuned a recipe for.
 SAMPLES_SEEN = 20_000  # over all epochs, which are not fewer than 3 nor more than 12
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 12
-TRANSLATED = 650  # samples from which on U2A has translators: 917 did better with them, 428 without
+TRANSLATED = 650  # samples from which on U2A has translators, below it separate heads (docs/choosing.md)
 IMAGE_SIZES = (112, 168, 224)  # multiples of DINOv2's patch; the middle one is the largest on a CPU
 PICTURES_MEASURED = 64
 
@@ -94,6 +95,9 @@ class TrainOptions:
     )
     translators: bool | None = option(
         None, "u2a only: a linear layer behind each encoder; None: where there are samples enough to train it"
+    )
+    separate_heads: bool | None = option(
+        None, "u2a only: class tokens of one size, and a head for each encoder; None: where translators are too many"
     )
     label_smoothing: float = option(0.2, "label smoothing of the cross entropy, while training")
     class_weights: str | None = option(None, "balanced: rare classes count for more in the loss; None: they do not")
@@ -162,7 +166,8 @@ def recipe_for(options: TrainOptions, splits: Mapping[str, Any]) -> Recipe:
         epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(SAMPLES_SEEN / max(len(train), 1))))
         translators = len(train) >= TRANSLATED
     missing_rate = 0.7 if _benchmark(options.data) is not None else 0.0
-    return Recipe(missing_rate, epochs=epochs, image_size=picture_size(train), translators=translators)
+    heads = {"translators": translators, "separate_heads": not translators}
+    return Recipe(missing_rate, epochs=epochs, image_size=picture_size(train), **heads)
 
 
 def picture_size(dataset: Any) -> int:
@@ -191,6 +196,7 @@ def choices(asked: TrainOptions, found: TrainOptions, modalities: Sequence[str])
     without_effect = {
         "modality_dropout": asked.method != "u2a",
         "translators": asked.method != "u2a",
+        "separate_heads": asked.method != "u2a",
         "image_size": asked.encoders or "image" not in modalities,
     }
     names = [name for name in _open(asked) if not without_effect.get(name)]

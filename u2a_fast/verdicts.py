@@ -12,7 +12,7 @@ from .reports import UNIMODAL, best_single
 
 Cell = tuple[float, float]  # mean and standard deviation (NaN: of one seed) over seeds of what the task is ranked by
 LATE_FUSION = ("late fusion", "late_fusion")  # the baseline, the method
-UNMEASURED = "–"  # where no sample counts
+UNMEASURED = "-"  # where no sample counts
 
 
 class Verdicts:

@@ -69,20 +69,21 @@ def test_the_file_holds_what_was_trained_and_nothing_else(folders, tmp_path):
     assert not [path for path in (tmp_path / "b").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("translate_all", [False, True])
-def test_translators_come_back_as_they_were_saved(folders, tmp_path, translate_all):
-    model = U2A(folders, num_labels=3, translate_all=translate_all).eval()
+def test_translators_and_heads_come_back_as_they_were_saved(folders, tmp_path, translate_all, separate_heads):
+    model = U2A(folders, num_labels=3, translate_all=translate_all, separate_heads=separate_heads).eval()
     for translator in model.translators.values():
         torch.nn.init.normal_(translator.weight, std=0.2)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(model(**batch()).logits, load_model(tmp_path / "saved")(**batch()).logits)
 
 
-def test_a_model_saved_before_there_were_translators_loads(folders, tmp_path):
-    model = U2A(folders, num_labels=3, translate_all=False).eval()
+def test_a_model_saved_before_there_were_translators_and_heads_loads(folders, tmp_path):
+    model = U2A(folders, num_labels=3).eval()
     model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
-    del config["arguments"]["translate_all"]
+    del config["arguments"]["translate_all"], config["arguments"]["separate_heads"]
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert torch.equal(model(**batch()).logits, load_model(tmp_path / "saved")(**batch()).logits)
 

@@ -48,12 +48,11 @@ def test_a_value_that_is_refused_changes_nothing(method, folders):
 
 
 def test_every_method_of_the_table_has_a_recipe_that_fits():
-    options = TrainOptions(
-        lora_r=3, lora_alpha=6, modality_dropout=0.4, tuning="lora", feature_cache="here", translators=True
-    )
+    of_u2a = {"modality_dropout": 0.4, "translators": True, "separate_heads": False}
+    options = TrainOptions(lora_r=3, lora_alpha=6, tuning="lora", feature_cache="here", **of_u2a)
     lora = LoraConfig(r=3, lora_alpha=6)
     assert {name: adaptation(method, options) for name, method in METHODS.items()} == {
-        "u2a": {"lora": lora, "modality_dropout": 0.4, "translate_all": True},
+        "u2a": {"lora": lora, "modality_dropout": 0.4, "translate_all": True, "separate_heads": False},
         "pmf": {"feature_cache": "here"},
         "joint_embedding": {"tuning": lora},
         "late_fusion": {"lora": lora},

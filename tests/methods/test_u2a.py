@@ -21,6 +21,14 @@ PAIRS = {
 COUNT = 6
 
 
+HEADS = {  # what stands between encoders and logits, all translated by default
+    "the paper's": {"translate_all": False},
+    "translators": {},
+    "separate heads": {"translate_all": False, "separate_heads": True},
+    "separate heads behind translators": {"separate_heads": True},
+}
+
+
 def models(families, device, unequal=False, targets=("q", "k", "v", "o"), translate_all=True, **options):
     built = {}
     for i, (name, family) in enumerate(families.items()):
@@ -40,12 +48,12 @@ def models(families, device, unequal=False, targets=("q", "k", "v", "o"), transl
 
 
 @pytest.mark.parametrize("absent", ["pack", "where"])
-@pytest.mark.parametrize("translate_all", [False, True])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("families", PAIRS.values(), ids=PAIRS.keys())
-def test_forward_loss_and_gradients_equal_the_reference(families, unequal, translate_all, absent, device):
-    fast, reference, names = models(families, device, unequal, translate_all=translate_all)
-    translated = families if translate_all else list(families)[1:] if unequal else []
+def test_forward_loss_and_gradients_equal_the_reference(families, unequal, heads, absent, device):
+    fast, reference, names = models(families, device, unequal, **heads)
+    translated = families if heads.get("translate_all", True) else list(families)[1:] if unequal else []
     assert list(fast.translators) == list(reference.translators) == list(translated)
     fast.absent = absent
     labels = torch.arange(COUNT) % 5
@@ -97,10 +105,11 @@ def test_any_roles_can_be_adapted(targets, device):
     parity.assert_same_gradients(fast, reference, names, 1e-9)
 
 
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("absent", ["pack", "where"])
-def test_what_stands_in_absent_rows_never_matters(absent, device):
+def test_what_stands_in_absent_rows_never_matters(absent, separate_heads, device):
     families = PAIRS["three"]
-    fast, _, _ = models(families, device)
+    fast, _, _ = models(families, device, separate_heads=separate_heads)
     fast.absent = absent
     present, labels = parity.random_presence(COUNT, 3, 3), torch.arange(COUNT) % 5
     results = []
@@ -120,10 +129,11 @@ def test_what_stands_in_absent_rows_never_matters(absent, device):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("absent", ["pack", "where"])
-def test_a_modality_absent_in_the_whole_batch(absent, lost, device):
+def test_a_modality_absent_in_the_whole_batch(absent, separate_heads, lost, device):
     families = PAIRS["pre and post norm"]
-    fast, reference, _ = models(families, device)
+    fast, reference, _ = models(families, device, separate_heads=separate_heads)
     fast.absent = absent
     present = torch.ones(COUNT, 2, dtype=torch.bool)
     present[:, lost] = False
@@ -139,9 +149,10 @@ def test_a_modality_absent_in_the_whole_batch(absent, lost, device):
     assert lora and all(g is not None and not g.any() for g in lora)
 
 
-def test_rows_do_not_see_each_other(device):
+@pytest.mark.parametrize("separate_heads", [False, True])
+def test_rows_do_not_see_each_other(separate_heads, device):
     families = PAIRS["three"]
-    fast, _, _ = models(families, device)
+    fast, _, _ = models(families, device, separate_heads=separate_heads)
     inputs, present = parity.batch(families, COUNT), parity.random_presence(COUNT, 3, 5)
     run = on(device, fast)
     logits = run(**inputs, modality_mask=present).logits
@@ -153,11 +164,12 @@ def test_rows_do_not_see_each_other(device):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("families", PAIRS.values(), ids=PAIRS.keys())
-def test_static_shapes_compile_as_one_graph(families, device):
+def test_static_shapes_compile_as_one_graph(families, separate_heads, device):
     """`absent="where"`, in training, with gradients; aot_eager traces backward too."""
     torch._dynamo.reset()
-    fast, _, _ = models(families, device)
+    fast, _, _ = models(families, device, separate_heads=separate_heads)
     fast.absent = "where"
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
     inputs, labels = parity.batch(families, COUNT), torch.arange(COUNT) % 5
@@ -177,9 +189,10 @@ def test_static_shapes_compile_as_one_graph(families, device):
             parity.assert_close(graph[name], value, 1e-9, name)
 
 
-def test_prior_for_a_sample_with_nothing(device):
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+def test_prior_for_a_sample_with_nothing(heads, device):
     families = PAIRS["pre and post norm"]
-    fast, reference, names = models(families, device, unequal=True, all_absent="prior")
+    fast, reference, names = models(families, device, unequal=True, all_absent="prior", **heads)
     present = torch.tensor([[True, True], [False, False], [False, True]])
     inputs, labels = parity.batch(families, 3), torch.tensor([0, 1, 2])
     out = on(device, fast)(**inputs, modality_mask=present, labels=labels)
@@ -219,14 +232,30 @@ def test_translators_start_from_the_papers_plain_sum(absent, device):
         parity.assert_close(getattr(got, name), getattr(expected, name), 1e-9, name)
 
 
+@pytest.mark.parametrize("separate_heads", [False, True])
+def test_separate_heads_do_not_ask_how_large_class_tokens_are(separate_heads, device):
+    """DINOv2's are four times MiniLM's; in the paper's sum the larger drown the smaller."""
+    families = PAIRS["pre and post norm"]
+    fast, _, _ = models(families, device, separate_heads=separate_heads, translate_all=False)
+    inputs = parity.batch(families, COUNT)
+    before = on(device, fast)(**inputs).logits
+    for parameter in fast.encoders["image"].stem["final_norm"].parameters():
+        parameter.mul_(4)
+    after = on(device, fast)(**inputs).logits
+    assert ((after - before).abs().max() < 1e-3) == separate_heads
+
+
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("translate_all", [False, True])
-def test_what_trains_is_lora_mask_tokens_translators_and_head(translate_all):
+def test_what_trains_is_lora_mask_tokens_translators_and_head(translate_all, separate_heads):
     encoders = {name: tiny_encoders.build(family) for name, family in PAIRS["pre and post norm"].items()}
-    model = U2A(encoders, num_labels=5, lora=LoraConfig(r=2), translate_all=translate_all)
+    ways = {"translate_all": translate_all, "separate_heads": separate_heads}
+    model = U2A(encoders, num_labels=5, lora=LoraConfig(r=2), **ways)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(any(word in name for word in ("lora", "mask_token", "translators", "head")) for name in trained)
     beside = 2 * (32 * 32 + 32) if translate_all else 0
-    assert sum(p.numel() for name, p in trained.items() if "lora" not in name) == 5 * 32 + 5 + 2 * 32 + beside
+    head = 5 * 32 * (2 if separate_heads else 1) + 5
+    assert sum(p.numel() for name, p in trained.items() if "lora" not in name) == head + 2 * 32 + beside
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert sum(p.numel() for name, p in trained.items() if "lora" in name) == 2 * 2 * 4 * 2 * (32 + 32)
 

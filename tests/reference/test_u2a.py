@@ -89,6 +89,22 @@ def test_three_modalities_of_unequal_width_by_hand(translate_all):
     torch.testing.assert_close(out.align_loss, align, rtol=0, atol=1e-10)
 
 
+def test_separate_heads_by_hand():
+    model = build(separate_heads=True, all_absent="prior")
+    inputs, mask = batch(), torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]]).bool()
+    norm = torch.nn.LayerNorm(32, elementwise_affine=False)
+    (c_image, p_image), (c_text, p_text) = ((norm(x) for x in read(model, m, inputs)) for m in PAIR)
+    prior = norm(torch.cat([model.mask_tokens["image"], model.mask_tokens["text"]])).mean(dim=0)
+    image = torch.stack([c_image[0], c_image[1], p_text[2, 0], prior])
+    text = torch.stack([c_text[0], p_image[1, 0], c_text[2], prior])
+    of_image, of_text = model.head.weight.split(32, dim=1)
+    out = model(inputs, mask, LABELS)
+    expected = image @ of_image.t() + text @ of_text.t() + model.head.bias
+    torch.testing.assert_close(out.logits, expected, rtol=0, atol=1e-10)
+    align = (p_image[0, 0] - c_text[0]).square().mean() + (p_text[0, 0] - c_image[0]).square().mean()
+    torch.testing.assert_close(out.align_loss, align, rtol=0, atol=1e-10)
+
+
 def test_gradients_are_finite_and_reach_every_trained_parameter():
     model, inputs = build(), batch()
     model(with_garbage(inputs, MASK), MASK, LABELS).loss.backward()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import host, kernels
 from ..encoders.frozen import add_adapters
@@ -45,8 +46,11 @@ class U2A(MultimodalModel):
         loss = task + align_weight * sum_{m != j} MSE(p_{m->j}, stop_gradient(c_j)) over samples that have both
 
     T_m is the identity, as in the paper, but a translator, Linear(D_m -> D), where D_m is not D, the largest width
-    (ours). With `translate_all` every T_m is one, from the identity where D_m = D: the one head of a sum then has
-    weights for each encoder, as the head of late fusion does.
+    (ours). With `translate_all` every T_m is one, from the identity where D_m = D.
+
+    With `separate_heads` (ours) every T_m ends in a LayerNorm without parameters, and `logits = sum_j W_j z_j + b`,
+    where z_j are the terms of z: class tokens of unlike size, DINOv2's and MiniLM's by four times, no longer share one
+    head, in which the larger drowns the smaller.
 
     Args:
         encoders: `{modality: Hugging Face encoder, hub id, folder or Encoder}`; their order is the modality order.
@@ -59,9 +63,10 @@ class U2A(MultimodalModel):
         all_absent: `"error"`, or `"prior"`: a sample with nothing is classified from the mean of the mask tokens.
         absent: `"pack"`: absent rows are not computed; `"where"`: static shapes, for compile and export.
         processors: `{modality: processor}` for raw samples; by default loaded from the encoders' folders.
-        translate_all: ours, see above; off is the paper's form. `u2a-fast train` sets it (docs/choosing.md).
+        translate_all: ours, see above; off is the paper's form.
         label_smoothing: of the cross entropy, while training. Not Trainer's `label_smoothing_factor`, which takes the
             labels away from the model and the alignment loss with them.
+        separate_heads: ours, see above; off is the paper's form. `u2a-fast train` sets it (docs/choosing.md).
 
     Source: methods as in the paper's section 3; stop-gradient, translators and more than two modalities are ours.
 
@@ -97,6 +102,7 @@ class U2A(MultimodalModel):
         processors: Mapping[str, Any] | None = None,
         translate_all: bool = False,
         label_smoothing: float = 0.0,
+        separate_heads: bool = False,
     ):
         lora = read_lora(lora)
         super().__init__(
@@ -112,7 +118,9 @@ class U2A(MultimodalModel):
             align_weight=align_weight,
             absent=absent,
             translate_all=translate_all,
+            separate_heads=separate_heads,
         )
+        self.separate_heads = separate_heads
         add_adapters(self.encoders.values(), lora)
         widths = {name: encoder.width for name, encoder in self.encoders.items()}
         width, others = max(widths.values()), len(widths) - 1
@@ -120,7 +128,8 @@ class U2A(MultimodalModel):
         self.translators = nn.ModuleDict(
             {m: translator(d, width) for m, d in widths.items() if translate_all or d != width}
         )
-        self.head = nn.Linear(width, num_labels)
+        self.width = width
+        self.head = nn.Linear(width * len(widths) if separate_heads else width, num_labels)
         self.post_init()
 
     @classmethod
@@ -129,6 +138,7 @@ class U2A(MultimodalModel):
             "lora": options.lora,
             "modality_dropout": options.modality_dropout,
             "translate_all": options.translators,
+            "separate_heads": options.separate_heads,
         }
 
     @property
@@ -146,9 +156,7 @@ class U2A(MultimodalModel):
         return self._joined(encoded, present)
 
     def _joined(self, encoded: Mapping[str, Read], present: Tensor) -> U2AEncoded:
-        nothing = self.head.weight.new_zeros(
-            present.shape[0], self.head.in_features
-        )  # `len` is a constant in an export
+        nothing = self.head.weight.new_zeros(present.shape[0], self.width)  # `len` is a constant in an export
         class_tokens, proxies = [], []
         for i, name in enumerate(self.config.modalities):
             tokens, stand_ins = encoded.get(name, (nothing, nothing.expand(present.shape[1] - 1, -1, -1)))
@@ -207,9 +215,18 @@ class U2A(MultimodalModel):
     def fuse(self, encoded: U2AEncoded, present: Tensor) -> tuple[Tensor, Tensor]:
         present = host.send(present, encoded.class_tokens.device)
         fused, align_loss = kernels.substitute(encoded.class_tokens, encoded.proxies, present)  # [B, D]
+        logits = self._by_each(encoded, present) if self.separate_heads else self.head(fused)
         if self.all_absent == "prior":
-            fused = torch.where(present.any(dim=1, keepdim=True), fused, self._prior().to(fused.dtype))
-        return self.head(fused), align_loss
+            logits = torch.where(present.any(dim=1, keepdim=True), logits, self._prior().to(logits.dtype))
+        return logits, align_loss
+
+    def _by_each(self, encoded: U2AEncoded, present: Tensor) -> Tensor:
+        """sum_j W_j z_j + b, `[B, C]`: what encoders say is multiplied before it is chosen, by the weights of j."""
+        has = present.t()[:, :, None]  # [M, B, 1]; rows of others may hold anything
+        weights = self.head.weight.unflatten(1, (-1, self.width)).permute(1, 2, 0)  # [M, D, C]
+        own = torch.where(has, encoded.class_tokens, 0) @ weights  # [M, B, C]
+        stand_ins = torch.where(has[:, None], encoded.proxies, 0) @ weights  # [M, M, B, C]
+        return kernels.substitute(own, stand_ins, present)[0] + self.head.bias
 
     def drop_modalities(self, present: Tensor) -> Tensor:
         """With probability `modality_dropout` a sample loses one present modality, drawn uniformly, never its last."""
@@ -253,11 +270,13 @@ class U2A(MultimodalModel):
     def _project(self, name: str, rows: Tensor) -> Tensor:
         """Rows of encoder `name` as they are compared and summed: behind its translator, in the head's dtype."""
         rows = rows.to(self.head.weight.dtype).contiguous()  # a view would keep the whole hidden state for backward
-        return self.translators[name](rows) if name in self.translators else rows
+        rows = self.translators[name](rows) if name in self.translators else rows
+        return F.layer_norm(rows, rows.shape[-1:]) if self.separate_heads else rows
 
     def _prior(self) -> Tensor:
-        """Mean of all mask tokens in the common width, `[D]`."""
-        return torch.cat([self._project(name, tokens) for name, tokens in self.mask_tokens.items()]).mean(dim=0)
+        """Logits `[C]` of a sample with nothing: each z_j, or z, is the mean of all mask tokens in the common width."""
+        z = torch.cat([self._project(name, tokens) for name, tokens in self.mask_tokens.items()]).mean(dim=0)
+        return self.head(z.repeat(self.head.in_features // self.width))
 
 
 def translator(own: int, common: int) -> nn.Linear:

@@ -3,6 +3,8 @@
 h_m = E_m([CLS_m ; X_m ; MT_m])        c_m = class token of h_m      p_{m->j} = row of mask token m->j
 z = sum_j (c_j, or the mean of p_{m->j} over the available m where j is missing)         logits = W z + b
 L = L_task + lambda sum_{(m, j)} mean (p_{m->j} - sg(c_j))^2       over samples that have m and j, and over d
+
+With separate_heads (ours): c and p are normalised over d, z = sum_j z_j and logits = sum_j W_j z_j + b.
 """
 
 import torch
@@ -17,7 +19,8 @@ class ReferenceU2A(nn.Module):
 
     Encoder m carries the mask tokens of the other modalities, in modality order: `mask_tokens[m]` [M - 1, D_m]. The
     common width d is the largest; a narrower modality gets `translators[m]`, applied to its class token, its proxies
-    and (all_absent="prior") its mask tokens; with translate_all (ours) every modality does.
+    and (all_absent="prior") its mask tokens; with translate_all (ours) every modality does. With separate_heads the
+    head holds the W_j side by side, [C, M * d].
 
     LoRA factors: `lora_factors()`.
     """
@@ -33,6 +36,7 @@ class ReferenceU2A(nn.Module):
         align_weight: float = 0.2,
         stop_gradient: bool = True,
         translate_all: bool = False,
+        separate_heads: bool = False,
         all_absent: str = "error",
         problem_type: str | None = None,
     ):
@@ -52,7 +56,8 @@ class ReferenceU2A(nn.Module):
             if linear.in_features == d:  # it starts from the plain sum
                 nn.init.eye_(linear.weight)
                 nn.init.zeros_(linear.bias)
-        self.head = nn.Linear(d, num_labels)
+        self.separate_heads = separate_heads
+        self.head = nn.Linear(d * len(encoders) if separate_heads else d, num_labels)
         self.align_weight, self.stop_gradient = align_weight, stop_gradient
         self.all_absent, self.problem_type = all_absent, problem_type
 
@@ -74,7 +79,7 @@ class ReferenceU2A(nn.Module):
         if self.all_absent == "error":
             require_one_modality(present)
         classes, proxies = self.encode(inputs, present)
-        fused = torch.stack([self.fuse(sample, classes, proxies) for sample in range(len(present))])  # [B, d]
+        fused = torch.stack([self.fuse(sample, classes, proxies) for sample in range(len(present))])  # [B, d or M * d]
         logits = self.head(fused)
         if labels is None:
             return ReferenceOutput(logits)
@@ -102,17 +107,22 @@ class ReferenceU2A(nn.Module):
     def common(self, m: str, rows: Tensor) -> Tensor:
         """[..., D_m] -> [..., d] in the head's dtype."""
         rows = rows.to(self.head.weight.dtype)
-        return self.translators[m](rows) if m in self.translators else rows
+        rows = self.translators[m](rows) if m in self.translators else rows
+        if not self.separate_heads:
+            return rows
+        centred = rows - rows.mean(dim=-1, keepdim=True)
+        return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
 
     def fuse(self, b: int, classes: dict, proxies: dict) -> Tensor:
-        """Sample b -> z [d]; with no modality at all: the mean of all mask tokens."""
+        """Sample b -> z [d], or its z_j side by side; with no modality at all: the mean of all mask tokens."""
         available = [m for m in self.modalities if (m, b) in classes]
         if not available:
-            return torch.cat([self.common(m, self.mask_tokens[m]) for m in self.modalities]).mean(dim=0)
+            prior = torch.cat([self.common(m, self.mask_tokens[m]) for m in self.modalities]).mean(dim=0)
+            return prior.repeat(len(self.modalities)) if self.separate_heads else prior
         chosen = []
         for j in self.modalities:
             chosen.append(classes[j, b] if j in available else mean([proxies[m, j, b] for m in available]))
-        return torch.stack(chosen).sum(dim=0)
+        return torch.cat(chosen) if self.separate_heads else torch.stack(chosen).sum(dim=0)
 
     def alignment(self, classes: dict, proxies: dict) -> Tensor:
         """Sum over ordered pairs of the mean over samples that have both; 0 for a pair without such samples."""
