@@ -154,6 +154,14 @@ def test_multilabel_scores(folders):
     assert row["majority"] == pytest.approx(f1_score(labels, torch.ones(6, 3), average="macro"))
 
 
+def test_numbers_are_not_scored_against_places_among_classes(folders):
+    model = U2A(folders, num_labels=1, problem_type="regression", processors=tiny_data.processors())
+    rows = datasets.Dataset.from_dict({"text": ["red", "blue"], "label": [0, 1]})
+    rows = rows.cast_column("label", datasets.ClassLabel(names=["7", "14"]))
+    with pytest.raises(ValueError, match=r'these labels are classes \(7, 14, ..\), .* task="regression"'):
+        evaluate(model, rows, scenarios=["full"])
+
+
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_regression_scores(folders, outputs, tmp_path):
     model = U2A(folders, num_labels=outputs, problem_type="regression", processors=tiny_data.processors())

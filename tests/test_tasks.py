@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -110,6 +111,9 @@ def test_each_task_is_trained_reported_and_answered(name, more, columns, run, ro
     else:
         assert {row["scenario"] for row in rows} >= {"full [late fusion]", "text only [unimodal]"}
         assert all(900 < answer["value"] < 1200 for answer in answers[:2])
+        (checkpoint,) = folder.glob("checkpoint-*")  # all that a killed run leaves
+        samples = tiny_data.samples(4)
+        torch.testing.assert_close(load_model(checkpoint).predict(samples), model.predict(samples))
 
 
 @pytest.mark.slow
@@ -268,6 +272,11 @@ def test_what_is_chosen_for_a_table_follows_its_size_and_pictures(root):
     large = {"train": datasets.concatenate_datasets([splits["train"]] * 50)}
     assert settled(asked, large).epochs == 10
     assert settled(asked, large).translators and not settled(asked, large).separate_heads
+    for part, name in ((splits, "translators"), (large, "separate_heads")):  # who asks for one does not ask for both
+        chosen = settled(replace(asked, **{name: True}), part)
+        assert {name for name in ("translators", "separate_heads") if getattr(chosen, name)} == {name}
+        plain = settled(replace(asked, translators=False, separate_heads=False), part)
+        assert not plain.translators and not plain.separate_heads
     assert settled(TrainOptions(epochs=1, missing_rate=0.5), splits).modality_dropout == 0.1
     assert settled(TrainOptions(data="mmimdb:/x"), splits).missing_rate == 0.7
     said = choices(asked, found, ("image", "text"))

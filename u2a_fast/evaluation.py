@@ -181,6 +181,11 @@ def class_order(dataset: Any, model: MultimodalModel) -> torch.Tensor | None:
     """`[classes of the data set]`: the model's number for each of them; None where one side has no names."""
     features, known = getattr(dataset, "features", None) or {}, _classes(model)
     names = next((label_names(features[name]) for name in LABELS if name in features), None)
+    if names is not None and model.problem_type(None) == "regression":
+        raise ValueError(
+            f"these labels are classes ({', '.join(names[:3])}, ..), and the model answers with numbers: load the data "
+            'with task="regression"'
+        )
     return None if names is None or known is None else torch.tensor([known.number(name) for name in names])
 
 

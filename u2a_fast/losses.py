@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .methods.base import MultimodalModel
+from .methods.label_scale import into_head
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -24,15 +25,16 @@ def balanced(model: MultimodalModel, labels: Tensor) -> Loss:
     Raises:
         ValueError: a regression, which has no classes.
     """
-    problem_type, count = model.problem_type(labels), len(labels)
+    problem_type, count = model.problem_type(labels.float() if labels.dim() > 1 else labels), len(labels)
     if problem_type == "regression":
         raise ValueError("class_weights need classes, and this is a regression: leave them out")
     if problem_type == "multi_label_classification":
-        marks = labels.float().sum(dim=0)
+        marks = labels.reshape(count, -1).float().sum(dim=0)
         weights = (count - marks) / marks.clamp(min=1)
         return lambda logits, target: F.binary_cross_entropy_with_logits(
             logits, target.to(logits.dtype), pos_weight=weights.to(logits)
         )
+    model.check_labels(labels, count)
     classes, known = model.config.num_labels, labels[labels != -100].long()
     weights = len(known) / (classes * known.bincount(minlength=classes).clamp(min=1))
 
@@ -64,20 +66,11 @@ class StandardLabels:
         """Standard labels, or what was predicted of them, `[n, C]`, in the labels' own units."""
         return numbers * self.deviation + self.mean
 
-    @torch.no_grad()
+    @property
+    def scale(self) -> dict[str, list[float]]:
+        """As a config keeps it."""
+        return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
+
     def into_head(self, model: MultimodalModel) -> None:
-        for linear in model.head.modules():  # several where logits are averaged
-            if isinstance(linear, nn.Linear):
-                _update(linear.weight, lambda weight: weight * self.deviation[:, None].to(weight))
-                _update(linear.bias, lambda bias: bias * self.deviation.to(bias) + self.mean.to(bias))
-
-
-def _update(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """In place, from its whole value, where processes may share it."""
-    if not hasattr(parameter, "full_tensor"):
-        parameter.copy_(change(parameter))
-        return
-    from torch.distributed.tensor import distribute_tensor
-
-    whole = change(parameter.full_tensor())
-    parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+        into_head(model.head, self.mean, self.deviation)
+        model.config.label_scale = None

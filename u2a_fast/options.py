@@ -152,6 +152,8 @@ def settled(options: TrainOptions, splits: Mapping[str, Any]) -> TrainOptions:
     recipe = recipe_for(options, splits)
     missing_rate = recipe.missing_rate if options.missing_rate is None else options.missing_rate
     chosen = asdict(replace(recipe, missing_rate=missing_rate, modality_dropout=0.1 if missing_rate else 0.3))
+    if options.translators or options.separate_heads:  # who asks for one of them does not ask for both
+        chosen |= {"translators": False, "separate_heads": False}
     return replace(options, **{name: value for name, value in chosen.items() if getattr(options, name) is None})
 
 

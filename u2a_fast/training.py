@@ -121,6 +121,7 @@ def make_trainer(
     collate: Any = MultimodalCollator(model.processors, cache=options.data_cache)
     if model.config.problem_type == "regression":
         collate = StandardLabels(collate, _labels(pool))
+        model.config.label_scale = collate.scale  # checkpoints are models too
     if options.class_weights:
         model.loss = balanced(model, _labels(pool))
     watched: dict[str, Any] = {}

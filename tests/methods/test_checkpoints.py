@@ -69,6 +69,24 @@ def test_the_file_holds_what_was_trained_and_nothing_else(folders, tmp_path):
     assert not [path for path in (tmp_path / "b").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
+def test_encoders_come_back_in_the_dtype_they_were_given_last(folders, tmp_path):
+    model = make_model(folders).eval().bfloat16()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved")
+    assert {encoder.dtype for encoder in loaded.encoders.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "label_scale", [3, {"mean": [0.0]}, {"mean": [1.0], "deviation": [float("nan")]}, {"mean": "x"}]
+)
+def test_a_damaged_scale_of_labels_is_refused(folders, tmp_path, label_scale):
+    model = U2A(folders, num_labels=1)
+    model.config.label_scale = label_scale
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="the config's label_scale is no mean and deviation"):
+        load_model(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("translate_all", [False, True])
 def test_translators_and_heads_come_back_as_they_were_saved(folders, tmp_path, translate_all, separate_heads):

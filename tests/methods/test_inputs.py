@@ -172,6 +172,63 @@ def test_regression_with_one_label(inputs):
     torch.testing.assert_close(out.task_loss, expected)
 
 
+@pytest.mark.parametrize("loss", [None, torch.nn.functional.huber_loss, torch.nn.MSELoss()])
+def test_a_loss_gets_numbers_in_the_shape_of_the_logits(loss, inputs):
+    """[B] and [B, 1] would be compared each with each."""
+    encoders = {name: tiny_encoders.build(family) for name, family in FAMILIES.items()}
+    model, labels = U2A(encoders, num_labels=1).eval(), torch.tensor([0.5, 1.0, -1.0])
+    model.loss = loss
+    out = model(**inputs, labels=labels)
+    expected = (loss or torch.nn.functional.mse_loss)(out.logits, labels[:, None])
+    torch.testing.assert_close(out.task_loss, expected)
+
+
+def test_a_function_takes_the_place_of_a_loss_that_is_a_module(model, inputs):
+    labels = torch.tensor([0, 3, 1])
+    expected = model(**inputs, labels=labels).task_loss
+    model.loss = torch.nn.CrossEntropyLoss(weight=torch.arange(4.0))
+    assert model(**inputs, labels=labels).task_loss != expected
+    for loss in (torch.nn.functional.cross_entropy, None):
+        model.loss = loss
+        assert model.loss is loss and torch.equal(model(**inputs, labels=labels).task_loss, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_not_rounded_to_what_logits_are(dtype, inputs):
+    encoders = {name: tiny_encoders.build(family) for name, family in FAMILIES.items()}
+    model, labels = U2A(encoders, num_labels=1).eval(), torch.tensor([250_001.0, 250_002.0, 250_003.0])
+    with torch.autocast("cpu", dtype=dtype):
+        out = model(**inputs, labels=labels)
+    assert out.logits.dtype == dtype
+    torch.testing.assert_close(out.task_loss, (out.logits.float()[:, 0] - labels).square().mean())
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.0, 1.0, 1.0]), torch.tensor([[0.0], [1.0], [1.0]])])
+def test_one_mark_a_sample_needs_no_brackets(labels, inputs):
+    encoders = {name: tiny_encoders.build(family) for name, family in FAMILIES.items()}
+    model = U2A(encoders, num_labels=1, problem_type="multi_label_classification").eval()
+    out = model(**inputs, labels=labels)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(out.logits[:, 0], torch.tensor([0.0, 1.0, 1.0]))
+    torch.testing.assert_close(out.task_loss, expected)
+
+
+@pytest.mark.parametrize("strange", [-100.0, 3.5, float("nan")])
+def test_marks_that_are_none_are_refused(strange, model, inputs):
+    labels = torch.tensor([[0.0, 1.0, 0.3, 0.0]] * 3)
+    model(**inputs, labels=labels)
+    labels[1, 2] = strange
+    with pytest.raises(ValueError, match=f'marks from 0 to 1, not {strange}: .*problem_type="regression"'):
+        model(**inputs, labels=labels)
+
+
+def test_what_the_labels_told_in_training_is_remembered(model, inputs):
+    marks = torch.tensor([[0.0, 1, 0, 1]] * 3)
+    model.eval()(**inputs, labels=marks)
+    assert model.config.problem_type is None
+    model.train()(**inputs, labels=marks)
+    assert model.config.problem_type == "multi_label_classification" == model.problem_type(None)
+
+
 @pytest.mark.parametrize("empty", [{}, {"input_ids": None, "attention_mask": None}])
 @pytest.mark.parametrize("options", [{}, {"absent": "where"}])
 def test_inputs_without_a_tensor_are_an_absent_modality(options, empty, inputs):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .. import host
@@ -18,15 +17,17 @@ from .adapters import Adapters
 from .captured import CapturedSteps, PaddingMasks
 from .checkpointing import Checkpointing
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
-from .hub import Hub
+from .hub import Hub, dtypes_of
+from .label_scale import into_head, scale_from
 from .loading import as_encoder, check_overrides, check_parts, fit_processor, load_processor, overlay, saved_processors
 from .presence import Rows, all_take_part, check_modalities, nobody, presence, present_rows, refuse_empty
 from .saved import saved_config, saved_state
+from .tasks import Tasks
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
-class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, PreTrainedModel):
+class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTrainedModel):
     """Frozen encoders under one head. Subclasses say what `encode` keeps of each sample and how `fuse` classifies it.
 
     `encode` looks at each sample once and never at which other modalities it has, so that every missing-modality
@@ -73,7 +74,7 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, PreTrainedMod
         config = self.config_class(
             modalities=list(built),
             encoders={name: encoder.name_or_path for name, encoder in built.items()},
-            encoder_dtypes={name: str(encoder.dtype).removeprefix("torch.") for name, encoder in built.items()},
+            encoder_dtypes=dtypes_of(built),
             encoders_in_8bit=[name for name, encoder in built.items() if encoder.loaded_in_8bit],
             arguments={**arguments, "quantization": stored if any(stored.values()) else None},
             num_labels=num_labels,
@@ -152,6 +153,8 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, PreTrainedMod
             (present, on_host), padding = self._to_host(inputs, present, labels)
             if labels is not None:
                 self.check_labels(on_host, len(present))
+        if labels is not None and self.training and not torch.compiler.is_compiling():
+            self.config.problem_type = self.problem_type(labels)  # or a saved model would not know
         if self.all_absent == "error" and host.readable(present):
             refuse_empty(present)
         if self._steps is not None and labels is not None and torch.is_grad_enabled():
@@ -168,6 +171,8 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, PreTrainedMod
         logits, auxiliary = self.fuse(encoded, present)
         if labels is None:
             return (logits,)
+        if self.problem_type(labels) != "single_label_classification":
+            labels = labels.reshape(logits.shape)  # a loss of [B] and [B, 1] would compare each with each
         task = (self.loss or self.task_loss)(logits, labels)
         return task + self.auxiliary_weight * auxiliary, logits, task, auxiliary
 
@@ -191,44 +196,6 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, PreTrainedMod
         here = zip(self.config.modalities, present.unbind(1), strict=True)
         found = {name: present_rows(inputs[name], rows, padding[name]) for name, rows in here if name in inputs}
         return {name: nobody(self.device) for name in self.encoders} | found if all_take_part() else found
-
-    def task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.problem_type(labels) == "regression":
-            return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
-        if self.problem_type(labels) == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return F.cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing if self.training else 0.0)
-
-    def problem_type(self, labels: Tensor | None) -> str:
-        """The config's problem type, or what labels of this dtype stand for, as in Hugging Face's classifiers.
-
-        Without labels, whole numbers are assumed.
-        """
-        if self.config.problem_type is not None:
-            return self.config.problem_type
-        if self.config.num_labels == 1:
-            return "regression"
-        marks = labels is not None and labels.is_floating_point()
-        return "multi_label_classification" if marks else "single_label_classification"
-
-    def check_labels(self, labels: Tensor, batch: int) -> None:
-        """Refuse labels that do not fit `batch` samples and, on the CPU, the classes of this model; -100: no label."""
-        count = self.config.num_labels
-        if not torch.is_tensor(labels) or labels.dim() == 0:
-            raise TypeError(f"labels must be a tensor of {batch} rows, not {labels!r}")
-        if labels.shape[0] != batch:
-            raise ValueError(f"{labels.shape[0]} labels were given for {batch} samples")
-        if self.problem_type(labels) != "single_label_classification":
-            if labels.numel() != batch * count:
-                raise ValueError(f"labels must be [{batch}, {count}], not {list(labels.shape)}")
-            return
-        if labels.dim() != 1 or labels.is_floating_point():
-            raise ValueError(f"labels must be [{batch}] class indices, not {list(labels.shape)} of {labels.dtype}")
-        if not host.readable(labels):
-            return
-        outside = labels[(labels < 0) & (labels != -100) | (labels >= count)]
-        if outside.numel():
-            raise ValueError(f"label {outside[0].item()} is out of range: num_labels={count} allows 0 to {count - 1}")
 
     # -------------------------------------------------------------------------------------------------- raw samples
     @property
@@ -378,6 +345,8 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, PreTrainedMod
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         model._restore_adapters(config.adapters)
         overlay(model, saved_state(name_or_path), str(name_or_path))
+        if config.label_scale is not None:  # a checkpoint of a run that had not ended
+            into_head(model.head, *scale_from(config.label_scale, config.num_labels))
         model.processors = saved_processors(name_or_path) | dict(overrides.get("processors") or {})
         return model.eval()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ class Hub(nn.Module):
     """Part of `MultimodalModel`. transformers uploads a folder's files and those one level below: no processor."""
 
     config: Any
+    encoders: nn.ModuleDict
     _processors: dict[str, Any]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **options: Any) -> None:
@@ -28,6 +30,7 @@ class Hub(nn.Module):
         is where no `repo_id` is given.
         """
         upload = {name: options.pop(name) for name in UPLOAD if push_to_hub and name in options}
+        self.config.encoder_dtypes = dtypes_of(self.encoders)  # `to` may have changed them
         super().save_pretrained(save_directory, **options)
         if options.get("is_main_process", True):
             for name, processor in self._processors.items():
@@ -89,3 +92,8 @@ class Hub(nn.Module):
             f"---\n{about.to_yaml()}\n---\n\nFrozen encoders of {names} under a {type(self).__name__} of "
             '[u2a-fast](https://pypi.org/project/u2a-fast/): `u2a_fast.load_model("name of this repository")`.\n'
         )
+
+
+def dtypes_of(encoders: Mapping[str, Any] | nn.ModuleDict) -> dict[str, str]:
+    """The dtype that each encoder computes in, by name."""
+    return {name: str(encoder.dtype).removeprefix("torch.") for name, encoder in encoders.items()}

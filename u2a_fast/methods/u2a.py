@@ -16,7 +16,7 @@ from ..layout import of_plan, plan_of
 from ..lora_config import LoraConfig, read_lora
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
-from .config import MultimodalConfig, Option
+from .config import MultimodalConfig, Option, check_choice
 from .presence import Rows, all_take_part, nobody
 
 PARTS = 8  # of a batch: how finely the samples of a captured step are counted
@@ -105,6 +105,8 @@ class U2A(MultimodalModel):
         separate_heads: bool = False,
     ):
         lora = read_lora(lora)
+        check_choice("translate_all", translate_all, (True, False))
+        check_choice("separate_heads", separate_heads, (True, False))
         super().__init__(
             encoders,
             num_labels,
