@@ -88,9 +88,10 @@ def assert_equal(got, expected, limit=0.0):
         torch.testing.assert_close(got[name], exact, rtol=limit, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
-def test_replays_of_fixed_shapes_equal_eager_bit_for_bit(families, replays):
-    eager, captured = models(families, absent="where", modality_dropout=0.5)
+def test_replays_of_fixed_shapes_equal_eager_bit_for_bit(families, separate_heads, replays):
+    eager, captured = models(families, absent="where", modality_dropout=0.5, separate_heads=separate_heads)
     step(captured, batch(families, 0))
     for seed in range(1, 4):
         before, given = len(replays), batch(families, seed)
@@ -99,9 +100,10 @@ def test_replays_of_fixed_shapes_equal_eager_bit_for_bit(families, replays):
     assert len(captured._steps.steps) == 1
 
 
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
-def test_packed_samples_of_a_few_sizes_give_what_eager_gives(families, replays):
-    eager, captured = models(families, modality_dropout=0.0)
+def test_packed_samples_of_a_few_sizes_give_what_eager_gives(families, separate_heads, replays):
+    eager, captured = models(families, modality_dropout=0.0, separate_heads=separate_heads)
     for seed in range(6):
         given = batch(families, seed)
         assert_equal(step(captured, given), step(eager, given), limit=1e-9)

@@ -29,9 +29,11 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
-def test_a_program_of_static_shapes_takes_any_batch(families, device):
-    model = U2A(tiny_encoders.build_many(families), num_labels=5, absent="where", quantization="int8")
+def test_a_program_of_static_shapes_takes_any_batch(families, separate_heads, device):
+    options = {"absent": "where", "quantization": "int8", "separate_heads": separate_heads}
+    model = U2A(tiny_encoders.build_many(families), num_labels=5, **options)
     model = model.double().eval().to(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
