@@ -80,4 +80,4 @@ def main(arguments: list[str] | None = None) -> Trainer:
 
 
 if __name__ == "__main__":
-    main()
+    main().accelerator.end_training()  # or threads of gloo may outlive the group, and the process aborts at its end

@@ -22,6 +22,7 @@ from .methods import load_model
 from .methods.base import MultimodalModel
 from .options import DATA_HELP, TrainOptions, check_splits, data_digest, load_splits, option
 from .prediction import check_output, predict_answers, samples_from, write_answers
+from .processes import leave
 from .reports import print_report
 from .runs import data_of, run_of, seed_of
 from .training import PROBLEM_TYPES, train
@@ -189,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     values: Namespace = parsed[parsed.command]
     try:
         run(options(**{item.name: values[item.name] for item in fields(options)}))
+        leave()
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         sentence = next(iter(str(error).splitlines()), repr(error))  # Hugging Face's go on for paragraphs
         sys.exit(f"u2a-fast {parsed.command}: {sentence}")

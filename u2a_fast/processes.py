@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import gather_object
-from torch import nn
+from torch import distributed, nn
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -29,6 +29,12 @@ def processes() -> PartialState:
 def on_cpu() -> bool:
     """Whether there is nothing but CPUs: unless told so, accelerate lets processes on CPUs train each for itself."""
     return not torch.accelerator.is_available()
+
+
+def leave() -> None:
+    """Take leave of the others at the end of a script: threads of gloo may outlive the group, and abort the process."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_main() -> bool:
