@@ -23,7 +23,7 @@ def balanced(model: MultimodalModel, labels: Tensor) -> Loss:
             sample, the weight of a mark is the number of samples without it over that of samples with it.
 
     Raises:
-        ValueError: a regression, which has no classes.
+        ValueError: a regression, which has no classes; a class that the model does not have.
     """
     problem_type, count = model.problem_type(labels.float() if labels.dim() > 1 else labels), len(labels)
     if problem_type == "regression":

@@ -13,7 +13,7 @@ FAMILIES = {"image": "vit", "text": "bert"}
 ALL = torch.ones(3, 2, dtype=torch.bool)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
     return U2A({name: tiny_encoders.build(family) for name, family in FAMILIES.items()}, num_labels=4)
 
@@ -184,7 +184,7 @@ def test_a_loss_gets_numbers_in_the_shape_of_the_logits(loss, inputs):
 
 
 def test_a_function_takes_the_place_of_a_loss_that_is_a_module(model, inputs):
-    labels = torch.tensor([0, 3, 1])
+    model, labels = model.eval(), torch.tensor([0, 3, 1])
     expected = model(**inputs, labels=labels).task_loss
     model.loss = torch.nn.CrossEntropyLoss(weight=torch.arange(4.0))
     assert model(**inputs, labels=labels).task_loss != expected

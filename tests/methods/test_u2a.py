@@ -19,8 +19,6 @@ PAIRS = {
     "norms of updates and heads": {"text": "gemma3", "image": "dinov2_gated"},
 }
 COUNT = 6
-
-
 HEADS = {  # what stands between encoders and logits, all translated by default
     "the paper's": {"translate_all": False},
     "translators": {},

@@ -153,7 +153,8 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             (present, on_host), padding = self._to_host(inputs, present, labels)
             if labels is not None:
                 self.check_labels(on_host, len(present))
-        if labels is not None and self.training and not torch.compiler.is_compiling():
+        known = labels is None or self.config.problem_type is not None
+        if not known and self.training and not torch.compiler.is_compiling():
             self.config.problem_type = self.problem_type(labels)  # or a saved model would not know
         if self.all_absent == "error" and host.readable(present):
             refuse_empty(present)
