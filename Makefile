@@ -7,7 +7,7 @@ OLDEST := .venv-oldest/bin
 .PHONY: demo test test-gpu test-oldest fast lint docs bench gpu-report fuzz chaos clean
 
 demo: $(READY)
-	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --epochs 10 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
 # Most tests are one thread of Python: a process for each core, with one thread, takes half the time of one with all.
 # All that can be skipped for want of a package is installed: a skipped test is a failed one.

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend
+from . import backend, products
 from .backend import cast
 from .norm_aten import norm_aten, norm_backward_aten
 from .quantize import quantize_rows_aten
@@ -81,7 +80,7 @@ def forward_aten(
     elif dtype != tokens.dtype:
         h = source.to(dtype)
     if lora_a is not None:
-        s = F.linear(source if h is None else h, lora_a.to(dtype))
+        s = products.linear(source if h is None else h, lora_a.to(dtype))
     if quantize:
         written = source if h is None else h
         q, scale = quantize_rows_aten(written.flatten(0, 1))
@@ -97,10 +96,10 @@ def backward_aten(
     d_weight = d_bias = d_a = None
     if needs.lora_a:
         h = rows if norm_weight is None else norm_aten(rows, norm_weight, norm_bias, eps, mean is None)[0]
-        d_a = d_s.flatten(0, 1).t() @ h.to(d_s.dtype).flatten(0, 1)
+        d_a = products.mm(d_s.flatten(0, 1).t(), h.to(d_s.dtype).flatten(0, 1))
     if d_s is not None and any(needs[:6]):  # all but lora_a go through h
         s_a = d_s.flatten(0, 1), lora_a.to(d_s.dtype)
-        flat = torch.mm(*s_a) if d_h is None else torch.addmm(d_h.flatten(0, 1), *s_a)
+        flat = products.mm(*s_a) if d_h is None else products.addmm(d_h.flatten(0, 1), *s_a)
         d_h = flat.view(*d_s.shape[:2], lora_a.shape[1])
     if norm_weight is not None and d_h is not None:
         mask = [any(needs[:4]), needs.norm_weight, needs.norm_bias]

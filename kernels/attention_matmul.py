@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, products
 from .attention_mask import blind_rows, hidden_by_lengths, hidden_by_place
 
 MATMUL_KEYS = 768
@@ -105,6 +105,8 @@ def _laid_out(grads: Sequence[Tensor | None], shapes, into) -> tuple[Tensor, ...
 
 
 def forward_matmul(q, k, v, *seen):
+    if products.one_by_one(q):
+        return products.in_fp32(lambda *qkv: forward_matmul(*qkv, *seen), q, k, v).to(q.dtype)
     lengths, suffix, causal, window, positions = seen
     if is_local(k.shape[2], lengths, suffix, window, positions):
         return _forward_local(q, k, v, suffix, causal, window)
@@ -123,6 +125,9 @@ def backward_matmul(d_out, q, k, v, *seen, into=(None, None, None, None)):
 
     The probabilities are computed again.
     """
+    if products.one_by_one(q):
+        grads = products.in_fp32(lambda *given: backward_matmul(*given, *seen, into=into), d_out, q, k, v)
+        return tuple(grad.to(q.dtype) for grad in grads)
     lengths, suffix, causal, window, positions = seen
     if is_local(k.shape[2], lengths, suffix, window, positions):
         return _backward_local(d_out, q, k, v, suffix, causal, window, into)

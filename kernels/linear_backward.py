@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, products
 from .backend import cast, jit, tl
 from .chunks import flat
 from .dropout import kept, kept_tile, threshold
@@ -238,16 +238,18 @@ def linear_backward_aten(
     if lora_a is not None and seed is not None:
         mask = kept(rows.shape[0], lora_a.shape[1], dropout, seed)
     if weight is not None and lora_a is None:
-        dx = rows @ as_float(weight, weight_scale, dy.dtype)
+        dx = products.mm(rows, as_float(weight, weight_scale, dy.dtype))
     elif weight is not None:
-        dx, a = rows @ as_float(weight, weight_scale, dy.dtype), cast(lora_a, dy.dtype)
+        dx, a = products.mm(rows, as_float(weight, weight_scale, dy.dtype)), cast(lora_a, dy.dtype)
         if mask is None:
-            dx.addmm_(g, a)  # the narrow product second: adding up rows in the wide one takes 2 to 5% of its time
+            products.addmm_(
+                dx, g, a
+            )  # the narrow product second: adding up rows in the wide one takes 2 to 5% of its time
         else:
-            dx.add_((g @ a).mul_(1 / (1 - dropout)).mul_(mask))
+            dx.add_(products.mm(g, a).mul_(1 / (1 - dropout)).mul_(mask))
     if x is not None:
         x = flat(x)
-        da = cast(g.t() @ (x if mask is None else torch.where(mask, x, 0)), lora_a.dtype)
+        da = cast(products.mm(g.t(), x if mask is None else torch.where(mask, x, 0)), lora_a.dtype)
         if mask is not None:
             da.mul_(1 / (1 - dropout))
     return _like_rows(dy, dx), _like_rows(dy, g) if wants_ds else None, da, db
@@ -262,25 +264,25 @@ def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
         return _lead_and_others(dy, s, lora_b, scaling, groups, lead, wants_g)
     b, g, db = cast(lora_b, dy.dtype), None, None
     if groups == 1:
-        g = dy @ b if wants_g else None
+        g = products.mm(dy, b) if wants_g else None
         if s is not None and b.shape[1] < LOW:  # b is not read
-            db = torch.addmm(b.t(), s.t(), dy, beta=0, alpha=scaling).t().contiguous()
+            db = products.addmm(b.t(), s.t(), dy, beta=0, alpha=scaling).t().contiguous()
         elif s is not None:
-            db = torch.addmm(b, dy.t(), s, beta=0, alpha=scaling)
+            db = products.addmm(b, dy.t(), s, beta=0, alpha=scaling)
     elif b.shape[1] <= MOST_SKINNY and dy.dtype.itemsize < 4:
         if wants_g:
-            g = dy @ torch.block_diag(*b.chunk(groups))
+            g = products.mm(dy, torch.block_diag(*b.chunk(groups)))
         if s is not None:
-            db = of_own_group((s.t() @ dy).t(), groups, lead).mul_(scaling)
+            db = of_own_group(products.mm(s.t(), dy).t(), groups, lead).mul_(scaling)
     else:
         (n, r), m = b.shape, dy.shape[0]
         parts, b = dy.view(m, groups, n // groups), b.view(groups, n // groups, r)
         if wants_g:
-            g = torch.bmm(parts.transpose(0, 1), b).transpose(0, 1).flatten(1)
+            g = products.bmm(parts.transpose(0, 1), b).transpose(0, 1).flatten(1)
         if s is not None:
             low = s.view(m, groups, r).permute(1, 2, 0)  # [groups, r, M]
             none = b.new_zeros(())  # of beta = 0 and alpha = 0 ATen leaves memory as it is, in bf16 and fp16
-            db = torch.baddbmm(none, low, parts.transpose(0, 1), alpha=scaling)
+            db = products.baddbmm(none, low, parts.transpose(0, 1), alpha=scaling)
             db = db.transpose(1, 2).reshape(lora_b.shape)
     return g, None if db is None else cast(db, lora_b.dtype)
 
@@ -311,7 +313,7 @@ def of_own_group(products: Tensor, groups: int, lead: int) -> Tensor:
 
 def a_grad(g: Tensor, h: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
     """dA = scaling G^T h, [groups * r, K] in the dtype of lora_a, which is not read: only its shape counts."""
-    return cast(torch.addmm(cast(lora_a, g.dtype), g.t(), h, beta=0, alpha=scaling), lora_a.dtype)
+    return cast(products.addmm(cast(lora_a, g.dtype), g.t(), h, beta=0, alpha=scaling), lora_a.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- registration
@@ -372,7 +374,7 @@ def gradients(ctx, dy):
         dx, ds, da, db = linear_backward(*operands, *options)
         dlow = ds if ctx.s_is_input else da
     if need_w:
-        dweight = (flat(dy).t() @ flat(x)).to(ctx.weight_dtype)
+        dweight = products.mm(flat(dy).t(), flat(x)).to(ctx.weight_dtype)
     if need_bias:
         dbias = flat(dy).sum(0, dtype=ctx.bias_dtype)
     return dx if need_x else None, dweight, dbias, dlow if need_low else None, db if need_b else None

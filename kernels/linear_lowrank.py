@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend
+from . import backend, products
 from .backend import cast, jit, tl
 from .chunks import chunk_buffer, flat, row_chunks
 from .linear_backward import as_float, gradients, group_widths, save
@@ -190,7 +190,7 @@ def linear_int8(q, h_scale, weight, bias, weight_scale, dtype):
 
 
 def linear_aten(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of operands of one dtype.
+    """`products.linear` of operands of one dtype.
 
     In bf16 on a CPU oneDNN adds the bias, which ATen writes to each row of the result first: 2 to 8% of the time.
     """
@@ -202,7 +202,7 @@ def linear_aten(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         and torch.cpu._is_avx512_bf16_supported()
     ):
         return torch.ops.mkldnn._linear_pointwise(h, weight, bias.contiguous(), "none", [], "")  # knows no strides
-    return F.linear(h, weight, bias)
+    return products.linear(h, weight, bias)
 
 
 def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input, q, scale):
@@ -227,7 +227,7 @@ def shaped(y, h):
 def add_lowrank(y, s, lora_b, scaling, groups, lead):
     """y [M, N] += scaling * s B^T, block by block: s [M, groups * r], B = lora_b [N, r]."""
     if groups == 1:
-        y.addmm_(s, lora_b.t(), alpha=scaling)
+        products.addmm_(y, s, lora_b.t(), scaling)
         return
     width, r = group_widths(y.shape[1], groups, lead)[-1], lora_b.shape[1]
     low, blocks = s.view(s.shape[0], groups, r).transpose(0, 1), groups + lead - 1
@@ -235,7 +235,7 @@ def add_lowrank(y, s, lora_b, scaling, groups, lead):
         low = torch.cat([low[:1].expand(lead, -1, -1), low[1:]])  # [blocks, M, r]
     parts = y.as_strided((blocks, y.shape[0], width), (width, y.stride(0), 1))  # a graph cannot write to views of views
     b = lora_b.view(blocks, width, r).transpose(1, 2)
-    parts.baddbmm_(low, b, alpha=scaling)
+    products.baddbmm_(parts, low, b, scaling)
 
 
 # -------------------------------------------------------------------------------------------------------- registration
@@ -309,8 +309,8 @@ def check_factors(lora_a, lora_b, groups, k):
 
 
 def is_plain(x, weight, bias) -> bool:
-    """Whether without an adapter autograd's own linear does the same, and keeps no copy in another dtype."""
-    return weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    """Whether without an adapter autograd's own linear does the same as fast, and keeps no copy in another dtype."""
+    return weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype) and not products.one_by_one(x)
 
 
 def linear_lowrank(

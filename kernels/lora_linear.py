@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend
+from . import backend, products
 from .backend import jit, tl
 from .chunks import flat
 from .dropout import drop, kept_tile, threshold
@@ -111,8 +111,8 @@ def project_aten(x, lora_a, dropout, seed):
     """As `project_triton`."""
     a = lora_a.to(x.dtype).t()
     if seed is None:
-        return x @ a
-    return torch.addmm(x.new_empty(a.shape[1]), drop(x, dropout, seed), a, beta=0, alpha=1 / (1 - dropout))
+        return products.mm(x, a)
+    return products.addmm(x.new_empty(a.shape[1]), drop(x, dropout, seed), a, beta=0, alpha=1 / (1 - dropout))
 
 
 # -------------------------------------------------------------------------------------------------------- registration

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend
+from . import backend, products
 from .chunks import flat
 from .dropout import drop
 from .linear_backward import group_widths
@@ -109,12 +109,12 @@ class _Nf4Lowrank(torch.autograd.Function):
         blocks, ds, db = dy.split(ctx.widths, dim=1), None, None
         if lora_b is not None:
             factors = lora_b.to(dy.dtype).split(ctx.widths)
-            ds = torch.cat([g @ b for g, b in zip(blocks, factors, strict=True)], dim=1).mul_(ctx.scaling)
+            ds = torch.cat([products.mm(g, b) for g, b in zip(blocks, factors, strict=True)], dim=1).mul_(ctx.scaling)
         if s is not None:
             parts = s.chunk(len(blocks), dim=1)
-            db = torch.cat([g.t() @ part for g, part in zip(blocks, parts, strict=True)]).mul_(ctx.scaling)
+            db = torch.cat([products.mm(g.t(), part) for g, part in zip(blocks, parts, strict=True)]).mul_(ctx.scaling)
         return (
-            dy @ unpack_nf4(packed, absmax, ctx.shape, dy.dtype) if needs_x else None,
+            products.mm(dy, unpack_nf4(packed, absmax, ctx.shape, dy.dtype)) if needs_x else None,
             *[None] * 3,
             flat(dy).sum(0, dtype=ctx.bias_dtype) if needs_bias else None,
             *(ds, db, None, None, None),

@@ -16,10 +16,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend
+from . import backend, products
 from .assemble import assemble_norm_project
 from .assemble_aten import Leaves
 from .assemble_backward import backward_triton as assemble_backward_triton
@@ -87,7 +86,7 @@ def forward_aten(
         h, mean, rstd = norm_aten(x, norm_weight, norm_bias, eps, rms)
     h = cast(h, dtype)
     if lora_a is not None:
-        s = F.linear(h, cast(lora_a, dtype))
+        s = products.linear(h, cast(lora_a, dtype))
     y = linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, int8, None, None)
     return y, s, mean, rstd
 
@@ -103,9 +102,9 @@ def backward_aten(
         wants_g = through_norm or need_a
         g, d_b = low_rank_backward(dy, s if need_b else None, lora_b, scaling, groups, lead, wants_g)
     if through_norm:
-        dh = dy @ as_float(weight, weight_scale, dy.dtype)
+        dh = products.mm(dy, as_float(weight, weight_scale, dy.dtype))
         if g is not None:
-            dh.addmm_(g, cast(lora_a, dy.dtype), alpha=scaling)
+            products.addmm_(dh, g, cast(lora_a, dy.dtype), scaling)
     if need_a:
         h = x if norm_weight is None else norm_aten(x, norm_weight, norm_bias, eps, mean is None)[0]
         d_a = a_grad(g, cast(h, dy.dtype), lora_a, scaling)

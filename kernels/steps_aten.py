@@ -8,9 +8,9 @@ Straight-line code: on a small batch, a call of Python costs as much as an op.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import products
 from .backend import cast
 from .linear_backward import a_grad, as_float, low_rank_backward
 from .linear_lowrank import add_lowrank, linear_aten, linear_lowrank_aten
@@ -35,7 +35,7 @@ def project(h: Tensor, linear: Linear):
         y = linear_lowrank_aten(h, weight, bias, None, None, 1.0, weight_scale, 1, 1, int8, None, None)
     if a is None:
         return y, None
-    s = F.linear(h, cast(a, h.dtype))
+    s = products.linear(h, cast(a, h.dtype))
     add_lowrank(y, s, cast(b, h.dtype), scaling, groups, lead)
     return y, s
 
@@ -43,13 +43,13 @@ def project(h: Tensor, linear: Linear):
 def project_backward(dy: Tensor, h: Tensor | None, s: Tensor | None, linear: Linear, apart: bool = False):
     """dH, dS, dA and dB. h and s: None where dA and dB are not asked for; `apart`: dS is not part of dH yet."""
     weight, _, a, b, weight_scale, scaling, groups, lead, *_ = linear
-    dh = dy @ (weight if weight.dtype == dy.dtype else as_float(weight, weight_scale, dy.dtype))
+    dh = products.mm(dy, weight if weight.dtype == dy.dtype else as_float(weight, weight_scale, dy.dtype))
     if b is None:
         return dh, None, None, None
     g, d_b = low_rank_backward(dy, s, b, scaling, groups, lead)
     if apart:
         return dh, g.mul_(scaling), None, d_b
-    dh.addmm_(g, cast(a, g.dtype), alpha=scaling)
+    products.addmm_(dh, g, cast(a, g.dtype), scaling)
     return dh, None, None if h is None else a_grad(g, h, a, scaling), d_b
 
 

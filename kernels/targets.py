@@ -54,6 +54,13 @@ def has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+@functools.cache
+def multiplied_by_cpu(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has a product of this half precision on this CPU: oneDNN's, which asks for AVX-512 on x86."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+
+
 def has_int8() -> bool:
     """Whether the current GPU, or the CPU where there is none, multiplies int8 in hardware."""
     return torch.cuda.is_available() or torch.cpu._is_vnni_supported()

@@ -286,11 +286,11 @@ def adaptation(method: type[MultimodalModel], options: TrainOptions) -> dict[str
 
 def optimizer_for(model: MultimodalModel, options: TrainOptions) -> tuple[type[torch.optim.AdamW], dict[str, Any]]:
     """For Trainer, which makes it itself: what is sharded is so together with its optimizer."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    head = [p for name, p in trained.items() if name.startswith("head.")]
-    rest = [p for name, p in trained.items() if not name.startswith("head.")]
+    trained = [(name.startswith("head."), p) for name, p in model.named_parameters() if p.requires_grad]
+    rest, head = ([p for in_head, p in trained if in_head is which] for which in (False, True))
     groups = [{"params": rest}, {"params": head, "lr": options.head_learning_rate}]
-    return torch.optim.AdamW, {"params": groups, "lr": options.learning_rate, "weight_decay": options.weight_decay}
+    common = {"lr": options.learning_rate, "weight_decay": options.weight_decay, "fused": True}
+    return torch.optim.AdamW, {"params": groups, **common}
 
 
 def training_arguments(options: TrainOptions, folder: Path, workers: int) -> TrainingArguments:

@@ -1,0 +1,108 @@
+"""Products of half precision on a CPU without instructions for it: all in fp32, and nothing kept for them."""
+
+import pytest
+import torch
+from block_cases import BATCH, ROWS, WIDTH, halves, see
+from linear_cases import CASES, assert_right, operands, with_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from u2a_fast.kernels import Half, lora_linear, nf4_linear, pack_nf4, products, transformer_block
+from u2a_fast.memory import saved_bytes
+
+HALF = (torch.bfloat16, torch.float16)
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_linear_pointwise"}
+
+
+@pytest.fixture
+def old_cpu(monkeypatch):
+    """A CPU without AVX-512."""
+    monkeypatch.setattr(products, "multiplied_by_cpu", lambda dtype: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
+class NoHalfProducts(TorchDispatchMode):
+    """Fails at a product of bf16 or fp16."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        low = any(isinstance(a, torch.Tensor) and a.dtype in HALF for a in args)
+        assert not (low and func.overloadpacket.__name__ in PRODUCTS), f"{func} of half precision"
+        return func(*args, **(kwargs or {}))
+
+
+def several(*shape, dtype):
+    return torch.randn(2, *shape).to(dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_every_product_is_rounded_once(dtype, transposed, old_cpu):
+    a, c = several(7, 33, dtype=dtype), several(7, 5, dtype=dtype)
+    b = several(5, 33, dtype=dtype).transpose(1, 2) if transposed else several(33, 5, dtype=dtype)
+    ab, bias = a.double() @ b.double(), torch.randn(5).to(dtype)
+    found = {
+        "mm": (products.mm(a[0], b[0]), ab[0]),
+        "bmm": (products.bmm(a, b), ab),
+        "addmm": (products.addmm(c[0], a[0], b[0], alpha=0.5), c[0].double() + 0.5 * ab[0]),
+        "addmm, beta 0": (products.addmm(c[0] * torch.nan, a[0], b[0], beta=0, alpha=0.5), 0.5 * ab[0]),
+        "addmm_": (products.addmm_(c[0].clone(), a[0], b[0], 0.5), c[0].double() + 0.5 * ab[0]),
+        "baddbmm": (products.baddbmm(c, a, b, 0.5), c.double() + 0.5 * ab),
+        "baddbmm_": (products.baddbmm_(c.clone(), a, b, 0.5), c.double() + 0.5 * ab),
+        "linear": (products.linear(a, b[0].t(), bias), a.double() @ b[0].double() + bias.double()),
+    }
+    for name, (got, exact) in found.items():
+        assert got.dtype == dtype, name
+        once = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5
+        assert ((got.double() - exact).abs() <= once).all(), name
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if not case.dropout])
+def test_a_linear_leaves_no_product_in_half_precision_and_is_as_exact(name, dtype, old_cpu):
+    given = operands(CASES[name], dtype)
+    with NoHalfProducts():
+        got = with_gradients(lora_linear, given)
+    assert_right(got, given, dtype, None)
+
+
+def test_a_frozen_linear_neither(old_cpu):
+    x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = torch.randn(4, 8).bfloat16(), torch.randn(4).bfloat16()
+    with NoHalfProducts():
+        lora_linear(x, weight, bias, None, None, 1.0).sum().backward()
+    torch.testing.assert_close(x.grad, weight.float().sum(0).bfloat16().expand(3, -1))
+
+
+def test_nor_one_of_four_bits(old_cpu):
+    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    factors = torch.randn(3, 2, dtype=torch.bfloat16), torch.randn(8, 2, dtype=torch.bfloat16)
+    s, lora_b = (t.requires_grad_() for t in factors)
+    with NoHalfProducts():
+        nf4_linear(x, *pack_nf4(torch.randn(8, 64)), (8, 64), None, s, None, lora_b).sum().backward()
+    assert all(t.grad.isfinite().all() for t in (x, s, lora_b))
+
+
+def narrow(part):
+    if torch.is_tensor(part):
+        low = part.detach().to(torch.bfloat16 if part.is_floating_point() else part.dtype)
+        return low.requires_grad_(part.requires_grad)
+    return type(part)(*map(narrow, part)) if isinstance(part, tuple) else part
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pre_norm": False}, {"gated": True}, {"kv_heads": 1}, {"int8": True}], ids=str
+)
+def test_a_block_leaves_none_and_keeps_the_same_bytes(options, old_cpu, monkeypatch):
+    attention, mlp = (Half(*map(narrow, half)) for half in halves(**options))
+    x = torch.randn(BATCH, ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    given = x, attention, mlp, see(kv_heads=options.get("kv_heads", 2)), "gated_silu" if "gated" in options else "gelu"
+    leaves = [x, *(t for t in (*attention.trained, *mlp.trained) if t is not None)]
+
+    def grads():
+        return torch.autograd.grad(transformer_block(*given).float().square().sum(), leaves)
+
+    with NoHalfProducts():
+        in_fp32, kept = grads(), saved_bytes(lambda: transformer_block(*given))
+    monkeypatch.setattr(products, "multiplied_by_cpu", lambda dtype: True)
+    assert saved_bytes(lambda: transformer_block(*given)) == kept
+    for got, expected in zip(in_fp32, grads(), strict=True):
+        assert (got - expected).norm() <= 0.05 * expected.norm()
