@@ -1,9 +1,11 @@
 """What a folder says of the run that made it."""
 
+from dataclasses import replace
+
 import pytest
 
-from u2a_fast.options import TrainOptions
-from u2a_fast.runs import RUN_FILE, check_directory, claim_directory, data_of, seed_of
+from u2a_fast.options import Recipe, TrainOptions, settled
+from u2a_fast.runs import RUN_FILE, as_begun, check_directory, claim_directory, data_of, seed_of
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoint-4", "baselines/late_fusion"])
@@ -50,3 +52,21 @@ def test_a_folder_is_claimed_by_one_run(tmp_path):
     claim_directory(asked)
     with pytest.raises(ValueError, match="another process has begun a run in"):
         claim_directory(asked)
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_began_with(tmp_path, monkeypatch):
+    splits = {"train": [{"text": "red"}] * 700}
+    asked = TrainOptions(data="mine", epochs=2, output_dir=str(tmp_path), resume=True)
+    begun = settled(as_begun(asked), splits)
+    claim_directory(asked, begun)
+    later = Recipe(epochs=99, batch_size=99, translators=False, separate_heads=True)
+    monkeypatch.setattr("u2a_fast.options.recipe_for", lambda options, splits: later)
+    assert check_directory(asked) is None and settled(as_begun(asked), splits) == begun
+    elsewhere = replace(asked, output_dir=str(tmp_path / "another"))
+    assert settled(as_begun(elsewhere), splits).batch_size == 99
+
+
+def test_folders_of_earlier_versions_do_not_say_their_recipe(tmp_path):
+    asked = TrainOptions(output_dir=str(tmp_path), resume=True)
+    claim_directory(asked)
+    assert as_begun(asked) == asked

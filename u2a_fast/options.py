@@ -147,7 +147,7 @@ class TrainOptions:
 # ----------------------------------------------------------------------------------------------------------- choices
 def settled(options: TrainOptions, splits: Mapping[str, Any]) -> TrainOptions:
     """The options with a value for each that was None because it depends on the data."""
-    if not _open(options):
+    if not unsettled(options):
         return options
     recipe = recipe_for(options, splits)
     missing_rate = recipe.missing_rate if options.missing_rate is None else options.missing_rate
@@ -201,13 +201,19 @@ def choices(asked: TrainOptions, found: TrainOptions, modalities: Sequence[str])
         "separate_heads": asked.method != "u2a",
         "image_size": asked.encoders or "image" not in modalities,
     }
-    names = [name for name in _open(asked) if not without_effect.get(name)]
+    names = [name for name in unsettled(asked) if not without_effect.get(name)]
     chosen = " ".join(f"--{name.replace('_', '-')} {getattr(found, name)}" for name in names)
     return f"Chosen for this data: {chosen}; pass any of them to change it." if chosen else ""
 
 
-def _open(options: TrainOptions) -> list[str]:
+def unsettled(options: TrainOptions) -> list[str]:
+    """Names of the options that a recipe decides, and nobody asked for."""
     return [item.name for item in fields(Recipe) if getattr(options, item.name) is None]
+
+
+def recipe_of(options: TrainOptions) -> dict[str, Any]:
+    """What settled options say of all that a recipe decides."""
+    return {item.name: getattr(options, item.name) for item in fields(Recipe)}
 
 
 # -------------------------------------------------------------------------------------------------------------- data

@@ -6,15 +6,16 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .options import TrainOptions, data_digest
+from .options import TrainOptions, data_digest, recipe_of, unsettled
 
 RUN_FILE = "run.yaml"
+CHOSEN = "chosen"  # in it, the recipe of what was not asked for
 DATA_FILE = "data.sha256"  # of the tables that the rows were split out of
 ELSEWHERE = ("output_dir", "resume", "data_cache", "num_workers", "save_steps")  # bear on nothing that comes out
 LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
@@ -60,8 +61,8 @@ def _whole_checkpoints(folder: Path) -> Iterator[tuple[int, str, int | None]]:
             yield state["global_step"], str(path.parent), state.get("train_batch_size")
 
 
-def claim_directory(options: TrainOptions) -> None:
-    """Say which run a folder holds.
+def claim_directory(options: TrainOptions, chosen: TrainOptions | None = None) -> None:
+    """Say which run a folder holds, and what was chosen for it where the options say nothing.
 
     Raises:
         ValueError: another process has begun one there since `check_directory` looked.
@@ -72,7 +73,15 @@ def claim_directory(options: TrainOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if digest := data_digest(options.data):
         write_whole(folder / DATA_FILE, digest + "\n")
-    write_whole(folder / RUN_FILE, yaml.safe_dump(_run(options), sort_keys=False))
+    found = _run(options) if chosen is None else _run(options) | {CHOSEN: recipe_of(chosen)}
+    write_whole(folder / RUN_FILE, yaml.safe_dump(found, sort_keys=False))
+
+
+def as_begun(options: TrainOptions) -> TrainOptions:
+    """The options with what was chosen when the run of their folder began: another version might choose otherwise."""
+    file = Path(options.output_dir) / RUN_FILE
+    chosen = yaml.safe_load(file.read_text(encoding="utf-8")).get(CHOSEN, {}) if file.exists() else {}
+    return replace(options, **{name: chosen[name] for name in unsettled(options) if name in chosen})
 
 
 def seed_of(folder: str | Path) -> int:

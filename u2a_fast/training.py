@@ -33,7 +33,7 @@ from .options import BESIDES, TrainOptions, check_splits, choices, default_encod
 from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
 from .quantization import read_quantization
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
-from .runs import check_directory, claim_directory, split_before
+from .runs import as_begun, check_directory, claim_directory, split_before
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     """`train` on splits and encoders that are loaded already; what is refused is refused before anything is written."""
     checkpoint = check_directory(options)
     check_data(options, splits, sources)
-    chosen = settled(options, splits)
+    chosen = settled(as_begun(options), splits)
     trainer = make_trainer(METHODS[options.method], chosen, splits, sources, Path(options.output_dir))
     check_shards(trainer, checkpoint)
     processes().wait_for_everyone()  # all have looked at the folder
@@ -88,7 +88,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
         if hasattr(splits["train"], "__len__"):
             warn_of_cuts(trainer.model.processors, training_split(chosen, splits))
         trainer.model.print_trainable_parameters()
-        claim_directory(options)
+        claim_directory(options, chosen)
     model = run_trainer(trainer, checkpoint)
     rows = evaluate(model, splits["test"], seed=options.seed, output_dir=for_main(options.output_dir))
     for name, baseline in BASELINES.items() if options.baselines else ():
