@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend
+from . import backend, products
 from .attention_mask import blind_rows, hidden, in_effect, needs_mask
 from .attention_matmul import backward_matmul, fits_matmul, forward_matmul
 from .attention_small_query import backward_triton, few_queries, forward_triton, rows_first
@@ -189,6 +189,8 @@ def _run(q, k, v, *seen):
         if backend.needs_grad(q, k, v):
             return _Attention.apply(q, k, v, *seen)
         return attention_forward(q, k, v, *seen)[0]
+    if products.one_by_one(q):
+        return products.in_fp32(lambda *qkv: _sdpa(*qkv, *seen), q, k, v).to(q.dtype)
     return _sdpa(q, k, v, *seen)
 
 

@@ -67,6 +67,9 @@ def _bias(q, k, *seen):
 
 def _flash(q, k, v, *seen):
     """(out, log-sum-exp)"""
+    if q.dtype == torch.float16 and products.one_by_one(q):  # bf16 takes as long as fp32
+        out, lse = products.in_fp32(lambda *qkv: _flash(*qkv, *seen), q, k, v)
+        return out.to(q.dtype), lse
     if not needs_mask(q.shape[2], k.shape[2], *seen):
         return flash(q, k, v, 0.0, seen[2])
     bias, blind = _bias(q, k, *seen)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend, products
@@ -172,7 +171,9 @@ def nf4_linear(
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
     x = backend.in_autocast_dtype(x)
     if lora_b is not None:
-        s = F.linear(_dropped(x, dropout), lora_a.to(x.dtype)) if s is None else s.to(x.dtype)
+        if s is None:
+            s = linear_lowrank(_dropped(x, dropout), lora_a.to(x.dtype), None, None, None, 1.0)
+        s = s.to(x.dtype)
     if backend.resolve(x, packed, absmax, bias, s, lora_b) == "reference":
         weight = unpack_nf4(packed, absmax, shape, x.dtype)
         return linear_lowrank(x, weight, bias, s, lora_b, scaling, groups=groups, lead=lead)

@@ -37,40 +37,48 @@ def in_fp32(function: Callable[..., Any], *operands: Tensor | None) -> Any:
         return function(*(None if t is None else t.float() for t in operands))
 
 
+def _product(function: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
+    """`in_fp32` of operands of one dtype: as everywhere else, others are refused."""
+    dtypes = {t.dtype for t in operands if t is not None}
+    if len(dtypes) > 1:
+        raise RuntimeError(f"operands of a product must have one dtype, not {' and '.join(sorted(map(str, dtypes)))}")
+    return in_fp32(function, *operands)
+
+
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] b [K, N]"""
-    return in_fp32(torch.mm, a, b).to(a.dtype) if one_by_one(a) else a @ b
+    return _product(torch.mm, a, b).to(a.dtype) if one_by_one(a) else a @ b
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """a [B, M, K] b [B, K, N]"""
-    return in_fp32(torch.bmm, a, b).to(a.dtype) if one_by_one(a) else torch.bmm(a, b)
+    return _product(torch.bmm, a, b).to(a.dtype) if one_by_one(a) else torch.bmm(a, b)
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor, beta: int = 1, alpha: float = 1) -> Tensor:
     """beta c + alpha a b; with beta = 0, only the shape of c counts."""
     if one_by_one(a):
-        return in_fp32(partial(torch.addmm, beta=beta, alpha=alpha), c, a, b).to(a.dtype)
+        return _product(partial(torch.addmm, beta=beta, alpha=alpha), c, a, b).to(a.dtype)
     return torch.addmm(c, a, b, beta=beta, alpha=alpha)
 
 
 def addmm_(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
     """c += alpha a b"""
-    return c.add_(in_fp32(torch.mm, a, b), alpha=alpha) if one_by_one(a) else c.addmm_(a, b, alpha=alpha)
+    return c.add_(_product(torch.mm, a, b), alpha=alpha) if one_by_one(a) else c.addmm_(a, b, alpha=alpha)
 
 
 def baddbmm(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
     """c + alpha a b, of matrices side by side."""
     if one_by_one(a):
-        return in_fp32(partial(torch.baddbmm, alpha=alpha), c, a, b).to(a.dtype)
+        return _product(partial(torch.baddbmm, alpha=alpha), c, a, b).to(a.dtype)
     return torch.baddbmm(c, a, b, alpha=alpha)
 
 
 def baddbmm_(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
     """c += alpha a b, of matrices side by side."""
-    return c.add_(in_fp32(torch.bmm, a, b), alpha=alpha) if one_by_one(a) else c.baddbmm_(a, b, alpha=alpha)
+    return c.add_(_product(torch.bmm, a, b), alpha=alpha) if one_by_one(a) else c.baddbmm_(a, b, alpha=alpha)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] w^T [K, N] + bias, all of one dtype."""
-    return in_fp32(F.linear, x, weight, bias).to(x.dtype) if one_by_one(x) else F.linear(x, weight, bias)
+    return _product(F.linear, x, weight, bias).to(x.dtype) if one_by_one(x) else F.linear(x, weight, bias)

@@ -38,7 +38,7 @@ def slower_than_float32(dtype: torch.dtype, mode: str | None = None) -> str | No
     if mode == "int8_w8a8" and not has_int8():
         return "this CPU has no VNNI: products of int8 rows take many times as long as in float32"
     if dtype == torch.bfloat16 and not has_bfloat16():
-        return "this machine does not multiply bfloat16 in hardware: it takes 1.3 to 3 times as long as float32"
+        return "this machine does not multiply bfloat16 in hardware: it takes 1.3 to 10 times as long as float32"
     return None
 
 

@@ -6,11 +6,22 @@ from block_cases import BATCH, ROWS, WIDTH, halves, see
 from linear_cases import CASES, assert_right, operands, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from u2a_fast.kernels import Half, lora_linear, nf4_linear, pack_nf4, products, transformer_block
+from u2a_fast.kernels import (
+    Group,
+    Half,
+    attention,
+    attention_rows,
+    lora_linear,
+    nf4_linear,
+    pack_nf4,
+    products,
+    transformer_block,
+)
 from u2a_fast.memory import saved_bytes
 
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_linear_pointwise"}
+PRODUCTS |= {"_scaled_dot_product_flash_attention_for_cpu_backward"}  # its forward takes as long in bf16 as in fp32
 
 
 @pytest.fixture
@@ -72,13 +83,38 @@ def test_a_frozen_linear_neither(old_cpu):
     torch.testing.assert_close(x.grad, weight.float().sum(0).bfloat16().expand(3, -1))
 
 
-def test_nor_one_of_four_bits(old_cpu):
-    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
-    factors = torch.randn(3, 2, dtype=torch.bfloat16), torch.randn(8, 2, dtype=torch.bfloat16)
-    s, lora_b = (t.requires_grad_() for t in factors)
+@pytest.mark.parametrize("given", ["s", "lora_a"])
+def test_nor_one_of_four_bits(given, old_cpu):
+    shapes = {"x": (3, 64), "s": (3, 2), "lora_a": (2, 64), "lora_b": (8, 2)}
+    leaves = {n: torch.randn(shapes[n]).bfloat16().requires_grad_() for n in ("x", given, "lora_b")}
+    packed = pack_nf4(torch.randn(8, 64))
+
+    def grads(dtype):
+        low = {n: t.to(dtype) for n, t in leaves.items()}
+        y = nf4_linear(low.pop("x"), *packed, (8, 64), **low)
+        return torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
+
     with NoHalfProducts():
-        nf4_linear(x, *pack_nf4(torch.randn(8, 64)), (8, 64), None, s, None, lora_b).sum().backward()
-    assert all(t.grad.isfinite().all() for t in (x, s, lora_b))
+        found = grads(torch.bfloat16)
+    for got, expected in zip(found, grads(torch.float32), strict=True):
+        assert (got - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_nor_attention(dtype, old_cpu):
+    q, k, v = (torch.randn(1, 2, 800, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    rows = torch.randn(800, 48, dtype=dtype, requires_grad=True)
+    with NoHalfProducts():
+        attention(q, k, v).sum().backward()
+        attention_rows(rows, None, 2, [Group(1, 800, 800)])[0].sum().backward()
+    assert all(t.grad.isfinite().all() for t in (q, k, v, rows))
+
+
+@pytest.mark.parametrize("product", ["mm", "bmm"])
+def test_operands_of_two_dtypes_are_refused_as_elsewhere(product, old_cpu):
+    a = torch.ones(2, 2, 2, dtype=torch.bfloat16)[0 if product == "mm" else slice(None)]
+    with pytest.raises(RuntimeError, match=r"one dtype, not torch.bfloat16 and torch.float32"):
+        getattr(products, product)(a, a.float())
 
 
 def narrow(part):
