@@ -170,6 +170,8 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
 def int8_product(h: Tensor, weight: Tensor) -> Tensor:
     """h [M, K] int8, weight [N, K] int8 -> [M, N] int32. On a GPU ATen wants more than 16 rows and multiples of 8."""
     h, weight = backend.contiguous(h, weight)  # rows of stride 0 are read past their end
+    if h.device.type == "cpu" and not torch.cpu._is_vnni_supported():
+        return products.int8_mm(h, weight.t())
     if h.device.type == "cpu":
         return torch._int_mm(h, weight.t())
     (m, k), n = h.shape, weight.shape[0]

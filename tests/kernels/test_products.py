@@ -142,3 +142,12 @@ def test_a_block_leaves_none_and_keeps_the_same_bytes(options, old_cpu, monkeypa
     assert saved_bytes(lambda: transformer_block(*given)) == kept
     for got, expected in zip(in_fp32, grads(), strict=True):
         assert (got - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 2), (0, 5, 2), (7, 33, 5), (2, 1024, 3), (3, 5000, 4)])
+def test_int8_products_are_exact(shape):
+    m, k, n = shape
+    a, b = torch.full((m, k), -128, dtype=torch.int8), torch.full((k, n), -128, dtype=torch.int8)
+    b[::2] = torch.randint(-128, 128, b[::2].shape, dtype=torch.int8)
+    for rows in (a, torch.randint(-128, 128, a.shape, dtype=torch.int8)):
+        assert torch.equal(products.int8_mm(rows, b), (rows.long() @ b.long()).int())
