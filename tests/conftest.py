@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--one-case", action="store_true", help="of a parametrised test, run the first case that is selected"
     )
+
+
+def pytest_configure(config):
+    """What torch.compile builds lies in a folder of this run: a killed one leaves half a library in the usual place."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # workers have that of the process that started them
+        folder = tempfile.TemporaryDirectory(prefix="u2a-fast-compiled-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
