@@ -241,10 +241,8 @@ def linear_backward_aten(
         dx = products.mm(rows, as_float(weight, weight_scale, dy.dtype))
     elif weight is not None:
         dx, a = products.mm(rows, as_float(weight, weight_scale, dy.dtype)), cast(lora_a, dy.dtype)
-        if mask is None:
-            products.addmm_(
-                dx, g, a
-            )  # the narrow product second: adding up rows in the wide one takes 2 to 5% of its time
+        if mask is None:  # the narrow product second: adding up rows in the wide one takes 2 to 5% of its time
+            products.addmm_(dx, g, a)
         else:
             dx.add_(products.mm(g, a).mul_(1 / (1 - dropout)).mul_(mask))
     if x is not None:
