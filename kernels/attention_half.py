@@ -72,14 +72,16 @@ def backward(dz: Tensor, kept, graph, half: Half, see: Attention, turn: Turn | N
     """Gradients of x and of what `Half.trained` lists, in its order; those that `needs` asks for."""
     norm, qkv, o, scale, after = half
     x, mean, rstd, s, y, unturned, out, lse, s_o, *left = kept
-    need_x, need_gamma, need_beta, need_bias, need_a, need_b, need_o_bias, _, need_o_b = needs
+    need_x, need_gamma, need_beta, need_bias, need_a, need_b, need_o_bias, need_o_a, need_o_b = needs
     dx, d_update, d_norm = add_update_backward(dz, *left, scale, after, y.dtype, need_gamma, need_beta)
-    d_out, d_s, _, d_o_b = steps.project_backward(d_update, None, s_o if need_o_b else None, o, apart=o[2] is not None)
-    dy, d_o_a = attend_backward(d_out, d_s, y, o[2], out, lse, graph, *see)
+    h, s_o = out if need_o_a else None, s_o if need_o_b else None
+    again = out is None and need_o_a  # attention's result, which its backward computes again: dA is made there
+    d_out, d_s, d_o_a, d_o_b = steps.project_backward(d_update, h, s_o, o, apart=again)
+    dy, d_a_of_again = attend_backward(d_out, d_s, y, o[2], out, lse, graph, *see)
     if turn is not None:
         rotate_backward(dy, unturned, *turn)
     asked = need_x, need_gamma, need_beta, need_a, need_b
     dx, *d_entered, d_a, d_b = steps.enter_project_backward(dy, dx, (x, mean, rstd, s), norm, qkv, asked)
     d_bias = bias_grad(dy, qkv) if need_bias else None
     d_o_bias = bias_grad(d_update, o) if need_o_bias else None
-    return dx, *(d_norm or d_entered), d_bias, d_a, d_b, d_o_bias, d_o_a, d_o_b
+    return dx, *(d_norm or d_entered), d_bias, d_a, d_b, d_o_bias, d_a_of_again if again else d_o_a, d_o_b

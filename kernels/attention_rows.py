@@ -84,7 +84,7 @@ attention_rows_backward = backend.Op(
 def attend(qkv, heads, groups, lengths, suffix, causal, kv_heads, window, positions, differentiable):
     """out [N, D]; log-sum-exp or None; and where autograd differentiates attention its graph, `(qkv, out)`."""
     kv_heads, one_length = kv_heads or heads, not isinstance(groups, Ends) and len(groups) == 3 and groups[0] > 0
-    if _on_cpu(qkv) and not isinstance(groups, Ends):
+    if runs_on_cpu(qkv, groups):
         operands = qkv, None, None, heads, groups, lengths, suffix, causal, kv_heads, window, positions
         out, _, lse = attention_rows_forward(*operands)
         return out, lse, None
@@ -107,7 +107,7 @@ def attend_backward(
 ):
     """d_qkv, and dA of the product S = out A^T whose gradient is d_s (None without one). d_out is written over."""
     kv_heads = kv_heads or heads
-    if _on_cpu(qkv) and graph is None:
+    if runs_on_cpu(qkv, groups):
         seen = lengths, suffix, causal, kv_heads, window, positions
         d_qkv, _, d_a = attention_rows_backward(d_out, d_s, qkv, None, lora_a, out, lse, heads, groups, *seen)
         return d_qkv, d_a
@@ -126,8 +126,9 @@ def attend_backward(
     return d_qkv, None if d_s is None else cast(d_s.t() @ out.detach(), lora_a.dtype)
 
 
-def _on_cpu(q: Tensor) -> bool:
-    return q.is_cpu and backend.get_backend() != "triton"
+def runs_on_cpu(q: Tensor, groups: Sequence | Ends) -> bool:
+    """Whether attention runs as attention_rows_aten.py does it, with a backward of its own."""
+    return q.is_cpu and backend.get_backend() != "triton" and not isinstance(groups, Ends)
 
 
 def _apart(q, kv, heads, kv_heads):

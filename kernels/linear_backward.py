@@ -274,13 +274,14 @@ def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
             db = of_own_group(products.mm(s.t(), dy).t(), groups, lead).mul_(scaling)
     else:
         (n, r), m = b.shape, dy.shape[0]
-        parts, b = dy.view(m, groups, n // groups), b.view(groups, n // groups, r)
+        parts, b = dy.view(m, groups, n // groups).transpose(0, 1), b.view(groups, n // groups, r)
         if wants_g:
-            g = products.bmm(parts.transpose(0, 1), b).transpose(0, 1).flatten(1)
+            g = products.bmm(parts, b).transpose(0, 1).flatten(1)
         if s is not None:
             low = s.view(m, groups, r).permute(1, 2, 0)  # [groups, r, M]
-            none = b.new_zeros(())  # of beta = 0 and alpha = 0 ATen leaves memory as it is, in bf16 and fp16
-            db = products.baddbmm(none, low, parts.transpose(0, 1), alpha=scaling)
+            # b is not read; of beta = 0 and alpha = 0 ATen leaves memory as it is, in bf16 and fp16
+            none, beta = (b.transpose(1, 2), 0) if scaling else (b.new_zeros(()), 1)
+            db = products.baddbmm(none, low, parts, beta=beta, alpha=scaling)
             db = db.transpose(1, 2).reshape(lora_b.shape)
     return g, None if db is None else cast(db, lora_b.dtype)
 

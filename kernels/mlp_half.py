@@ -18,8 +18,6 @@ from .activations import ACTIVATIONS
 from .gated import gated_backward, gated_forward
 from .operands import Half, add_update, add_update_backward, bias_grad, kept_as
 
-KEPT = 9  # tensors that the forward keeps
-
 
 def _gated(name: str) -> tuple[Callable, Callable]:
     return lambda u: gated_forward(u, name), lambda d, u: gated_backward(d, u, name)

@@ -69,11 +69,11 @@ def addmm_(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
     return c.add_(_product(torch.mm, a, b), alpha=alpha) if one_by_one(a) else c.addmm_(a, b, alpha=alpha)
 
 
-def baddbmm(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
-    """c + alpha a b, of matrices side by side."""
+def baddbmm(c: Tensor, a: Tensor, b: Tensor, beta: int = 1, alpha: float = 1) -> Tensor:
+    """`addmm` of matrices side by side."""
     if one_by_one(a):
-        return _product(partial(torch.baddbmm, alpha=alpha), c, a, b).to(a.dtype)
-    return torch.baddbmm(c, a, b, alpha=alpha)
+        return _product(partial(torch.baddbmm, beta=beta, alpha=alpha), c, a, b).to(a.dtype)
+    return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
 def baddbmm_(c: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:

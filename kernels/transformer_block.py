@@ -9,6 +9,8 @@ norm_linear, attention_rows and linear_lowrank would keep one by one; nothing is
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from operator import mul
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from . import attention_half, backend, mlp_half, steps_aten, steps_triton
 from .attention_half import KEPT, Attention, Turn
+from .attention_rows import runs_on_cpu
 from .attention_varlen import Ends
 from .mlp_half import BETWEEN
 from .operands import Half
@@ -26,46 +29,53 @@ TRAINED = 8  # entries of `Half.trained`
 class _TransformerBlock(torch.autograd.Function):
     """`leaves` are those of `Half.trained` that `needs` marks: an argument costs time whether or not it is one.
 
-    Parameters are kept with `ctx.operands`; saving the leaves as well makes autograd notice a change of them. The
-    frozen weights are not saved, or offloading would move them: their versions tell.
+    Parameters are kept with `ctx.operands`, not saved: that would take time, and offloading would move the frozen ones.
+    Their versions tell whether somebody changed them.
     """
 
     @staticmethod
-    def forward(ctx, operands, dtype, steps, x, *leaves):
-        attention, mlp, see, activation, turn, _ = ctx.operands = operands
-        rows = x.reshape(-1, x.shape[2])
-        z, kept, ctx.graph = attention_half.forward(rows, attention, see, turn, dtype, steps, True)
-        y, kept_by_mlp = mlp_half.forward(z, mlp, activation, dtype, steps)
-        ctx.steps, ctx.versions = steps, _versions(attention, mlp)
-        ctx.save_for_backward(*kept, *kept_by_mlp, *leaves)
-        return y.view(x.shape)
+    def forward(ctx, operands, x, *leaves):
+        attention, mlp, see, activation, turn, dtype, steps, _ = ctx.operands = operands
+        with _unrecorded(x, see):
+            rows = x.reshape(-1, x.shape[2])
+            z, kept, ctx.graph = attention_half.forward(rows, attention, see, turn, dtype, steps, True)
+        with backend.unrecorded():
+            y, kept_by_mlp = mlp_half.forward(z, mlp, activation, dtype, steps)
+            y = y.view(x.shape)
+        ctx.leaves, ctx.versions = leaves, _versions(attention, mlp, leaves)
+        ctx.save_for_backward(*kept, *kept_by_mlp)
+        return y
 
     @staticmethod
     @backend.outside_autocast
     def backward(ctx, dy):
-        kept, steps, (attention, mlp, see, activation, turn, needs) = ctx.saved_tensors, ctx.steps, ctx.operands
-        of_attention, of_mlp = (ctx.needs_input_grad[3], *needs[:TRAINED]), needs[TRAINED:]
-        if ctx.versions != _versions(attention, mlp):
-            raise RuntimeError(
-                "a frozen weight was modified in place between forward and backward: run the forward anew"
-            )
+        kept, (attention, mlp, see, activation, turn, _, steps, needs) = ctx.saved_tensors, ctx.operands
+        of_attention, of_mlp = (ctx.needs_input_grad[1], *needs[:TRAINED]), needs[TRAINED:]
+        if ctx.versions != _versions(attention, mlp, ctx.leaves):
+            raise RuntimeError("a parameter was modified in place between forward and backward: run the forward anew")
         below, dx = True in of_attention, None
-        kept, kept_by_mlp = kept[:KEPT], kept[KEPT : KEPT + mlp_half.KEPT]
-        rows = dy.reshape(-1, dy.shape[2])
-        dz, *grads = mlp_half.backward(rows, kept_by_mlp, mlp, activation, (below, *of_mlp), steps)
+        kept, kept_by_mlp = kept[:KEPT], kept[KEPT:]
+        with backend.unrecorded():
+            rows = dy.reshape(-1, dy.shape[2])
+            dz, *grads = mlp_half.backward(rows, kept_by_mlp, mlp, activation, (below, *of_mlp), steps)
         if below:
-            dx, *others = attention_half.backward(dz, kept, ctx.graph, attention, see, turn, of_attention, steps)
-            grads = [*others, *grads]
-        leaves = [g for g, need in zip(grads, needs[-len(grads) :], strict=True) if need]
-        return *[None] * 3, None if dx is None else dx.view(dy.shape), *leaves
+            with _unrecorded(dy, see):
+                dx, *others = attention_half.backward(dz, kept, ctx.graph, attention, see, turn, of_attention, steps)
+                dx, grads = None if dx is None else dx.view(dy.shape), [*others, *grads]
+        return None, dx, *(g for g, need in zip(grads, needs[-len(grads) :], strict=True) if need)
 
 
-def _versions(attention: Half, mlp: Half) -> list[int]:
-    """How often each weight has been written to; a graph sees to it itself, inference tensors do not count."""
+def _unrecorded(x: Tensor, see: Attention) -> contextlib.AbstractContextManager:
+    """`backend.unrecorded`, but where attention is differentiated by autograd."""
+    return backend.unrecorded() if runs_on_cpu(x, see.groups) else contextlib.nullcontext()
+
+
+def _versions(attention: Half, mlp: Half, leaves: Sequence[Tensor]) -> list[int]:
+    """How often each weight and each leaf was written to; a graph sees to it itself, inference tensors do not count."""
     if torch.compiler.is_compiling():
         return []
-    weights = attention.first[0], attention.second[0], mlp.first[0], mlp.second[0]
-    return [weight._version for weight in weights if not weight.is_inference()]
+    used = attention.first[0], attention.second[0], mlp.first[0], mlp.second[0], *leaves
+    return [t._version for t in used if not t.is_inference()]
 
 
 def _check(x: Tensor, see: Attention, activation: str) -> None:
@@ -76,7 +86,7 @@ def _check(x: Tensor, see: Attention, activation: str) -> None:
     if isinstance(see.groups, Ends) or torch.compiler.is_compiling():
         return
     flat, rows = see.groups, x.shape[0] * x.shape[1]
-    of_q, of_k = (sum(map(mul, flat[::3], flat[i::3])) for i in (1, 2))
+    of_q, of_k = sum(map(mul, flat[::3], flat[1::3])), sum(map(mul, flat[::3], flat[2::3]))
     if of_q != rows or of_k != rows:
         raise ValueError(f"groups {flat} (samples, rows, rows, and so on) do not add up to the {rows} rows of x")
 
@@ -119,6 +129,6 @@ def transformer_block(
         needs = [t is not None and t.requires_grad for t in trained]
         if x.requires_grad or True in needs:
             leaves = [t for t, need in zip(trained, needs, strict=True) if need]
-            return _TransformerBlock.apply((attention, mlp, see, activation, turn, needs), dtype, steps, x, *leaves)
+            return _TransformerBlock.apply((attention, mlp, see, activation, turn, dtype, steps, needs), x, *leaves)
     z, *_ = attention_half.forward(x.reshape(-1, x.shape[2]), attention, see, turn, dtype, steps, False)
     return mlp_half.forward(z, mlp, activation, dtype, steps)[0].view(x.shape)

@@ -293,10 +293,11 @@ class Block(GradientCheckpointingLayer):
 
     def _fused(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor | None:
         """Both sublayers as one op; None where they have to run in parts."""
-        modules, own = self._modules, self._parameters  # attributes of a module are slow to read
-        if self.fused_activation is None or kernels.get_backend() == "reference":
+        own = vars(self)  # attributes of a module are slow to read
+        modules, scales, heads = own["_modules"], own["_parameters"], own["heads"]
+        if own["fused_activation"] is None or kernels.get_backend() == "reference":
             return None
-        if (self.clamps_fp16 and rows.dtype == torch.float16) or modules["update_norm1"] is not None:
+        if (own["clamps_fp16"] and rows.dtype == torch.float16) or modules["update_norm1"] is not None:
             return None
         if not rows.is_cpu and torch.compiler.is_compiling():
             return None  # a graph cannot hold attention that is differentiated by autograd inside a Function
@@ -305,18 +306,17 @@ class Block(GradientCheckpointingLayer):
             return None
         qkv, o, fc1, fc2 = linears
         norms = operands(modules["norm1"]), operands(modules["norm2"])
-        before, after = (norms, NO_NORMS) if self.pre_norm else (NO_NORMS, norms)
-        attention = kernels.Half(before[0], qkv, o, own["scale1"], after[0])
-        mlp = kernels.Half(before[1], fc1, fc2, own["scale2"], after[1])
+        before, after = (norms, NO_NORMS) if own["pre_norm"] else (NO_NORMS, norms)
+        attention = kernels.Half(before[0], qkv, o, scales["scale1"], after[0])
+        mlp = kernels.Half(before[1], fc1, fc2, scales["scale2"], after[1])
         groups = layout.groups
         if not isinstance(groups, kernels.Ends):
             groups = tuple(size for group in groups for size in group)
-        heads = self.heads
         see = kernels.Attention(heads.query, groups, layout.lengths, layout.suffix, heads.causal, heads.key)
         if heads.window is not None:
             see = see._replace(window=heads.window, positions=layout.uneven_positions(rows.device))
         turn = self._turning(self._rotation(layout), heads.query + heads.key)
-        return kernels.transformer_block(rows, attention, mlp, see, self.between, turn)
+        return kernels.transformer_block(rows, attention, mlp, see, own["between"], turn)
 
     def project(
         self,

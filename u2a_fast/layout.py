@@ -56,9 +56,9 @@ class Places:
     has_holes: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen, it would take ten times as long to make, which a block alone does at each call
 class Layout:
-    """How the rows of B samples lie.
+    """How the rows of B samples lie; not to be changed.
 
     Attributes:
         groups: `((samples, rows, rows), ...)`, in the order of the rows; or where each sample ends (`of_plan`).

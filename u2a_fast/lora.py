@@ -196,8 +196,9 @@ class LoraLinear(nn.Module):
     @property
     def is_watched(self) -> bool:
         """Whether somebody has hooked it or parametrised it: then it is called as a module, with its own input."""
-        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
-        return bool(self._modules) or any(hooks)
+        own = vars(self)  # attributes of a module are slow to read
+        backward = own["_backward_hooks"] or own["_backward_pre_hooks"]
+        return bool(own["_modules"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or backward)
 
     @property
     def is_splittable(self) -> bool:
@@ -212,16 +213,19 @@ class LoraLinear(nn.Module):
         """What `kernels.transformer_block` takes of it; None where dropout draws a mask or the weight is 4-bit."""
         if self.is_watched:
             return None
-        own = self._parameters  # attributes of a module are slow to read, and a block reads twenty
-        weight = own["weight"]
-        if weight.dtype == torch.uint8 or weight.requires_grad or (self.dropout > 0 and self.training):
+        own = vars(self)
+        parameters, roles = own["_parameters"], own["roles"]
+        weight = parameters["weight"]
+        if weight.dtype == torch.uint8 or weight.requires_grad or (own["dropout"] > 0 and own["training"]):
             return None
-        a, b = own["lora_a"], own["lora_b"]
-        if a is not None and not (self.adapter_enabled and self.adapted == self.roles):
+        a, b = parameters["lora_a"], parameters["lora_b"]
+        if a is not None and not (own["adapter_enabled"] and own["adapted"] == roles):
             a, b = self.factors()
-        joined = self.joined if a is not None and self._holds_weight() else None
-        options = self.scaling, len(self.roles), self.lead, self.quantize_input, joined
-        return kernels.Linear(weight, own["bias"], a, b, own["weight_scale"], *options)
+        joined = own["joined"]
+        if joined is not None and (a is None or not self._holds_weight()):
+            joined = None
+        options = own["scaling"], len(roles), own["lead"], own["quantize_input"], joined
+        return kernels.Linear(weight, parameters["bias"], a, b, parameters["weight_scale"], *options)
 
     def _holds_weight(self) -> bool:
         """Whether `joined` still is where the weight lies: another one may have been stored or assigned."""

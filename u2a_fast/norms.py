@@ -57,10 +57,11 @@ def operands(norm: BlockNorm | None) -> kernels.Norm:
         return kernels.Norm()
     if isinstance(norm, RMSNorm):
         return kernels.Norm(norm.scale, None, norm.eps, rms=True)
-    if norm._modules:  # parametrised
+    own = vars(norm)  # attributes of a module are slow to read
+    if own["_modules"]:  # parametrised
         return kernels.Norm(norm.weight, norm.bias, norm.eps)
-    own = norm._parameters  # attributes of a module are slow to read
-    return kernels.Norm(own["weight"], own["bias"], norm.eps)
+    weight_bias = own["_parameters"]
+    return kernels.Norm(weight_bias["weight"], weight_bias["bias"], own["eps"])
 
 
 def normalise(norm: BlockNorm | None, x: torch.Tensor) -> torch.Tensor:

@@ -125,13 +125,14 @@ def test_nothing_is_kept_for_a_frozen_mlp_but_its_input_and_the_activations(gate
     assert kept <= 8 * numbers
 
 
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b"])
 @pytest.mark.parametrize("part", ["first", "second"])
 @pytest.mark.parametrize("half", [0, 1])
-def test_a_frozen_weight_may_not_change_before_backward(half, part):
+def test_a_parameter_may_not_change_before_backward(half, part, name):
     halves_ = halves()
-    changed = getattr(halves_[half], part).weight
+    changed = getattr(getattr(halves_[half], part), name)
     y = transformer_block(leaf(BATCH, ROWS, WIDTH), *halves_, see(), "gelu")
-    changed.add_(0)
+    changed.detach().add_(0)
     with pytest.raises(RuntimeError, match="modified in place between forward and backward"):
         y.sum().backward()
 
