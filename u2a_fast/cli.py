@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from .comparison import CompareOptions, compare
 from .data.table_files import find_tables
+from .data_checks import PROBLEM_TYPES
 from .evaluation import evaluate
 from .lora_config import LoraConfig
 from .memory import plan, print_plan
@@ -25,7 +26,7 @@ from .prediction import check_output, predict_answers, samples_from, write_answe
 from .processes import leave
 from .reports import print_report
 from .runs import data_of, run_of, seed_of
-from .training import PROBLEM_TYPES, train
+from .training import train
 
 logger = logging.getLogger(__name__)
 

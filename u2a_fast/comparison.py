@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
+from .data_checks import check_data
 from .methods import METHODS, LateFusion
 from .methods.config import check_choice
 from .metrics import headline
@@ -23,7 +24,7 @@ from .paired import TALLIES
 from .processes import processes
 from .reports import UNIMODAL, Row, plot_curves, plot_report
 from .runs import RUN_FILE, check_directory, claim_directory, write_whole
-from .training import BASELINES, STATE, build_model, check_data, run_once
+from .training import BASELINES, STATE, build_model, run_once
 from .verdicts import Cell, Verdicts, markdown
 
 Due = dict[tuple[str, int], TrainOptions]  # by method or baseline, and seed

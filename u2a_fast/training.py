@@ -19,17 +19,17 @@ from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, task_of
 from .data.presence import warn_of_cuts
+from .data_checks import PROBLEM_TYPES, check_data
 from .evaluation import evaluate
 from .kernels.targets import has_bfloat16
-from .label_checks import refuse_alike, refuse_labels, refuse_unmeasurable, warn_of_classes
+from .label_checks import warn_of_classes
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
 from .methods.base import MultimodalModel
-from .methods.config import check_choice
 from .methods.loading import overlay
 from .methods.saved import saved_state
 from .metrics import UNBOUNDED, refuse_not_finite, score
-from .options import BESIDES, TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
+from .options import TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
 from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
 from .quantization import read_quantization
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
@@ -37,12 +37,6 @@ from .runs import as_begun, check_directory, claim_directory, split_before
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-PROBLEM_TYPES = {
-    "classification": "single_label_classification",
-    "multi_label": "multi_label_classification",
-    "regression": "regression",
-}
 STATE = "trainer_state.json"
 WORKERS_BESIDE_GPU = 2
 SAMPLE_BYTES = 150 * 2**20  # kept for backward by a sample, ViT-B + BERT-base with adapters, counted generously
@@ -178,48 +172,6 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalMo
 
 
 # -------------------------------------------------------------------------------------------------------------- data
-def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Refuse before training what would fail, or mean nothing, after it."""
-    check_choice("dtype", options.dtype, DTYPES)
-    check_choice("all_absent", options.all_absent, ("error", "prior"))
-    check_choice("class_weights", options.class_weights, (None, "balanced"))
-    needed = ("train", "test", *(["validation"] if options.metric_for_best else []))
-    check_splits(options.data, splits, needed)
-    for name in needed:
-        if hasattr(splits[name], "__len__") and not len(splits[name]):
-            raise ValueError(f"the {name} split of {options.data} has no rows: add some, or split the rows otherwise")
-    refuse_labels(options.data, splits)
-    train = splits["train"]
-    feature = train.features["label"]
-    refuse_alike(options.data, train)
-    if options.metric_for_best:
-        problem_type = PROBLEM_TYPES[str(task_of(feature))]
-        refuse_unmeasurable(options.data, options.metric_for_best, problem_type, splits["validation"])
-    if not hasattr(train, "__len__"):
-        check_stream(options, sources, str(task_of(feature)))
-    columns = [name for name in train.features if name not in BESIDES]
-    for name in sources:
-        if name not in columns:
-            raise ValueError(
-                f"--encoders has an unknown modality {name!r}: {options.data} has {', '.join(columns)}; leave it out, "
-                "or name its column in --columns"
-            )
-
-
-def check_stream(options: TrainOptions, sources: Mapping[str, str], task: str) -> None:
-    """Refuse to train on a stream what needs all rows at once."""
-    if options.max_steps < 1 or options.baselines or options.class_weights:
-        raise ValueError("a stream has no length: set max_steps, and leave baselines and class_weights out")
-    if task == "regression":
-        raise ValueError(
-            f"the labels of {options.data} are numbers, whose scale a stream does not tell: load it as a whole"
-        )
-    if len(sources) < 2:
-        raise ValueError(
-            f"{options.data} is a stream with one modality, and holes are drawn for two: load it as a whole"
-        )
-
-
 def training_split(options: TrainOptions, splits: Mapping[str, Any]) -> Any:
     """Train and validation together: hyperparameters were chosen before, on validation, never on test."""
     from datasets import concatenate_datasets
