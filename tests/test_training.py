@@ -137,6 +137,19 @@ def test_a_stream_that_cannot_be_trained_on_is_refused_in_a_sentence(changed, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("named", [{}, {"data": "mmimdb:/films"}, {"data": "mine"}])
+def test_splits_that_are_given_are_ones_own_data(named, data, tmp_path, capsys):
+    plain, encoders = data
+    asked = options.TrainOptions(**named, encoders=encoders, max_steps=1, output_dir=str(tmp_path))
+    train(asked, plain)
+    assert "Chosen for this data: --missing-rate 0.0 " in capsys.readouterr().out
+    run, card = ((tmp_path / name).read_text(encoding="utf-8") for name in ("run.yaml", "README.md"))
+    name = "mine" if named == {"data": "mine"} else "own data"
+    assert f"data: {name}\n" in run and f"data: {name}\n" in card and f"name: {name}\n" in card
+    with pytest.raises(ValueError, match="holds this run already"):
+        train(asked, plain)
+
+
 def test_splits_that_are_not_there_are_named(data):
     with pytest.raises(ValueError, match="mine has no train split, only test: put all rows into one table"):
         train(options.TrainOptions(data="mine"), {"test": data[0]["test"]})

@@ -230,7 +230,12 @@ def load_splits(data: str, seed: int, **table: Any) -> Mapping[str, Any]:
 
 def data_digest(data: str) -> str | None:
     """What tells whether a user's own table has changed; None of data that we know by name."""
-    return None if data in DATASETS or _benchmark(data) else digest_of(Path(data))
+    return None if is_known(data) else digest_of(Path(data))
+
+
+def is_known(data: str) -> bool:
+    """Whether it is one of DATASETS or a benchmark, and not a user's own folder or table."""
+    return data in DATASETS or _benchmark(data) is not None
 
 
 def _benchmark(data: str) -> Callable[[str], Mapping[str, Any]] | None:

@@ -29,7 +29,7 @@ from .methods.base import MultimodalModel
 from .methods.loading import overlay
 from .methods.saved import saved_state
 from .metrics import UNBOUNDED, refuse_not_finite, score
-from .options import TrainOptions, check_splits, choices, default_encoders, load_sources, read_whole, settled
+from .options import TrainOptions, check_splits, choices, default_encoders, is_known, load_sources, read_whole, settled
 from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
 from .quantization import read_quantization
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
@@ -37,6 +37,7 @@ from .runs import as_begun, check_directory, claim_directory, split_before
 
 logger = logging.getLogger(__name__)
 
+OWN = "own data"  # what splits are called that were given without a name
 STATE = "trainer_state.json"
 WORKERS_BESIDE_GPU = 2
 SAMPLE_BYTES = 150 * 2**20  # kept for backward by a sample, ViT-B + BERT-base with adapters, counted generously
@@ -49,8 +50,9 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
 
     Args:
         splits: `{"train", "validation", "test"}` of Hugging Face data sets or streams in place of `options.data`, with
-            columns as `load_table` gives them. A stream needs `max_steps`, features that name the classes, and two
-            modalities.
+            columns as `load_table` gives them. They are your own data, of which nothing is taken away without a
+            `missing_rate`, and `options.data` is their name in messages and card, unless it is one that we know. A
+            stream needs `max_steps`, features that name the classes, and two modalities.
 
     Raises:
         ValueError: an unknown method, data that it cannot be trained on, or an output directory that holds another run
@@ -58,6 +60,8 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
     """
     if options.method not in METHODS:
         raise ValueError(f"unknown method {options.method!r}: use one of {', '.join(METHODS)}")
+    if splits is not None and is_known(options.data):  # it was not asked for, and its recipe is of other rows
+        options = replace(options, data=OWN)
     check_directory(options)
     if splits is None:
         with processes().local_main_process_first():  # encoders are unpacked once
