@@ -150,6 +150,15 @@ def test_splits_that_are_given_are_ones_own_data(named, data, tmp_path, capsys):
         train(asked, plain)
 
 
+def test_a_class_that_is_not_trained_is_refused_before_training(data, tmp_path):
+    plain, encoders = data
+    wider = plain["test"].cast_column("label", datasets.ClassLabel(names=["blue", "green", "red", "zebra"]))
+    asked = options.TrainOptions(data="mine", encoders=encoders, max_steps=1, output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="the test split of mine has a class 'zebra', and the train split only blue"):
+        train(asked, {**plain, "test": wider})
+    assert not (tmp_path / "out").exists()
+
+
 def test_splits_that_are_not_there_are_named(data):
     with pytest.raises(ValueError, match="mine has no train split, only test: put all rows into one table"):
         train(options.TrainOptions(data="mine"), {"test": data[0]["test"]})

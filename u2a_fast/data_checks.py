@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .data.labels import task_of
+from .data.labels import Classes, label_names, task_of
 from .label_checks import refuse_alike, refuse_labels, refuse_unmeasurable
 from .methods.config import check_choice
 from .options import BESIDES, TrainOptions, check_splits
@@ -44,6 +44,47 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
                 f"--encoders has an unknown modality {name!r}: {options.data} has {', '.join(columns)}; leave it out, "
                 "or name its column in --columns"
             )
+
+
+def numbered_alike(data: str, splits: Mapping[str, Any]) -> dict[str, Any]:
+    """Splits that were made apart, with the labels of each numbered as the train split's, by name.
+
+    Raises:
+        ValueError: labels of another kind than the train split's, or a class that it does not name.
+    """
+    refuse_labels(data, splits)
+    feature, made = splits["train"].features["label"], {}
+    names, task = label_names(feature), task_of(feature)
+    for split, part in splits.items():
+        own = part.features["label"]
+        if task_of(own) != task:
+            raise ValueError(
+                f"the {split} split of {data} has labels for {task_of(own)}, and the train split for {task}: give both "
+                "labels of one kind"
+            )
+        made[split] = part if label_names(own) == names else _renumbered(data, split, part, feature)
+    return made
+
+
+def _renumbered(data: str, split: str, part: Any, feature: Any) -> Any:
+    from datasets import Features
+
+    names = label_names(feature) or []
+    known, own = Classes(names), label_names(part.features["label"]) or []
+    numbers = [known.find(name) for name in own]
+    if None in numbers:
+        raise ValueError(
+            f"the {split} split of {data} has a class {own[numbers.index(None)]!r}, and the train split only "
+            f"{', '.join(names)}: leave its rows out, or name it in the train split too"
+        )
+
+    def renumbered(label: Any) -> dict[str, Any]:
+        if isinstance(label, list):
+            marks = dict(zip(numbers, label, strict=True))
+            return {"label": [marks.get(i, 0.0) for i in range(len(names))]}
+        return {"label": numbers[label] if label in range(len(numbers)) else label}
+
+    return part.map(renumbered, input_columns="label", features=Features({**part.features, "label": feature}))
 
 
 def check_stream(options: TrainOptions, sources: Mapping[str, str], task: str) -> None:

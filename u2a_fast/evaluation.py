@@ -19,7 +19,7 @@ from .data import MissingPattern, MultimodalCollator
 from .data.collator import LABELS
 from .data.holes import leave
 from .data.inputs import is_absent
-from .data.labels import label_names, meaning
+from .data.labels import Classes, label_names
 from .data.presence import batches_of, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
 from .metrics import NOT_FINITE, refuse_not_finite, score
@@ -189,29 +189,15 @@ def class_order(dataset: Any, model: MultimodalModel) -> torch.Tensor | None:
     return None if names is None or known is None else torch.tensor([known.number(name) for name in names])
 
 
-class _Classes:
-    """The classes of a model, and the number of each however it is spelled."""
-
-    def __init__(self, names: Sequence[str]):
-        self.names = names
-        self.numbers = {meaning(name): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
-
-    def number(self, name: str) -> int:
-        found = self.numbers.get(name, self.numbers.get(meaning(name)))
-        if found is None:
-            raise ValueError(f"this model has no class {name!r}: its classes are {', '.join(self.names)}")
-        return found
-
-
-def _classes(model: MultimodalModel) -> _Classes | None:
+def _classes(model: MultimodalModel) -> Classes | None:
     """None where nobody gave the model names."""
     known = model.config.id2label
     if known == {i: f"LABEL_{i}" for i in range(len(known))}:
         return None
-    return _Classes([known[i] for i in sorted(known)])
+    return Classes([known[i] for i in sorted(known)])
 
 
-def _numbered(sample: Mapping[str, Any], known: _Classes | None) -> Mapping[str, Any]:
+def _numbered(sample: Mapping[str, Any], known: Classes | None) -> Mapping[str, Any]:
     """A sample with the model's number of its class in place of a name, and with marks in place of several names."""
     column = next((name for name in LABELS if sample.get(name) is not None), None)
     if column is None or known is None:
@@ -225,7 +211,7 @@ def _numbered(sample: Mapping[str, Any], known: _Classes | None) -> Mapping[str,
     return sample
 
 
-def _warn_of_positions(known: _Classes | None) -> None:
+def _warn_of_positions(known: Classes | None) -> None:
     """Of labels that are numbers without names, for a model whose names are other numbers."""
     names = known.names if known else ()
     if names and all(name.isdecimal() for name in names) and list(names) != [str(i) for i in range(len(names))]:

@@ -19,7 +19,7 @@ from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, task_of
 from .data.presence import warn_of_cuts
-from .data_checks import PROBLEM_TYPES, check_data
+from .data_checks import PROBLEM_TYPES, check_data, numbered_alike
 from .evaluation import evaluate
 from .kernels.targets import has_bfloat16
 from .label_checks import warn_of_classes
@@ -68,7 +68,7 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
             splits, sources = load_sources(options)
         return run_once(options, splits, sources)
     check_splits(options.data, splits)
-    splits = read_whole(splits, options.all_absent)
+    splits = numbered_alike(options.data, read_whole(splits, options.all_absent))
     return run_once(options, splits, dict(options.encoders or default_encoders(options, splits)))
 
 

@@ -98,6 +98,23 @@ def meaning(name: str) -> str | Decimal:
     return Decimal(plain)
 
 
+class Classes:
+    """The classes of a model or a split, and the number of each however it is spelled."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+        self.numbers = {meaning(name): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+
+    def find(self, name: str) -> int | None:
+        return self.numbers.get(name, self.numbers.get(meaning(name)))
+
+    def number(self, name: str) -> int:
+        found = self.find(name)
+        if found is None:
+            raise ValueError(f"this model has no class {name!r}: its classes are {', '.join(self.names)}")
+        return found
+
+
 def _cell(label: Any, place: str, separator: str | None) -> Any:
     """A name, a number or a list of either, tidied."""
     if isinstance(label, str) and separator:
