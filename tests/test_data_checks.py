@@ -9,13 +9,13 @@ from u2a_fast.data_checks import numbered_alike
 NAMES = ["a", "A", "1"]
 
 
-def split(labels, names=NAMES, vectors=False, stream=False):
+def split(labels, names=NAMES, vectors=False, form=None):
     features = datasets.Features({"text": datasets.Value("string"), "label": label_feature(names, vectors)})
     part = datasets.Dataset.from_dict({"text": ["red"] * len(labels), "label": labels}, features)
-    return part.to_iterable_dataset() if stream else part
+    return part.to_iterable_dataset() if form == "stream" else part.with_format(form)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("form", [None, "stream", "torch", "numpy"])
 @pytest.mark.parametrize(
     ("names", "vectors", "labels", "expected"),
     [
@@ -26,11 +26,11 @@ def split(labels, names=NAMES, vectors=False, stream=False):
         (NAMES, False, [0, 1], [0, 1]),
     ],
 )
-def test_labels_of_all_splits_are_numbered_by_name(stream, names, vectors, labels, expected):
+def test_labels_of_all_splits_are_numbered_by_name(form, names, vectors, labels, expected):
     """Names that differ in their case alone are two, and a number is one however it is written."""
     train = split([[1, 0, 0]] if vectors else [0], vectors=vectors)
-    made = numbered_alike("mine", {"train": train, "validation": split(labels, names, vectors, stream)})
-    assert [row["label"] for row in made["validation"]] == expected
+    made = numbered_alike("mine", {"train": train, "validation": split(labels, names, vectors, form)})
+    assert [row["label"] for row in made["validation"].with_format(None)] == expected
     assert made["validation"].features == train.features
 
 

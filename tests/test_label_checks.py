@@ -19,14 +19,15 @@ def split(kind, labels):
     return datasets.Dataset.from_dict({"label": labels}, datasets.Features({"label": FEATURES[kind]}))
 
 
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
 @pytest.mark.parametrize(
     ("kind", "alike", "unlike"),
     [("classes", [1, 1], [1, 0]), ("numbers", [1.5, 1.5], [1.5, 2]), ("marks", [[0, 1]] * 2, [[0, 1], [1, 1]])],
 )
-def test_one_label_for_all_rows_teaches_nothing(kind, alike, unlike):
-    refuse_alike("t.csv", split(kind, unlike))
+def test_one_label_for_all_rows_teaches_nothing(kind, alike, unlike, form):
+    refuse_alike("t.csv", split(kind, unlike).with_format(form))
     with pytest.raises(ValueError, match=r"the train split of t\.csv has .*: there is nothing to tell apart"):
-        refuse_alike("t.csv", split(kind, alike))
+        refuse_alike("t.csv", split(kind, alike).with_format(form))
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,10 @@ def test_a_metric_needs_rows_that_it_can_be_measured_on(kind, metric, without, m
         refuse_unmeasurable("t.csv", "loss", TASKS[kind], split(kind, measured))
 
 
-def test_classes_that_the_train_split_lacks_are_named(caplog):
-    warn_of_classes("t.csv", {"train": split("many", [0, 0, 1, 1]), "test": split("many", [0, 1])})
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_classes_that_the_train_split_lacks_are_named(form, caplog):
+    known = {"train": split("many", [0, 0, 1, 1]), "test": split("many", [0, 1])}
+    warn_of_classes("t.csv", {name: part.with_format(form) for name, part in known.items()})
     warn_of_classes("t.csv", {"train": split("numbers", [0.5, 1.5]), "test": split("numbers", [3.5])})
     assert not caplog.text
     warn_of_classes("t.csv", {"train": split("many", [0, 0, 1, 1]), "test": split("many", [0, 3, 3])})
@@ -53,6 +56,7 @@ def test_classes_that_the_train_split_lacks_are_named(caplog):
     assert "no two rows of the train split have the same label, 'c' for one" in caplog.text
 
 
+@pytest.mark.parametrize("form", [None, "torch"])
 @pytest.mark.parametrize(
     ("feature", "labels", "message"),
     [
@@ -67,13 +71,14 @@ def test_classes_that_the_train_split_lacks_are_named(caplog):
         (datasets.List(datasets.Value("float32")), [[0.0, None]], "has no label in row 1"),
     ],
 )
-def test_labels_that_do_not_say_what_they_mean_are_refused(feature, labels, message):
-    part = datasets.Dataset.from_dict({"label": labels}, datasets.Features({"label": feature}))
+def test_labels_that_do_not_say_what_they_mean_are_refused(feature, labels, message, form):
+    part = datasets.Dataset.from_dict({"label": labels}, datasets.Features({"label": feature})).with_format(form)
     with pytest.raises(ValueError, match=rf"the test split of my data has .*{message}|split of my data {message}"):
         refuse_labels("my data", {"test": part})
 
 
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
 @pytest.mark.parametrize("kind", list(FEATURES))
-def test_labels_as_tables_have_them_are_taken(kind):
+def test_labels_as_tables_have_them_are_taken(kind, form):
     labels = [[0.0, 1.0]] * 2 if kind == "marks" else [-1.5, -1.0] if kind == "numbers" else [0, 1]
-    refuse_labels("my data", {"train": split(kind, labels)})
+    refuse_labels("my data", {"train": split(kind, labels).with_format(form)})

@@ -79,6 +79,7 @@ def _renumbered(data: str, split: str, part: Any, feature: Any) -> Any:
         )
 
     def renumbered(label: Any) -> dict[str, Any]:
+        label = label.tolist() if hasattr(label, "tolist") else label  # under a format of the split
         if isinstance(label, list):
             marks = dict(zip(numbers, label, strict=True))
             return {"label": [marks.get(i, 0.0) for i in range(len(names))]}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .data.labels import label_names
+from .data.labels import label_names, labels_of
 from .methods.config import check_choice
 from .metrics import measures, score
 
@@ -35,7 +35,7 @@ def refuse_labels(data: str, splits: Mapping[str, Any]) -> None:
                 f"the {name} split of {data} has labels that are {kind}: make classes a "
                 "ClassLabel column and what was measured floats; load_table reads lists of names"
             )
-        for row, label in enumerate(part["label"] if hasattr(part, "__len__") else ()):
+        for row, label in enumerate(labels_of(part) if hasattr(part, "__len__") else ()):
             if label is None or (classes and label < 0) or (isinstance(label, list) and None in label):
                 raise ValueError(f"the {name} split of {data} has no label in row {row + 1}: leave the row out")
 
@@ -46,7 +46,7 @@ def refuse_alike(data: str, train: Any) -> None:
     if not hasattr(train, "__len__"):
         alike = hasattr(feature, "names") and len(feature.names) < 2
     else:
-        alike = len({tuple(label) if isinstance(label, list) else label for label in train["label"]}) < 2
+        alike = len({tuple(label) if isinstance(label, list) else label for label in labels_of(train)}) < 2
     if alike:
         what = "one class only" if hasattr(feature, "names") else "the same label in every row"
         raise ValueError(f"the train split of {data} has {what}: there is nothing to tell apart")
@@ -58,7 +58,7 @@ def refuse_unmeasurable(data: str, metric: str, problem_type: str, validation: A
     check_choice("metric_for_best", metric, measures(problem_type, len(label_names(feature) or ())))
     if not hasattr(validation, "__len__"):
         return
-    labels = torch.tensor(validation["label"][:])
+    labels = torch.tensor(labels_of(validation)[:])
     shape = labels.shape if labels.dim() > 1 else (len(labels), len(label_names(feature) or "1"))
     if math.isnan(score(problem_type, torch.zeros(shape), labels)[metric]):
         raise ValueError(
@@ -72,13 +72,13 @@ def warn_of_classes(data: str, splits: Mapping[str, Any]) -> None:
     names = getattr(splits["train"].features["label"], "names", None)
     if names is None or not all(hasattr(part, "__len__") for part in splits.values()):
         return
-    counts = Counter(splits["train"]["label"])
-    unknown = [label for label in splits["test"]["label"] if label not in counts]
+    counts = Counter(labels_of(splits["train"]))
+    unknown = [label for label in labels_of(splits["test"]) if label not in counts]
     if counts.total() > len(names) / 2 and max(counts.values()) < 2:
         logger.warning(
             "%s: no two rows of the train split have the same label, %r for one: numbers are written as 1.5, several "
             "labels of a row need --label-separator",
-            *(data, names[splits["train"]["label"][0]]),
+            *(data, names[next(iter(counts))]),
         )
     elif unknown:
         logger.warning(

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState
 from .allocator import keep_freed_memory
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
-from .data.labels import label_names, task_of
+from .data.labels import label_names, labels_of, task_of
 from .data.presence import warn_of_cuts
 from .data_checks import PROBLEM_TYPES, check_data, numbered_alike
 from .evaluation import evaluate
@@ -199,7 +199,7 @@ def missing_pattern(options: TrainOptions, split: str) -> MissingPattern:
 
 
 def _labels(pool: Any) -> torch.Tensor:
-    return torch.tensor(pool["label"][:])
+    return torch.tensor(labels_of(pool)[:])
 
 
 # ------------------------------------------------------------------------------------------------ model and optimizer

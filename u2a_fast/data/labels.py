@@ -77,6 +77,11 @@ def label_names(feature: Any) -> list[str] | None:
     return json.loads(marks) if marks else None
 
 
+def labels_of(part: Any) -> Any:
+    """The labels of a data set's rows as plain numbers and lists, where a format of it would make tensors of them."""
+    return part.with_format(None)["label"]
+
+
 def task_of(feature: Any) -> str | None:
     """The task that a label column of this feature is for; None where there is no such column."""
     if feature is None:
