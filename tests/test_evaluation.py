@@ -132,6 +132,12 @@ def test_what_cannot_be_written_is_refused_before_anything_runs(options, words, 
         evaluate(model, tiny_data.samples(3), **options)
 
 
+def test_what_is_refused_leaves_no_folder(model, tmp_path):
+    with pytest.raises(ValueError, match="this data set is empty"):
+        evaluate(model, [], output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_scored_is_refused(model):
     for unknown in ("no image", "rate high", "rate nan"):
         with pytest.raises(ValueError, match=f"unknown scenario '{unknown}'"):

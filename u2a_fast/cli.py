@@ -21,7 +21,16 @@ from .lora_config import LoraConfig
 from .memory import plan, print_plan
 from .methods import load_model
 from .methods.base import MultimodalModel
-from .options import DATA_HELP, TrainOptions, check_splits, data_digest, load_splits, option
+from .options import (
+    DATA_HELP,
+    TrainOptions,
+    check_splits,
+    data_digest,
+    load_splits,
+    option,
+    refuse_empty,
+    refuse_negative,
+)
 from .prediction import check_output, predict_answers, samples_from, write_answers
 from .processes import leave
 from .reports import print_report
@@ -44,6 +53,10 @@ class EvaluateOptions:
     batch_size: int = option(32, "how many samples a pass takes")
     seed: int | None = option(None, "seed of split and missing tables; None: the model's own, or 0 where none is known")
 
+    def __post_init__(self) -> None:
+        refuse_empty(self)
+        refuse_negative(self, ("seed",))
+
 
 @dataclass(frozen=True)
 class PredictOptions:
@@ -54,6 +67,9 @@ class PredictOptions:
     columns: dict[str, str] | None = option(None, "{our column: the table's}, where a table has other names")
     top_k: int = option(3, "how many classes are listed with their probabilities")
     batch_size: int = option(32, "how many samples a pass takes")
+
+    def __post_init__(self) -> None:
+        refuse_empty(self)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from .methods.base import MultimodalModel, to_device
 from .metrics import NOT_FINITE, refuse_not_finite, score
 from .paired import TALLIES, tally
 from .processes import is_main
-from .reports import Row, make_folder, plot_confusion, write_report
+from .reports import Row, plot_confusion, write_report
+from .tensor_files import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def evaluate(
     if not scenarios:
         raise ValueError("evaluate needs scenarios: name some, or leave them out for the default ones")
     if output_dir is not None:
-        make_folder(output_dir)
+        check_folder(output_dir, "a report")  # which is made once there is one
     logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)
     for name, values in logits.items():
         refuse_not_finite(f"the logits of {name!r}", values, NOT_FINITE)

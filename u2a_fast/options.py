@@ -25,6 +25,20 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def refuse_empty(options: Any) -> None:
+    """ValueError where an option is a string of nothing: of a folder Python makes the working directory."""
+    for item in fields(options):
+        if getattr(options, item.name) == "":
+            raise ValueError(f"--{item.name.replace('_', '-')} is empty: give it a value, or leave it out")
+
+
+def refuse_negative(options: Any, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {value}")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a run takes where its options say nothing."""
@@ -126,6 +140,7 @@ class TrainOptions:
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
 
     def __post_init__(self) -> None:
+        refuse_empty(self)
         counts = ("epochs", "batch_size", "save_steps", "image_size")
         for name in (*counts, "learning_rate", "head_learning_rate", "lora_alpha"):
             value = getattr(self, name)
@@ -133,9 +148,7 @@ class TrainOptions:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"--max-steps must be above 0, or -1 for as many as --epochs says, not {self.max_steps}")
-        for name in ("num_workers", "seed"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(self, name)}")
+        refuse_negative(self, ("num_workers", "seed", "weight_decay"))
         if self.save_steps is not None and self.metric_for_best:
             raise ValueError("--metric-for-best keeps the best epoch: leave --save-steps out beside it")
 

@@ -56,19 +56,10 @@ def best_single(scenario: str, single: Mapping[str, float]) -> str | None:
     return max(left, key=lambda name: single[name], default=None)
 
 
-def make_folder(output_dir: str | Path) -> Path:
-    """Where reports go, made if need be; ValueError where a file is in its place."""
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{output_dir} is a file or lies in one: a report needs a folder") from error
-    return folder
-
-
 def write_report(rows: Sequence[Row], output_dir: str | Path) -> None:
     """`report.csv` and `report.png`."""
-    folder = make_folder(output_dir)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "report.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns(rows), extrasaction="ignore")
         writer.writeheader()

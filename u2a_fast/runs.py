@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from .options import TrainOptions, data_digest, recipe_of, unsettled
+from .tensor_files import check_folder
 
 RUN_FILE = "run.yaml"
 CHOSEN = "chosen"  # in it, the recipe of what was not asked for
@@ -24,6 +25,7 @@ LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin"
 def check_directory(options: TrainOptions) -> str | None:
     """Refuse a directory that holds something else; the checkpoint to resume from, if that was asked for."""
     folder = Path(options.output_dir)
+    check_folder(folder, "a run")
     if (folder / RUN_FILE).exists():
         found, asked = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")), _run(options)
         changed = sorted(name for name in asked if found.get(name) != asked[name])

@@ -18,6 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+def check_folder(folder: str | os.PathLike, what: str) -> None:
+    """ValueError where `folder`, which `what` needs, is a file or lies in one, or is not there and cannot be made."""
+    place = Path(folder)
+    there = next(place for place in (place, *place.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder} cannot be used, since {there} is a file: {what} needs a folder")
+    if there != place and not os.access(there, os.W_OK):  # a folder that is there may hold all that is asked
+        raise ValueError(f"{folder} cannot be made: {there} may not be written to")
+
+
 class TensorFiles:
     """`{name: tensor}` by key under `folder`, which need not exist yet. A key is a hash of what its tensors depend on.
 
@@ -33,11 +43,7 @@ class TensorFiles:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
-        if not there.is_dir():
-            raise ValueError(f"{there} is a file: a cache needs a folder")
-        if there != self.folder and not os.access(there, os.W_OK):  # a folder that is there may hold all that is asked
-            raise ValueError(f"{folder} cannot be made: {there} may not be written to")
+        check_folder(folder, "a cache")
 
     def read(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of `key`; None where there are none, or their file is not what was written."""
