@@ -1,8 +1,10 @@
 """The command line trains, evaluates and predicts on a user's own table, and explains mistakes in one sentence."""
 
 import csv
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_data
@@ -107,6 +109,33 @@ def test_evaluate_splits_the_table_of_the_run_as_the_run_did(common, root, tmp_p
     with open(tmp_path / "again" / "report.csv", encoding="utf-8") as file:
         assert next(csv.DictReader(file))["n"] == "60"
     assert "may have trained on" not in caplog.text
+
+
+@pytest.mark.parametrize("source", ["table", "stdin"])
+def test_columns_and_separator_of_the_run_are_those_of_evaluate_and_predict(
+    source, common, tmp_path, capsys, monkeypatch
+):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    rows = [(COLOURS[i % 3 - 1], COLOURS[i % 3], "|".join({COLOURS[i % 3], COLOURS[i % 2]})) for i in range(12)]
+    for name in ("train", "test"):
+        lines = [json.dumps({"title": title, "Headline": text, "label": label}) for title, text, label in rows]
+        (data / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    text = ["--encoders", json.dumps({"text": json.loads(common[3])["text"]}), "--max-steps", "1"]
+    given = ["--columns", '{"text": "headline"}', "--label-separator", "|"]
+    main(["train", "--data", str(data), *text, *given, "--method", "late_fusion", "--output-dir", str(out)])
+    main(["evaluate", "--model", str(out), "--data", str(data), "--output-dir", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "report.csv").read_text() == (out / "report.csv").read_text()
+
+    def answers(*more):
+        content = io.BytesIO((data / "test.jsonl").read_bytes())
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=content))
+        place = str(data / "test.jsonl") if source == "table" else "-"
+        capsys.readouterr()
+        main(["predict", "--model", str(out), "--input", place, *more])
+        return capsys.readouterr().out
+
+    assert answers() == answers("--columns", '{"text": "Headline"}') != answers("--columns", '{"text": "title"}')
 
 
 @pytest.mark.slow

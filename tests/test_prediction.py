@@ -29,6 +29,18 @@ def test_columns_are_renamed_on_the_standard_input_too(monkeypatch):
     assert samples_from("-", {"text": "headline"}) == []
 
 
+@pytest.mark.parametrize(("columns", "read"), [(None, ["red", "green"]), ({"text": "title"}, ["blue", "blue"])])
+@pytest.mark.parametrize("place", ["-", "table.jsonl"])
+def test_usual_columns_are_read_where_they_are(place, columns, read, tmp_path, monkeypatch):
+    row, usual = {" HEADLINE": "red", "title": "blue", "text": "green"}, {"text": "headline", "image": "picture"}
+    for expected in read:
+        type_in(monkeypatch, row)
+        (tmp_path / "table.jsonl").write_text(json.dumps(row))
+        (found,) = samples_from(place if place == "-" else str(tmp_path / place), columns, usual)
+        assert found["text"] == expected and "image" not in found
+        row.pop(" HEADLINE", None)
+
+
 def test_names_of_tables_are_read_on_the_standard_input_too(monkeypatch):
     type_in(monkeypatch, {" Text": "red", "Photo": "a.png"}, {"front": "b.png"}, {" Text": "blue"})
     rows = samples_from("-")

@@ -39,6 +39,7 @@ from .training import train
 
 logger = logging.getLogger(__name__)
 
+COLUMNS_HELP = "{our column: the table's}, where it has other names; those of training are known where it has them"
 ENCODERS_HELP = "{modality: hub id or folder} of encoders that have moved; None: where they were"
 
 
@@ -47,8 +48,8 @@ class EvaluateOptions:
     model: str = option("out", "folder of a trained model")
     data: str = option("emoji", DATA_HELP)
     encoders: dict[str, str] | None = option(None, ENCODERS_HELP)
-    columns: dict[str, str] | None = option(None, "{our column: the table's}, where a table has other names")
-    label_separator: str | None = option(None, "what stands between several labels in one cell of a table")
+    columns: dict[str, str] | None = option(None, COLUMNS_HELP)
+    label_separator: str | None = option(None, "what stands between several labels in one cell; None: as in training")
     output_dir: str = option("out/evaluation", "where report.csv and the pictures go")
     batch_size: int = option(32, "how many samples a pass takes")
     seed: int | None = option(None, "seed of split and missing tables; None: the model's own, or 0 where none is known")
@@ -64,7 +65,7 @@ class PredictOptions:
     input: str = option("-", "a table (csv, tsv, jsonl, parquet), or - for JSON lines on the standard input")
     output: str = option("-", "where the answers go: a .csv, any other name for JSON lines, - the standard output")
     encoders: dict[str, str] | None = option(None, ENCODERS_HELP)
-    columns: dict[str, str] | None = option(None, "{our column: the table's}, where a table has other names")
+    columns: dict[str, str] | None = option(None, COLUMNS_HELP)
     top_k: int = option(3, "how many classes are listed with their probabilities")
     batch_size: int = option(32, "how many samples a pass takes")
 
@@ -94,11 +95,11 @@ def run_train(options: TrainOptions) -> None:
 def run_evaluate(options: EvaluateOptions) -> None:
     model = load_model(options.model, encoders=options.encoders)
     run, same = run_of(options.model), is_same_table(options)
-    read = run if same else {}
     seed = seed_of(options.model) if options.seed is None else options.seed
     table = {
-        "label_separator": options.label_separator or read.get("label_separator"),
-        "columns": {**(read.get("columns") or {}), **(options.columns or {})},
+        "label_separator": options.label_separator or run.get("label_separator"),
+        "columns": options.columns,
+        "usual": run.get("columns"),
         "task": task_of(model),
     }
     splits = load_splits(options.data, seed, **table)
@@ -135,7 +136,7 @@ def task_of(model: MultimodalModel) -> str:
 def run_predict(options: PredictOptions) -> None:
     if options.top_k < 1:
         raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
-    samples = samples_from(options.input, options.columns)
+    samples = samples_from(options.input, options.columns, run_of(options.model).get("columns"))
     model = load_model(options.model, encoders=options.encoders)
     check_output(options.output, options.input)
     write_answers(predict_answers(model, samples, options.batch_size, options.top_k), options.output)

@@ -30,18 +30,22 @@ DIGITS = 4
 Answer = dict[str, Any]
 
 
-def samples_from(source: str, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def samples_from(
+    source: str, columns: Mapping[str, str] | None = None, usual: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Samples out of a table (.csv, .tsv, .jsonl, .parquet), or as JSON lines from the standard input (`-`).
 
     Paths of files are relative to the table, those of the standard input to the working directory. `columns` is
-    {our column: theirs}.
+    {our column: theirs}, and `usual` more of them, for samples that have them.
     """
     if source != "-":
-        return read_samples(source, columns)
-    return _renamed(parse_json_lines(sys.stdin.buffer.read(), "standard input"), columns or {})
+        return read_samples(source, columns, usual)
+    return _renamed(parse_json_lines(sys.stdin.buffer.read(), "standard input"), columns or {}, usual or {})
 
 
-def _renamed(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+def _renamed(
+    rows: Sequence[dict[str, Any]], columns: Mapping[str, str], usual: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Rows of the standard input with our names beside their own: as `columns` says, or as in a table."""
     found = {name: None for row in rows for name in row}
     for ours, theirs in columns.items():
@@ -50,12 +54,15 @@ def _renamed(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> list
                 f"columns says {ours!r}: {theirs!r}, but the standard input has {', '.join(sorted(found)) or 'none'}: "
                 "correct the name"
             )
-    usual = {}
+    chosen = {}
     for ours in MODALITIES:
-        spelled = [name for name in found if name.strip().casefold() in (ours, *COLUMNS[ours])]
-        if ours not in found and len(spelled) == 1:
-            usual[ours] = spelled[0]
-    chosen = {**usual, **columns}
+        known = [usual[ours].strip().casefold()] if ours in usual else []
+        spelled = [name for name in found if name.strip().casefold() in known]
+        if not spelled and ours not in found:
+            spelled = [name for name in found if name.strip().casefold() in (ours, *COLUMNS[ours])]
+        if len(spelled) == 1:
+            chosen[ours] = spelled[0]
+    chosen |= columns
     return [row | {ours: row[theirs] for ours, theirs in chosen.items() if theirs in row} for row in rows]
 
 

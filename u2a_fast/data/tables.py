@@ -45,6 +45,7 @@ def load_table(
     columns: Mapping[str, str] | None = None,
     decode: bool = False,
     keep_empty: bool = False,
+    usual: Mapping[str, str] | None = None,
 ) -> datasets.DatasetDict:
     """Train, validation and test out of a table, or a folder of tables.
 
@@ -64,6 +65,7 @@ def load_table(
         columns: {our name: the table's}, where the table calls them otherwise.
         decode: open every file now: what cannot be decoded becomes None, and a row with nothing left is left out
             unless `keep_empty`; both are reported with the table's row numbers.
+        usual: more `columns`, for a table that has them.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -77,7 +79,8 @@ def load_table(
     """
     splits = {}
     for name, files in find_tables(Path(path)).items():
-        splits[name] = [row for file in files for row in _read(file, columns or {}, decode) if not _is_blank(row)]
+        read = (row for file in files for row in _read(file, columns or {}, usual or {}, decode))
+        splits[name] = [row for row in read if not _is_blank(row)]
     rows = [row for part in splits.values() for row in part]
     if not rows:
         raise ValueError(f"{path} has blank rows only: there is nothing to learn from")
@@ -95,7 +98,9 @@ def load_table(
     return make_dataset(splits, class_names)
 
 
-def read_samples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+def read_samples(
+    path: str | Path, columns: Mapping[str, str] | None = None, usual: Mapping[str, str] | None = None
+) -> list[Row]:
     """The rows of one table as samples to predict: the modalities alone, files not opened.
 
     Raises:
@@ -105,14 +110,14 @@ def read_samples(path: str | Path, columns: Mapping[str, str] | None = None) -> 
     if len(tables) > 1:
         raise ValueError(f"{path} holds {len(tables)} tables, {' and '.join(tables)}: name the one to answer")
     (files,) = tables.values()
-    rows = [row for file in files for row in _read(file, columns or {}, decode=False)]
+    rows = [row for file in files for row in _read(file, columns or {}, usual or {}, decode=False)]
     return [{name: row[name] for name in MODALITIES if name in row} for row in rows]
 
 
-def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
+def _read(path: Path, columns: Mapping[str, str], usual: Mapping[str, str], decode: bool) -> list[Row]:
     """The rows of a table with our columns only, every one of them in every row, absent cells as None."""
     names, rows = read_rows(path)
-    chosen = _choose_columns(names, columns, path)
+    chosen = _choose_columns(names, columns, usual, path)
     readers = {**dict.fromkeys(FILES, _file_cell), "text": _text_cell, "group": _group_cell}
     made = []
     for number, given in enumerate(rows, start=1):
@@ -148,10 +153,13 @@ def _lower_case(row: Row, used: set[str], path: Path, number: int) -> Row:
     return lowered
 
 
-def _choose_columns(names: Sequence[str], asked: Mapping[str, str], path: Path) -> dict[str, str]:
+def _choose_columns(
+    names: Sequence[str], asked: Mapping[str, str], usual: Mapping[str, str], path: Path
+) -> dict[str, str]:
     """{our column: the table's, in lower case}."""
     found = [name.strip().casefold() for name in names]
-    chosen: dict[str, str] = {}
+    named = {ours: theirs.strip().casefold() for ours, theirs in usual.items()}
+    chosen = {ours: theirs for ours, theirs in named.items() if theirs in found}
     for ours, theirs in asked.items():
         if ours not in COLUMNS or theirs.strip().casefold() not in found:
             known = f"{path} has {list(names)}; ours are {', '.join(COLUMNS)}"
