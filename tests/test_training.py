@@ -11,6 +11,7 @@ import torch
 from u2a_fast import U2A, options
 from u2a_fast.card import data_hash
 from u2a_fast.data import load_table
+from u2a_fast.methods import LateFusion
 from u2a_fast.runs import check_directory, claim_directory
 from u2a_fast.training import make_trainer, run_trainer, train, training_split, workers_for
 
@@ -148,6 +149,36 @@ def test_splits_that_are_given_are_ones_own_data(named, data, tmp_path, capsys):
     assert f"data: {name}\n" in run and f"data: {name}\n" in card and f"name: {name}\n" in card
     with pytest.raises(ValueError, match="holds this run already"):
         train(asked, plain)
+
+
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+@pytest.mark.parametrize("streams", [["train"], ["validation"], ["train", "validation"], []])
+def test_a_validation_split_may_lack_a_modality_and_be_of_another_kind_than_the_train_split(
+    streams, metric, data, tmp_path
+):
+    plain, encoders = data
+    given = {**plain, "validation": plain["validation"].remove_columns("image")}
+    given["train"] = given["train"].cast_column("image", datasets.Image())  # as others make them
+    given |= {name: given[name].to_iterable_dataset() for name in streams}
+    asked = options.TrainOptions(
+        data="mine", max_steps=1, metric_for_best=metric, method="late_fusion", missing_rate=0.5, batch_size=4
+    )
+    if streams == ["validation"] and metric is None:
+        with pytest.raises(ValueError, match="the validation split of mine is a stream and the train split is none"):
+            make_trainer(LateFusion, asked, given, encoders, tmp_path)
+        return
+    trainer = make_trainer(LateFusion, asked, given, encoders, tmp_path)
+    held = list(trainer.train_dataset if metric is None else trainer.eval_dataset)
+    assert len(held) == len(plain["validation"]) + (len(plain["train"]) if metric is None else 0)
+    assert all(sample.get("image") is None for sample in held[-len(plain["validation"]) :])
+
+
+def test_a_validation_split_that_measures_nothing_is_refused(data, tmp_path):
+    plain, encoders = data
+    asked = options.TrainOptions(data="mine", metric_for_best="accuracy")
+    for part in (plain["validation"].remove_columns("image"), plain["validation"].map(lambda row: {"image": None})):
+        with pytest.raises(ValueError, match="the validation split of mine has no row with image, by which"):
+            make_trainer(LateFusion, asked, {**plain, "validation": part}, {"image": encoders["image"]}, tmp_path)
 
 
 def test_a_class_that_is_not_trained_is_refused_before_training(data, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .data.labels import Classes, label_names, task_of
+from .data.presence import readable
 from .label_checks import refuse_alike, refuse_labels, refuse_unmeasurable
 from .methods.config import check_choice
 from .options import BESIDES, TrainOptions, check_splits
@@ -35,6 +36,12 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
     if options.metric_for_best:
         problem_type = PROBLEM_TYPES[str(task_of(feature))]
         refuse_unmeasurable(options.data, options.metric_for_best, problem_type, splits["validation"])
+        refuse_unreadable(options.data, splits["validation"], sources)
+    elif "validation" in splits and hasattr(train, "__len__") and not hasattr(splits["validation"], "__len__"):
+        raise ValueError(
+            f"the validation split of {options.data} is a stream and the train split is none, so they cannot be joined "
+            "to train on: load both as a whole, or leave it out"
+        )
     if not hasattr(train, "__len__"):
         check_stream(options, sources, str(task_of(feature)))
     columns = [name for name in train.features if name not in BESIDES]
@@ -86,6 +93,18 @@ def _renumbered(data: str, split: str, part: Any, feature: Any) -> Any:
         return {"label": numbers[label] if label in range(len(numbers)) else label}
 
     return part.map(renumbered, input_columns="label", features=Features({**part.features, "label": feature}))
+
+
+def refuse_unreadable(data: str, validation: Any, sources: Mapping[str, str]) -> None:
+    """ValueError where no row of the validation split has anything to measure a model of these modalities by."""
+    if not hasattr(validation, "__len__"):
+        return
+    names = [name for name in sources if name in validation.column_names]
+    if not names or not readable(validation, names, decode=False).any():
+        raise ValueError(
+            f"the validation split of {data} has no row with {' or '.join(sources)}, by which --metric-for-best could "
+            "be measured: add some, or leave the option out"
+        )
 
 
 def check_stream(options: TrainOptions, sources: Mapping[str, str], task: str) -> None:

@@ -18,7 +18,7 @@ from .allocator import keep_freed_memory
 from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, labels_of, task_of
-from .data.presence import warn_of_cuts
+from .data.presence import undecoded, warn_of_cuts
 from .data_checks import PROBLEM_TYPES, check_data, numbered_alike
 from .evaluation import evaluate
 from .kernels.targets import has_bfloat16
@@ -181,13 +181,18 @@ def training_split(options: TrainOptions, splits: Mapping[str, Any]) -> Any:
     from datasets import concatenate_datasets
 
     names = ["train"] if options.metric_for_best else ["train", "validation"]
-    parts = [splits[name] for name in names if name in splits]
+    parts = [undecoded(splits[name]) for name in names if name in splits]
+    if not hasattr(parts[0], "__len__"):
+        parts = [part.to_iterable_dataset() if hasattr(part, "__len__") else part for part in parts]
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def holed(pool: Any, options: TrainOptions, sources: Mapping[str, str], split: str) -> Any:
     """A split with the holes that training simulates; nothing is decoded, since that was done on loading."""
     modalities, table = list(sources), missing_pattern(options, split)
+    for name in modalities if hasattr(pool, "__len__") else ():
+        if name not in pool.column_names:  # of the validation split, where the train split has it
+            pool = pool.add_column(name, [None] * len(pool))
     if len(modalities) == 1:
         table = torch.ones(len(pool), 1, dtype=torch.bool)
     return with_missing(pool, table, modalities, all_absent=options.all_absent, decode=False)
