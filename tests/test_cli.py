@@ -270,6 +270,14 @@ def test_options_come_from_yaml_and_flags_win(common, root):
         (["train", "--output-dir", "{tables}/one_row.csv"], "one_row.csv is a file: a run needs a folder"),
         (["train", "--output-dir", "{tables}/one_row.csv/in"], "one_row.csv is a file: a run needs a folder"),
         (["compare", "--output-dir", "{tables}/one_row.csv"], "one_row.csv is a file: a run needs a folder"),
+        (["train", "--data", "emoji", "--task", "regression"], "--task says how a table is read, and emoji is none"),
+        (["train", "--data", "food101:/nowhere", "--columns", '{"text": "t"}'], "--columns says .* and food101:/nowh"),
+        (["compare", "--data", "stamps", "--label-separator", "|"], "--label-separator says .* stamps is none: leave"),
+        (["evaluate", "--data", "mmimdb:/nowhere", "--columns", '{"text": "t"}'], "--columns says how a table is read"),
+        (
+            ["train", "--encoders", '{"text": "{encoders}/text"}'],
+            "U2A needs 2 encoders or more, not 1: LateFusion takes",
+        ),
         (["evaluate", "--seed", "-3"], "--seed must be 0 or more, not -3"),
         (["evaluate", "--output-dir", ""], "--output-dir is empty"),
         (["predict", "--input", ""], "--input is empty"),
@@ -308,7 +316,11 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common,
     places = {"{out}": tmp_path / "out", "{tables}": tables, "{encoders}": root / "encoders"}
     for place, path in places.items():
         arguments = [argument.replace(place, str(path)) for argument in arguments]
-    defaults = [*common, "--output-dir", str(tmp_path / "out")] if arguments[0] == "train" else ["--data", common[1]]
+    defaults = (
+        [*common, "--output-dir", str(tmp_path / "out")]
+        if arguments[0] in ("train", "compare")
+        else ["--data", common[1]]
+    )
     given = defaults if arguments[0] != "predict" else []
     with pytest.raises(SystemExit, match=message) as caught:
         main([arguments[0], *given, *arguments[1:]])

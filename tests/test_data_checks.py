@@ -1,10 +1,13 @@
 """Splits and options that cannot be trained on together are told before anything is written."""
 
+from dataclasses import replace
+
 import datasets
 import pytest
 
 from u2a_fast.data.labels import label_feature
-from u2a_fast.data_checks import numbered_alike
+from u2a_fast.data_checks import numbered_alike, warn_of_holes
+from u2a_fast.options import TrainOptions
 
 NAMES = ["a", "A", "1"]
 
@@ -47,3 +50,20 @@ def test_labels_of_all_splits_are_numbered_by_name(form, names, vectors, labels,
 def test_labels_that_the_train_split_does_not_have_are_refused(name, part, message):
     with pytest.raises(ValueError, match=f"the {name} split of mine {message}"):
         numbered_alike("mine", {"train": split([0, 1]), name: part})
+
+
+@pytest.mark.parametrize(
+    ("asked", "rate", "modalities", "said"),
+    [
+        ({"missing_rate": 0.7}, 0.7, ["text"], "take nothing away where text is the only modality"),
+        ({"missing_kind": "image"}, 0.7, ["text"], "take nothing away where text is the only modality"),
+        ({"missing_kind": "text"}, 0.0, ["text", "image"], "take nothing away without a --missing-rate above 0"),
+        ({"missing_kind": "text"}, 0.7, ["text", "image"], ""),
+        ({}, 0.7, ["text"], ""),  # of the data's own recipe
+        ({"missing_rate": 0.0}, 0.0, ["text"], ""),
+    ],
+)
+def test_holes_that_are_asked_for_and_not_made_are_told(asked, rate, modalities, said, caplog):
+    options = TrainOptions(**asked)
+    warn_of_holes(options, replace(options, missing_rate=rate), dict.fromkeys(modalities, "folder"))
+    assert said in caplog.text and bool(said) == bool(caplog.text)

@@ -190,6 +190,12 @@ def test_a_class_that_is_not_trained_is_refused_before_training(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", [{"task": "regression"}, {"columns": {"text": "title"}}, {"label_separator": "|"}])
+def test_what_says_how_a_table_is_read_says_nothing_of_splits(given, data):
+    with pytest.raises(ValueError, match="says how a table is read, and own data is none: leave it out"):
+        train(options.TrainOptions(**given), data[0])
+
+
 def test_splits_that_are_not_there_are_named(data):
     with pytest.raises(ValueError, match="mine has no train split, only test: put all rows into one table"):
         train(options.TrainOptions(data="mine"), {"test": data[0]["test"]})

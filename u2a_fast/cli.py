@@ -26,10 +26,12 @@ from .options import (
     TrainOptions,
     check_splits,
     data_digest,
+    is_known,
     load_splits,
     option,
     refuse_empty,
     refuse_negative,
+    refuse_of_tables,
 )
 from .prediction import check_output, predict_answers, samples_from, write_answers
 from .processes import leave
@@ -93,6 +95,8 @@ def run_train(options: TrainOptions) -> None:
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
+    if is_known(options.data):
+        refuse_of_tables(options)
     model = load_model(options.model, encoders=options.encoders)
     run, same = run_of(options.model), is_same_table(options)
     seed = seed_of(options.model) if options.seed is None else options.seed

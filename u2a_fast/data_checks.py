@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from .data.presence import readable
 from .label_checks import refuse_alike, refuse_labels, refuse_unmeasurable
 from .methods.config import check_choice
 from .options import BESIDES, TrainOptions, check_splits
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = {
@@ -51,6 +54,13 @@ def check_data(options: TrainOptions, splits: Mapping[str, Any], sources: Mappin
                 f"--encoders has an unknown modality {name!r}: {options.data} has {', '.join(columns)}; leave it out, "
                 "or name its column in --columns"
             )
+
+
+def warn_of_holes(options: TrainOptions, chosen: TrainOptions, sources: Mapping[str, str]) -> None:
+    """Warn where holes were asked for and none are made."""
+    why = f"where {min(sources)} is the only modality" if len(sources) == 1 else "without a --missing-rate above 0"
+    if (options.missing_rate or options.missing_kind != "both") and (len(sources) == 1 or not chosen.missing_rate):
+        logger.warning("--missing-rate and --missing-kind take nothing away %s", why)
 
 
 def numbered_alike(data: str, splits: Mapping[str, Any]) -> dict[str, Any]:

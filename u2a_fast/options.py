@@ -255,8 +255,18 @@ def _benchmark(data: str) -> Callable[[str], Mapping[str, Any]] | None:
     return data_module.BENCHMARKS.get(data.partition(":")[0]) if ":" in data and not Path(data).exists() else None
 
 
+def refuse_of_tables(options: Any) -> None:
+    """ValueError where options that say how a table is read are given for data that is none."""
+    for name in ("task", "columns", "label_separator"):
+        if getattr(options, name, None) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} says how a table is read, and {options.data} is none: leave it out")
+
+
 def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, str]]:
     """The splits, and the folder or id of each modality's encoder."""
+    if is_known(options.data):
+        refuse_of_tables(options)
     splits = load_splits(
         options.data,
         options.seed,

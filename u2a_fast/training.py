@@ -19,7 +19,7 @@ from .card import write_card
 from .data import MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, labels_of, task_of
 from .data.presence import undecoded, warn_of_cuts
-from .data_checks import PROBLEM_TYPES, check_data, numbered_alike
+from .data_checks import PROBLEM_TYPES, check_data, numbered_alike, warn_of_holes
 from .evaluation import evaluate
 from .kernels.targets import has_bfloat16
 from .label_checks import warn_of_classes
@@ -29,7 +29,17 @@ from .methods.base import MultimodalModel
 from .methods.loading import overlay
 from .methods.saved import saved_state
 from .metrics import UNBOUNDED, refuse_not_finite, score
-from .options import TrainOptions, check_splits, choices, default_encoders, is_known, load_sources, read_whole, settled
+from .options import (
+    TrainOptions,
+    check_splits,
+    choices,
+    default_encoders,
+    is_known,
+    load_sources,
+    read_whole,
+    refuse_of_tables,
+    settled,
+)
 from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
 from .quantization import read_quantization
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
@@ -67,6 +77,7 @@ def train(options: TrainOptions, splits: Mapping[str, Any] | None = None) -> lis
         with processes().local_main_process_first():  # encoders are unpacked once
             splits, sources = load_sources(options)
         return run_once(options, splits, sources)
+    refuse_of_tables(options)
     check_splits(options.data, splits)
     splits = numbered_alike(options.data, read_whole(splits, options.all_absent))
     return run_once(options, splits, dict(options.encoders or default_encoders(options, splits)))
@@ -83,6 +94,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     if is_main():
         print(*filter(None, [choices(options, chosen, list(sources))]), trainer.train_dataset.summary(), sep="\n")
         warn_of_classes(options.data, splits)
+        warn_of_holes(options, chosen, sources)
         if hasattr(splits["train"], "__len__"):
             warn_of_cuts(trainer.model.processors, training_split(chosen, splits))
         trainer.model.print_trainable_parameters()

@@ -64,7 +64,10 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
         if problem_type is not None:
             check_choice("problem_type", problem_type, PROBLEM_TYPES)
         if len(encoders) < self.min_modalities:
-            raise ValueError(f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}")
+            raise ValueError(
+                f"{type(self).__name__} needs {self.min_modalities} encoders or more, not {len(encoders)}: LateFusion "
+                "takes one, on the command line --method late_fusion, in a comparison --methods '[\"late_fusion\"]'"
+            )
         check_modalities(processors or (), list(encoders))
         modes = read_quantization(quantization, encoders)
         built = {name: as_encoder(name, given, None, modes[name]) for name, given in encoders.items()}
