@@ -138,11 +138,23 @@ def test_columns_and_separator_of_the_run_are_those_of_evaluate_and_predict(
     assert answers() == answers("--columns", '{"text": "Headline"}') != answers("--columns", '{"text": "title"}')
 
 
+@pytest.mark.parametrize("name", ["run.yaml", "config.json"])
+def test_evaluate_does_not_replace_the_report_of_a_run_or_baseline(name, common, tmp_path):
+    (tmp_path / name).write_text("seed: 3\n")
+    (tmp_path / "report.csv").write_text("scenario\n")
+    with pytest.raises(SystemExit, match=rf"holds a model \({name}\) and perhaps its report, which would be replaced"):
+        main(["evaluate", "--model", str(tmp_path), "--data", common[1], "--output-dir", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {name, "report.csv"}
+
+
 @pytest.mark.slow
 def test_evaluate_names_the_splits_that_it_found(trained, tmp_path):
     (tmp_path / "train.csv").write_text("text,label\nred,red\n")
     given = ["evaluate", "--model", str(trained), "--data", str(tmp_path), "--output-dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="has no test split, only train: put all rows into one table"):
+        main(given)
+    (tmp_path / "test.csv").write_text("text,label\nred,zebra\n")
+    with pytest.raises(SystemExit, match="this model has no class 'zebra'"):
         main(given)
     assert not (tmp_path / "out").exists()
 

@@ -3,8 +3,14 @@
 import datasets
 import pytest
 
-from u2a_fast.data.labels import label_feature
-from u2a_fast.label_checks import refuse_alike, refuse_labels, refuse_unmeasurable, warn_of_classes
+from u2a_fast.data.labels import label_feature, label_names
+from u2a_fast.label_checks import (
+    labels_in_words,
+    refuse_alike,
+    refuse_labels,
+    refuse_unmeasurable,
+    warn_of_classes,
+)
 
 TASKS = {"classes": "single_label_classification", "marks": "multi_label_classification", "numbers": "regression"}
 FEATURES = {
@@ -41,6 +47,23 @@ def test_a_metric_needs_rows_that_it_can_be_measured_on(kind, metric, without, m
         refuse_unmeasurable("t.csv", metric, TASKS[kind], split(kind, without))
     with pytest.raises(ValueError, match="metric_for_best must be one of"):
         refuse_unmeasurable("t.csv", "loss", TASKS[kind], split(kind, measured))
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "said"),
+    [
+        (label_feature(["a", "b"], False), [0, 1], "Labels: 2 classes: a, b."),
+        (label_feature(list("abcdefg"), False), [0, 1], "Labels: 7 classes: a, b, c, d, e, .."),
+        (label_feature(["a", "b"], True), [[0, 1]], "Labels: several of 2 classes a row: a, b."),
+        (label_feature(None, False), [4, 0.5], "Labels: numbers from 0.5 to 4."),
+        (label_feature(None, True), [[4, 0], [-1, 3]], "Labels: 2 numbers a row from -1 to 4."),
+    ],
+)
+def test_a_line_says_as_what_the_labels_were_read(feature, labels, said):
+    part = datasets.Dataset.from_dict({"label": labels}, datasets.Features({"label": feature}))
+    assert labels_in_words(part) == labels_in_words(part.with_format("torch")) == said
+    if label_names(feature):
+        assert labels_in_words(part.to_iterable_dataset()) == said
 
 
 @pytest.mark.parametrize("form", [None, "torch", "numpy"])

@@ -143,7 +143,8 @@ def test_splits_that_are_given_are_ones_own_data(named, data, tmp_path, capsys):
     plain, encoders = data
     asked = options.TrainOptions(**named, encoders=encoders, max_steps=1, output_dir=str(tmp_path))
     train(asked, plain)
-    assert "Chosen for this data: --missing-rate 0.0 " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Chosen for this data: --missing-rate 0.0 " in out and "\nLabels: 3 classes: blue, green, red.\n" in out
     run, card = ((tmp_path / name).read_text(encoding="utf-8") for name in ("run.yaml", "README.md"))
     name = "mine" if named == {"data": "mine"} else "own data"
     assert f"data: {name}\n" in run and f"data: {name}\n" in card and f"name: {name}\n" in card

@@ -36,7 +36,7 @@ from .options import (
 from .prediction import check_output, predict_answers, samples_from, write_answers
 from .processes import leave
 from .reports import print_report
-from .runs import data_of, run_of, seed_of
+from .runs import data_of, refuse_model, run_of, seed_of
 from .training import train
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def run_train(options: TrainOptions) -> None:
 def run_evaluate(options: EvaluateOptions) -> None:
     if is_known(options.data):
         refuse_of_tables(options)
+    refuse_model(options.output_dir)
     model = load_model(options.model, encoders=options.encoders)
     run, same = run_of(options.model), is_same_table(options)
     seed = seed_of(options.model) if options.seed is None else options.seed

@@ -16,6 +16,8 @@ from .metrics import measures, score
 
 logger = logging.getLogger(__name__)
 
+NAMED = 5  # classes in a message
+
 
 def refuse_labels(data: str, splits: Mapping[str, Any]) -> None:
     """ValueError where there is no label column, where it does not say what its labels mean, or a row has none."""
@@ -65,6 +67,23 @@ def refuse_unmeasurable(data: str, metric: str, problem_type: str, validation: A
             f"the validation split of {data} has no {metric}, since the labels of its rows ({len(labels)}) are too "
             "much alike: add others, or choose another --metric-for-best"
         )
+
+
+def labels_in_words(train: Any) -> str:
+    """What the labels of a split are, in a line, by which it is noticed that they were read as those of another task.
+
+    >>> import datasets
+    >>> feature = datasets.ClassLabel(names=["blue", "red"])
+    >>> labels_in_words(datasets.Dataset.from_dict({"label": [1]}, datasets.Features({"label": feature})))
+    'Labels: 2 classes: blue, red.'
+    """
+    feature = train.features["label"]
+    if names := label_names(feature):
+        count = f"{len(names)} classes" if hasattr(feature, "names") else f"several of {len(names)} classes a row"
+        return f"Labels: {count}: {', '.join(names[:NAMED])}{', ..' if len(names) > NAMED else '.'}"
+    numbers = torch.tensor(labels_of(train)[:])
+    count = f"{numbers.shape[1]} numbers a row" if numbers.dim() > 1 else "numbers"
+    return f"Labels: {count} from {numbers.min():g} to {numbers.max():g}."
 
 
 def warn_of_classes(data: str, splits: Mapping[str, Any]) -> None:

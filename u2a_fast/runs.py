@@ -46,6 +46,16 @@ def check_directory(options: TrainOptions) -> str | None:
     return None
 
 
+def refuse_model(output_dir: str) -> None:
+    """ValueError where a model lies in the folder of an evaluation, whose own report and tallies would be replaced."""
+    found = next((name for name in (RUN_FILE, "config.json") if (Path(output_dir) / name).exists()), None)
+    if found:
+        raise ValueError(
+            f"{output_dir} holds a model ({found}) and perhaps its report, which would be replaced: choose another "
+            "--output-dir"
+        )
+
+
 def split_before(folder: Path) -> int | None:
     """How many samples each process took at once in the run that is to go on; None where there is none."""
     return max(_whole_checkpoints(folder), default=(0, "", None))[2]

@@ -22,7 +22,7 @@ from .data.presence import undecoded, warn_of_cuts
 from .data_checks import PROBLEM_TYPES, check_data, numbered_alike, warn_of_holes
 from .evaluation import evaluate
 from .kernels.targets import has_bfloat16
-from .label_checks import warn_of_classes
+from .label_checks import labels_in_words, warn_of_classes
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
 from .methods.base import MultimodalModel
@@ -92,7 +92,8 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     check_shards(trainer, checkpoint)
     processes().wait_for_everyone()  # all have looked at the folder
     if is_main():
-        print(*filter(None, [choices(options, chosen, list(sources))]), trainer.train_dataset.summary(), sep="\n")
+        said = choices(options, chosen, list(sources)), labels_in_words(splits["train"])
+        print(*filter(None, said), trainer.train_dataset.summary(), sep="\n")
         warn_of_classes(options.data, splits)
         warn_of_holes(options, chosen, sources)
         if hasattr(splits["train"], "__len__"):
