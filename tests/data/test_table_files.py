@@ -211,6 +211,31 @@ def test_columns_may_be_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("header", "columns", "read"),
+    [
+        ("text,title", {"label": "title"}, {"text", "label"}),
+        ("text,label", {"text": "label"}, {"text"}),
+        ("title,class", {"text": "class"}, {"text"}),
+        ("text,label", {"text": "label", "label": "text"}, {"text", "label"}),
+        ("text,label", {"group": "text"}, {"text", "label", "group"}),
+        ("title,caption", {"label": "title"}, {"text", "label"}),
+    ],
+)
+def test_a_column_that_was_asked_for_is_read_as_nothing_else(tmp_path, header, columns, read):
+    write(tmp_path, "train.csv", f"{header}\na,x\nb,y\n")
+    train = load_table(tmp_path, columns=columns)["train"]
+    assert set(train.column_names) == read
+    cells = [train["text"][0], *([train.features["label"].names[0]] if "label" in read else [])]
+    assert len(set(cells)) == len(cells)
+
+
+@pytest.mark.parametrize("names", [("text", "label"), ("label", "split"), ("image", "text")])
+def test_a_column_is_not_asked_for_twice(tmp_path, names):
+    with pytest.raises(ValueError, match=rf"columns says that 'a' of .*t\.csv is {' and '.join(names)}: name another"):
+        load_table(write(tmp_path, "t.csv", "a,b\n1,2\n"), columns=dict.fromkeys(names, "A"))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("t.csv", "headline,label\na,x\n", r"has the columns \['headline', 'label'\]; it needs at least one of image"),

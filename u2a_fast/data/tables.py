@@ -157,8 +157,16 @@ def _choose_columns(names: Sequence[str], asked: Mapping[str, str], path: Path) 
             known = f"{path} has {list(names)}; ours are {', '.join(COLUMNS)}"
             raise ValueError(f"columns says {ours!r}: {theirs!r}, but {known}")
         chosen[ours] = theirs.strip().casefold()
+    # What somebody gave a name is not guessed at again: a label that is read as text too tells itself. Any column may
+    # say what belongs together besides: `group` takes none away.
+    taken = [theirs for ours, theirs in chosen.items() if ours != "group"]
+    double = next((name for name in taken if taken.count(name) > 1), None)
+    if double is not None:
+        both = " and ".join(ours for ours, theirs in chosen.items() if theirs == double)
+        raise ValueError(f"columns says that {double!r} of {path} is {both}: name another column for one of them")
     for ours, others in COLUMNS.items():
-        candidates = [ours] if ours in found else [name for name in others if name in found]
+        free = [name for name in (ours, *others) if name in found and name not in taken]
+        candidates = [ours] if ours in free else free
         if ours in chosen or not candidates:
             continue
         if len(candidates) > 1:
