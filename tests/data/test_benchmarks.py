@@ -62,6 +62,58 @@ def test_food101_has_a_title_for_most_pictures(tmp_path):
     assert splits["test"]["text"][:] == ["Pie, the best", None, "Sweet, and sticky", None]
 
 
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        ("{file},{title},{dish}", '"Best pie'),
+        ("{file},{title},{dish}", '12" wide, "best" of all'),
+        ('{file},"{title}",{dish}', "Pie, the best"),
+        ("0,{file},{title},{dish}", "with an index"),
+        ("{file}\t{title}\t{dish}", "tabs, not commas"),
+        ("{file},{title}", "no class"),
+        ("{dish}/{file},{title},{dish}", "a path"),
+        ("C:\\food\\{dish}\\{file},{title},{dish}", "a path of Windows"),
+        ("{upper},{title},{dish}", "capitals"),
+        ("{file},{title},{dish}", "long" * 50_000),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_title_is_that_of_the_line_that_names_the_picture(tmp_path, line, title):
+    build_food101(tmp_path)
+    said = {"file": "apple_pie_0.jpg", "upper": "APPLE_PIE_0.JPG", "dish": "apple_pie"}
+    lines = [line.format(title=title, **said), "baklava_1.jpg,the next,baklava", ",file,title,class", ""]
+    (tmp_path / "texts" / "train_titles.csv").write_text("\n".join(lines))
+    assert load_food101(tmp_path)["train"]["text"][:] == [title, None, None, "the next"]
+
+
+def test_a_title_of_another_class_is_not_taken(tmp_path):
+    build_food101(tmp_path)
+    for dish in ("apple_pie", "baklava"):
+        picture(tmp_path / "images" / "train" / dish / "0.jpg")
+    (tmp_path / "texts" / "train_titles.csv").write_text("apple_pie/0.jpg,a pie,apple_pie\n")
+    assert load_food101(tmp_path)["train"]["text"][:] == ["a pie", None, None, None, None, None]
+
+
+def test_pictures_without_titles_are_told(tmp_path, caplog):
+    build_food101(tmp_path)
+    load_food101(tmp_path)
+    assert "train_titles.csv: 2 of 4 pictures have no title" in caplog.text
+    (tmp_path / "texts" / "test_titles.csv").write_text("name,title\nother.jpg,a,b\napple_pie_0.jpg,apple_pie\n")
+    with pytest.raises(
+        ValueError, match=r"test_titles\.csv names none of the 4 pictures of .*: write file name, title"
+    ):
+        load_food101(tmp_path)
+
+
+def test_what_programs_leave_behind_is_no_picture_and_no_class(tmp_path):
+    build_food101(tmp_path)
+    (tmp_path / "images" / "train" / "apple_pie" / "._apple_pie_0.jpg").touch()
+    picture(tmp_path / "images" / "train" / ".ipynb_checkpoints" / "a.jpg")
+    (tmp_path / "images" / "test" / "empty").mkdir()
+    train = load_food101(tmp_path)["train"]
+    assert len(train) == 4 and train.features["label"].names == ["apple_pie", "baklava"]
+
+
 @pytest.mark.parametrize("test", ["test_seen", "test"])
 def test_hateful_memes_have_two_classes(tmp_path, test):
     build_hateful_memes(tmp_path, test)

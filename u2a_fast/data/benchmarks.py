@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import logging
+import re
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .splits import Row, file_cell, make_dataset
@@ -17,6 +19,8 @@ from .table_files import parse_json_lines
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 # The 23 genres that everybody keeps; films have a few others too.
 GENRES = (
@@ -26,6 +30,10 @@ GENRES = (
 )
 HATEFUL = ("not hateful", "hateful")
 PICTURES = (".jpeg", ".jpg", ".png")
+# A line of titles: a picture, perhaps behind a number, and what follows it.
+TITLED = re.compile(
+    r'(?:.*?[,;\t])??"?(?P<file>[^",;\t]+\.(?:jpe?g|png))"?(?P<delimiter>[,;\t])(?P<rest>.*)', re.IGNORECASE
+)
 
 
 def load_mmimdb(folder: str | Path) -> datasets.DatasetDict:
@@ -62,20 +70,32 @@ def load_food101(folder: str | Path) -> datasets.DatasetDict:
 
     Raises:
         FileNotFoundError: a file that the layout needs is not there.
+        ValueError: the titles are those of no picture.
     """
-    folder, splits = Path(folder), {}
-    names: set[str] = set()
+    folder = Path(folder)
+    splits: dict[str, list[Row]] = {}
     for name in ("train", "test"):
-        titles = _titles(folder / "texts" / f"{name}_titles.csv")
-        classes = sorted(path for path in _present(folder / "images" / name).iterdir() if path.is_dir())
-        names.update(dish.name for dish in classes)
-        splits[name] = [
-            {"image": file_cell(picture), "text": titles.get(picture.name), "label": dish.name}
-            for dish in classes
-            for picture in sorted(dish.iterdir())
-            if picture.suffix.lower() in PICTURES
-        ]
-    return make_dataset(_complete(splits, folder / "images"), sorted(names))
+        place, file = _present(folder / "images" / name), _present(folder / "texts" / f"{name}_titles.csv")
+        # Names with a dot in front are what macOS and notebooks leave behind.
+        pictures = sorted(path for path in place.glob("[!.]*/[!.]*") if path.suffix.lower() in PICTURES)
+        titles = _titles(file, {picture.parent.name for picture in pictures})
+        splits[name] = []
+        for picture in pictures:
+            dish = picture.parent.name
+            title = titles.get((dish, picture.name.casefold())) or titles.get(("", picture.name.casefold()))
+            splits[name].append({"image": file_cell(picture), "text": title, "label": dish})
+        without = [row["image"]["path"] for row in splits[name] if row["text"] is None]
+        if without and len(without) == len(pictures):
+            raise ValueError(
+                f"{file} names none of the {len(pictures)} pictures of {place}, {without[0]!r} for one: "
+                "write file name, title and class a line"
+            )
+        if without:
+            logger.warning(
+                "%s: %d of %d pictures have no title, %r for one", file, len(without), len(pictures), without[0]
+            )
+    names = sorted({row["label"] for part in splits.values() for row in part})
+    return make_dataset(_complete(splits, folder / "images"), names)
 
 
 def load_hateful_memes(folder: str | Path) -> datasets.DatasetDict:
@@ -137,10 +157,26 @@ def _json(path: Path, kind: type) -> Any:
     return content
 
 
-def _titles(path: Path) -> dict[str, str]:
-    """{file name: title}; a title that holds commas without quotes is the middle of its line."""
-    with open(_present(path), encoding="utf-8-sig", errors="replace", newline="") as file:
-        return {line[0]: ",".join(line[1:-1]) for line in csv.reader(file) if len(line) > 2}
+def _titles(path: Path, dishes: Set[str]) -> dict[tuple[str, str], str]:
+    """{(its class where the line has it in its path, file name): title}.
+
+    A title that holds commas without quotes is the middle of its line, and none goes on in the next one: what looks
+    like a quote that is never closed is a letter.
+    """
+    titles = {}
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n"):
+        found = TITLED.fullmatch(line.strip())
+        if found is None:
+            continue
+        file = PurePosixPath(found["file"].replace("\\", "/"))
+        try:
+            cells = next(csv.reader([found["rest"]], delimiter=found["delimiter"], strict=True))
+        except csv.Error:
+            cells = found["rest"].split(found["delimiter"])
+        title = found["delimiter"].join(cells[:-1] if len(cells) > 1 or set(cells) <= dishes else cells)
+        if title.strip():
+            titles[file.parent.name if file.parent.name in dishes else "", file.name.casefold()] = title
+    return titles
 
 
 def _complete(splits: Mapping[str, list[Row]], source: Path) -> dict[str, list[Row]]:
