@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .splits import Row, file_cell, make_dataset
-from .table_files import parse_json_lines
+from .table_files import SPLITS, parse_json_lines
 
 if TYPE_CHECKING:
     import datasets
@@ -48,17 +48,23 @@ def load_mmimdb(folder: str | Path) -> datasets.DatasetDict:
     """
     folder = Path(folder)
     labels, images = _first_of(folder, "dataset", "labels", "."), _first_of(folder, "dataset", "images", ".")
-    splits = {}
-    for name, ids in _json(folder / "split.json", dict).items():
-        rows = []
-        for film in map(str, ids):
-            said = _json(labels / f"{film}.json", dict)
-            plots = said.get("plot") or [None]
-            text = plots if isinstance(plots, str) else plots[0]
-            marks = [float(genre in said.get("genres", ())) for genre in GENRES]
-            rows.append({"image": _picture(images, film), "text": text, "label": marks})
-        splits["validation" if name == "dev" else name] = rows
-    return make_dataset(_complete(splits, folder / "split.json"), GENRES)
+    source = folder / "split.json"
+    splits: dict[str, list[Row]] = {}
+    for name, ids in _json(source, dict).items():
+        split = SPLITS.get(name.strip().casefold())
+        if split is None or split in splits:
+            raise ValueError(f"{source} has the split {name!r}{' too' if split else ''}: write train, dev and test")
+        splits[split] = [_film(labels, images, film) for film in _several(ids, str | int, source, name)]
+    return make_dataset(_complete(splits, source), GENRES)
+
+
+def _film(labels: Path, images: Path, film: str | int) -> Row:
+    file = labels / f"{film}.json"
+    said = _json(file, dict)
+    plot, genres = said.get("plot"), _several(said.get("genres"), str, file, "genres")
+    plots = _several([plot] if isinstance(plot, str) else plot or [], str | None, file, "plot")
+    marks = [float(genre in genres) for genre in GENRES]
+    return {"image": _picture(images, str(film)), "text": plots[0] if plots else None, "label": marks}
 
 
 def load_food101(folder: str | Path) -> datasets.DatasetDict:
@@ -119,8 +125,13 @@ def load_hateful_memes(folder: str | Path) -> datasets.DatasetDict:
         for number, line in enumerate(parse_json_lines(_present(file).read_bytes(), str(file)), start=1):
             if line.get("label") not in (0, 1):
                 raise ValueError(f"{file}, row {number} has no label 0 or 1: get the release whose {split} is labelled")
-            picture = file_cell(_present(folder / str(line.get("img"))))
-            rows.append({"image": picture, "text": line.get("text"), "label": HATEFUL[line["label"]]})
+            image, text = line.get("img"), line.get("text")
+            if not isinstance(image, str) or (folder / image).is_dir():
+                raise ValueError(f"{file}, row {number} has the img {image!r}: write the path of its picture")
+            if not isinstance(text, str | None):
+                raise ValueError(f"{file}, row {number} has the text {text!r}: write a string")
+            picture = file_cell(_present(folder / image))
+            rows.append({"image": picture, "text": text, "label": HATEFUL[int(line["label"])]})
         splits[split] = rows
     return make_dataset(_complete(splits, folder), HATEFUL)
 
@@ -155,6 +166,12 @@ def _json(path: Path, kind: type) -> Any:
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the {kind.__name__} of the published file")
     return content
+
+
+def _several(value: Any, kind: Any, file: Path, name: str) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
+        raise ValueError(f"{file} has {value!r:.100} under {name!r}, which must be a list: get the file again")
+    return value
 
 
 def _titles(path: Path, dishes: Set[str]) -> dict[tuple[str, str], str]:
