@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from .comparison import CompareOptions, compare
 from .data.table_files import find_tables
+from .data.tables import drop_missing_files
 from .evaluation import evaluate
 from .lora_config import LoraConfig
 from .memory import plan, print_plan
@@ -83,6 +84,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         "label_separator": options.label_separator or read.get("label_separator"),
         "columns": {**(read.get("columns") or {}), **(options.columns or {})},
         "task": task_of(model),
+        "modalities": model.config.modalities,
     }
     splits = load_splits(options.data, seed, **table)
     check_splits(options.data, splits, ["test"])
@@ -120,6 +122,8 @@ def run_predict(options: PredictOptions) -> None:
         raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
     samples = samples_from(options.input, options.columns)
     model = load_model(options.model, encoders=options.encoders)
+    for modality in model.config.modalities:
+        drop_missing_files(samples, modality, Path(options.input))
     check_output(options.output, options.input)
     write_answers(predict_answers(model, samples, options.batch_size, options.top_k), options.output)
 

@@ -163,6 +163,37 @@ def test_columns_that_nobody_reads_may_be_there_twice(tmp_path):
     assert load_table(tmp_path)["train"][0] == {"text": "a"}
 
 
+def unread_columns(kind):
+    import pandas as pd
+    import pyarrow as pa
+
+    table = {"text": ["a", "b"], "label": ["x", "y"]}
+    if kind == "interval":
+        return pa.Table.from_pandas(pd.DataFrame({**table, "note": pd.interval_range(0, 2)}))
+    if kind == "map":
+        cells = pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64()))
+        return pa.table({**table, "note": cells}).replace_schema_metadata({"pandas": "{}"})
+    return pa.Table.from_arrays([pa.array(cells) for cells in (*table.values(), [1, 2], [3, 4])], [*table, "o", "o"])
+
+
+@pytest.mark.parametrize("kind", ["interval", "map", "twice"])
+def test_a_column_of_a_parquet_file_that_nobody_reads_may_be_anything(kind, tmp_path):
+    from pyarrow.parquet import write_table
+
+    write_table(unread_columns(kind), tmp_path / "train.parquet")
+    assert load_table(tmp_path)["train"].to_list() == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+
+
+def test_a_modality_that_is_not_needed_is_not_looked_at(tmp_path):
+    write(tmp_path, "t.csv", "text,audio,img,photo,label\na,no.wav,a,b,x\nb,https://a.b/c.wav,c,d,y\n")
+    splits = load_table(tmp_path, modalities=["text"], decode=True)
+    assert splits["train"].column_names == ["text", "label"]
+    with pytest.raises(ValueError, match=r"has the columns \['audio', .*\]; it needs at least one of video$"):
+        load_table(tmp_path, modalities=["video"])
+    write(tmp_path, "t.csv", "text,audio,class,target\na,no.wav,1,2\nb,neither.wav,1,2\n")
+    assert [row["text"] for row in read_samples(tmp_path)] == ["a", "b"]
+
+
 def test_a_single_column_needs_no_separator(tmp_path):
     assert load_table(write(tmp_path, "train.csv", "text\na dog\n").parent)["train"]["text"][:] == ["a dog"]
 

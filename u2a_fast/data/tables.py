@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -33,6 +33,7 @@ COLUMNS = {
     "group": (),
     "split": (),
 }
+BESIDES = ("label", "group", "split")  # columns that are no modality
 FILES = ("image", "audio", "video")  # columns of paths, bytes or records
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
@@ -45,6 +46,7 @@ def load_table(
     columns: Mapping[str, str] | None = None,
     decode: bool = False,
     keep_empty: bool = False,
+    modalities: Collection[str] = MODALITIES,
 ) -> datasets.DatasetDict:
     """Train, validation and test out of a table, or a folder of tables.
 
@@ -64,6 +66,7 @@ def load_table(
         columns: {our name: the table's}, where the table calls them otherwise.
         decode: open every file now: what cannot be decoded becomes None, and a row with nothing left is left out
             unless `keep_empty`; both are reported with the table's row numbers.
+        modalities: those that are read; nothing in the columns of others is looked at.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -76,8 +79,10 @@ def load_table(
     {'text': None, 'label': 1}
     """
     splits = {}
+    needed = (*modalities, *BESIDES)
     for name, files in find_tables(Path(path)).items():
-        splits[name] = [row for file in files for row in _read(file, columns or {}, decode) if not _is_blank(row)]
+        tables = [_only_there(_read(file, columns or {}, needed), file, decode) for file in files]
+        splits[name] = [row for table in tables for row in table if not _is_blank(row)]
     rows = [row for part in splits.values() for row in part]
     if not rows:
         raise ValueError(f"{path} has blank rows only: there is nothing to learn from")
@@ -96,7 +101,7 @@ def load_table(
 
 
 def read_samples(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of one table as samples to predict: the modalities alone, files not opened.
+    """The rows of one table as samples to predict: the modalities alone, files neither opened nor looked for.
 
     Raises:
         FileNotFoundError, ValueError: as `load_table`.
@@ -105,32 +110,52 @@ def read_samples(path: str | Path, columns: Mapping[str, str] | None = None) -> 
     if len(tables) > 1:
         raise ValueError(f"{path} holds {len(tables)} tables, {' and '.join(tables)}: name the one to answer")
     (files,) = tables.values()
-    rows = [row for file in files for row in _read(file, columns or {}, decode=False)]
+    rows = [row for file in files for row in _read(file, columns or {}, MODALITIES)]
     return [{name: row[name] for name in MODALITIES if name in row} for row in rows]
 
 
-def _read(path: Path, columns: Mapping[str, str], decode: bool) -> list[Row]:
-    """The rows of a table with our columns only, every one of them in every row, absent cells as None."""
+def read_lines(rows: Sequence[Row], source: str) -> list[Row]:
+    """The modalities of rows that lie in no file, read as those of a table in the working directory."""
+    names = list(dict.fromkeys(name.strip().casefold() for row in rows for name in row))
+    chosen = _choose_columns(names, {}, Path(source), MODALITIES)
+    return [{name: row[name] for name in chosen} for row in _cells(rows, chosen, Path(source), Path())]
+
+
+def _read(path: Path, columns: Mapping[str, str], needed: Collection[str]) -> list[Row]:
+    """The rows of a table with those of our columns that are needed, every one in every row, absent cells as None."""
     names, rows = read_rows(path)
-    chosen = _choose_columns(names, columns, path)
+    chosen = _choose_columns(names, columns, path, needed)
+    modalities = [name for name in MODALITIES if name in needed]
+    if not set(chosen) & set(modalities):
+        raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(modalities)}")
+    return _cells(rows, chosen, path, path.absolute().parent)
+
+
+def _cells(rows: Sequence[Row], chosen: Mapping[str, str], source: Path, folder: Path) -> list[Row]:
     readers = {**dict.fromkeys(FILES, _file_cell), "text": _text_cell, "group": _group_cell}
     made = []
     for number, given in enumerate(rows, start=1):
-        given = _lower_case(given, set(chosen.values()), path, number)
-        row: Row = {"place": f"{path}, row {number}"}
+        given = _lower_case(given, set(chosen.values()), source, number)
+        row: Row = {"place": f"{source}, row {number}"}
         for ours, theirs in chosen.items():
             cell = given.get(theirs)
             try:
                 absent = is_absent(cell)
-                row[ours] = None if absent else readers[ours](cell, ours, path.parent) if ours in readers else cell
+                row[ours] = None if absent else readers[ours](cell, ours, folder) if ours in readers else cell
             except ValueError as error:
-                raise ValueError(f"{path}, row {number}, column {theirs}: {error}") from error
+                raise ValueError(f"{source}, row {number}, column {theirs}: {error}") from error
         made.append(row)
-    for column in [name for name in FILES if name in chosen]:
-        _drop_missing_files(made, column, path)
-    if decode:
-        _drop_undecodable(made, [name for name in MODALITIES if name in chosen], path)
     return made
+
+
+def _only_there(rows: list[Row], table: Path, decode: bool) -> list[Row]:
+    """The same rows, in which files that do not exist, or with `decode` cannot be decoded, are absent."""
+    modalities = [name for name in MODALITIES if name in rows[0]]
+    for column in modalities:
+        drop_missing_files(rows, column, table)
+    if decode:
+        _drop_undecodable(rows, modalities, table)
+    return rows
 
 
 def _is_blank(row: Row) -> bool:
@@ -148,8 +173,10 @@ def _lower_case(row: Row, used: set[str], path: Path, number: int) -> Row:
     return lowered
 
 
-def _choose_columns(names: Sequence[str], asked: Mapping[str, str], path: Path) -> dict[str, str]:
-    """{our column: the table's, in lower case}."""
+def _choose_columns(
+    names: Sequence[str], asked: Mapping[str, str], path: Path, needed: Collection[str]
+) -> dict[str, str]:
+    """{our column: the table's, in lower case}, of those that are needed."""
     found = [name.strip().casefold() for name in names]
     chosen: dict[str, str] = {}
     for ours, theirs in asked.items():
@@ -167,7 +194,7 @@ def _choose_columns(names: Sequence[str], asked: Mapping[str, str], path: Path) 
     for ours, others in COLUMNS.items():
         free = [name for name in (ours, *others) if name in found and name not in taken]
         candidates = [ours] if ours in free else free
-        if ours in chosen or not candidates:
+        if ours in chosen or ours not in needed or not candidates:
             continue
         if len(candidates) > 1:
             choice = f'--columns \'{{"{ours}": "{candidates[0]}"}}\''
@@ -175,12 +202,11 @@ def _choose_columns(names: Sequence[str], asked: Mapping[str, str], path: Path) 
         chosen[ours] = candidates[0]
         if candidates[0] != ours:
             logger.warning("%s: the column %s is read as %s", path, candidates[0], ours)
+    chosen = {name: chosen[name] for name in COLUMNS if name in chosen and name in needed}
     twice = next((name for name in chosen.values() if found.count(name) > 1), None)
     if twice is not None and path.suffix.lower() != ".jsonl":  # whose columns are those of all rows together
         raise ValueError(f"{path} has {len(names)} columns, two of them called {twice!r}: rename or remove one")
-    if not set(chosen) & set(MODALITIES):
-        raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(MODALITIES)}")
-    return {name: chosen[name] for name in COLUMNS if name in chosen}
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -227,10 +253,15 @@ def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
         cell = url2pathname(urlsplit(cell).path)
     if URL.match(cell):
         raise ValueError(f"holds the address {cell}: download the file and write its path")
-    path = os.path.abspath(folder / (os.path.expanduser(cell) if cell.startswith("~/") else cell))
+    path = os.path.normpath(folder / (os.path.expanduser(cell) if cell.startswith("~/") else cell))
     if "\\" in cell and not os.path.exists(path):  # written on Windows
-        path = os.path.abspath(folder / cell.replace("\\", "/"))
+        path = os.path.normpath(folder / cell.replace("\\", "/"))
     return {"path": path, "bytes": None}
+
+
+def is_bare(cell: Any) -> bool:
+    """Whether a cell is the record of a file by its path alone."""
+    return isinstance(cell, Mapping) and cell["bytes"] is None
 
 
 def _record_cell(cell: Mapping[str, Any], column: str, folder: Path) -> Row | None:
@@ -259,9 +290,9 @@ def _clip_cell(clip: Mapping[str, Any]) -> Row | None:
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
-def _drop_missing_files(rows: list[Row], column: str, table: Path) -> None:
+def drop_missing_files(rows: Sequence[Row], column: str, table: Path) -> None:
     """A file that does not exist is absent; all of them missing is a mistake."""
-    named = [(number, row) for number, row in enumerate(rows) if row[column] and row[column]["bytes"] is None]
+    named = [(number, row) for number, row in enumerate(rows) if is_bare(row.get(column))]
     missing = [(number, row) for number, row in named if not os.path.isfile(row[column]["path"])]
     if not missing:
         return
