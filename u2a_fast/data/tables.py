@@ -35,6 +35,7 @@ COLUMNS = {
 }
 BESIDES = ("label", "group", "split")  # columns that are no modality
 FILES = ("image", "audio", "video")  # columns of paths, bytes or records
+WHOLE = re.compile(r"[+-]?\d+\.0*")  # as spreadsheets and pandas write whole numbers
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
@@ -228,7 +229,8 @@ def _group_cell(cell: Any, column: str, folder: Path) -> str:
     """The name of a group: 1, 1.0 and " 1" are one, as of labels."""
     if isinstance(cell, float):
         return str(int(cell)) if cell.is_integer() else str(cell)
-    return _text_cell(cell, column, folder).strip()
+    name = _text_cell(cell, column, folder).strip()
+    return name.rstrip("0").removesuffix(".") if WHOLE.fullmatch(name) else name
 
 
 def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
