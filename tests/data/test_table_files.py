@@ -119,6 +119,41 @@ def test_a_split_column_decides(tmp_path):
             load_table(write(tmp_path, "t.csv", f"text,label,split\na,x,train\nb,y,{wrong}\n"))
 
 
+def test_a_row_of_a_split_s_table_is_of_that_split(tmp_path):
+    write(tmp_path, "test.csv", "text,label\na,x\nb,y\n")
+    write(tmp_path, "train.csv", "text,label,split\na,x,Training\nb,y,\nc,x,fold 1\n")
+    assert len(load_table(tmp_path)["train"]) == 3
+    write(tmp_path, "train.csv", "text,label,split\na,x,train\nb,y,Test\n")
+    with pytest.raises(
+        ValueError, match=r"train\.csv, row 2 has the split 'Test', but its table is that of train: move"
+    ):
+        load_table(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["set", "Partition", "subset", "fold"])
+def test_a_column_that_seems_to_be_a_split_is_not_ignored_in_silence(tmp_path, caplog, name):
+    lines = [f"t{i},{i % 2},{'test' if i > 6 else 'train'}" for i in range(10)]
+    table = write(tmp_path, "t.csv", "\n".join([f"text,label,{name}", *lines]))
+    load_table(table)
+    assert len(caplog.messages) == 1 and f"the column {name} is not read" in caplog.text
+    assert f'pass --columns \'{{"split": "{name.casefold()}"}}\'' in caplog.text
+    caplog.clear()
+    assert len(load_table(table, columns={"split": name.casefold()})["test"]) == 3
+    load_table(write(tmp_path, "t.csv", f"text,label,{name}\na,x,music\nb,y,1\n"))
+    read_samples(write(tmp_path, "t.csv", "\n".join([f"text,label,{name}", *lines])))
+    load_table(write(tmp_path, "t.csv", f"text,label,{name},split\na,x,train,train\nb,y,test,test\n"))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_shard_without_a_split_column_is_not_trained_on(tmp_path, first):
+    for shard in range(2):
+        more = {"split": "train"} if shard == first else {}
+        parquet(tmp_path, f"t-{shard:05}-of-00002.parquet", [{"text": "a", "label": shard} | more])
+    with pytest.raises(ValueError, match="row 1 has the split None: write train, validation or test"):
+        load_table(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------- headers, separators
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])

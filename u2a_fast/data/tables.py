@@ -33,6 +33,7 @@ COLUMNS = {
     "group": (),
     "split": (),
 }
+SPLITS_TOO = ("set", "partition", "subset", "fold")  # what else people call `split`, and for other things too
 BESIDES = ("label", "group", "split")  # columns that are no modality
 FILES = ("image", "audio", "video")  # columns of paths, bytes or records
 WHOLE = re.compile(r"[+-]?\d+\.0*")  # as spreadsheets and pandas write whole numbers
@@ -90,7 +91,9 @@ def load_table(
     labelled = [row for row in rows if "label" in row]
     class_names = settle_labels(labelled, task, label_separator) if labelled else None
     if list(splits) == ["all"]:
-        splits = _by_split_column(rows) if "split" in rows[0] else split_rows(rows, seed)
+        splits = _by_split_column(rows) if any("split" in row for row in rows) else split_rows(rows, seed)
+    else:
+        _refuse_strays(splits)
     if decode and not keep_empty:
         splits = {name: _without_empty(part) for name, part in splits.items()}
     if decode:
@@ -129,6 +132,8 @@ def _read(path: Path, columns: Mapping[str, str], needed: Collection[str]) -> li
     modalities = [name for name in MODALITIES if name in needed]
     if not set(chosen) & set(modalities):
         raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(modalities)}")
+    if "split" in needed and "split" not in chosen:
+        _warn_of_unread_splits(names, rows, chosen.values(), path)
     return _cells(rows, chosen, path, path.absolute().parent)
 
 
@@ -328,11 +333,35 @@ def _without_empty(rows: list[Row]) -> list[Row]:
     return [row for row in rows if any(row.get(name) is not None for name in MODALITIES)]
 
 
+def _split_of(cell: Any) -> str | None:
+    return SPLITS.get(cell.strip().casefold()) if isinstance(cell, str) else None
+
+
 def _by_split_column(rows: list[Row]) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for row in rows:
-        name = SPLITS.get(row["split"].strip().casefold()) if isinstance(row["split"], str) else None
+        name = _split_of(row.get("split"))
         if name is None:
-            raise ValueError(f"{row['place']} has the split {row['split']!r}: write train, validation or test")
+            raise ValueError(f"{row['place']} has the split {row.get('split')!r}: write train, validation or test")
         splits.setdefault(name, []).append(row)
     return {name: splits[name] for name in dict.fromkeys(SPLITS.values()) if name in splits}
+
+
+def _refuse_strays(splits: Mapping[str, list[Row]]) -> None:
+    """ValueError where a row says that it is of another split than the table that holds it."""
+    for name, part in splits.items():
+        for row in part:
+            if _split_of(row.get("split")) not in (None, name):
+                raise ValueError(
+                    f"{row['place']} has the split {row['split']!r}, but its table is that of {name}: move the row, "
+                    "correct its split, or keep one table alone with all rows"
+                )
+
+
+def _warn_of_unread_splits(names: Sequence[str], rows: Sequence[Row], read: Collection[str], path: Path) -> None:
+    """Say it where a column that nobody reads seems to tell rows to train on from rows to test."""
+    for name in names:
+        short = name.strip().casefold()
+        if short in SPLITS_TOO and short not in read and any(_split_of(row.get(name)) for row in rows):
+            choice = f'--columns \'{{"split": "{short}"}}\''
+            logger.warning("%s: the column %s is not read, and rows are split without it: pass %s", path, name, choice)
