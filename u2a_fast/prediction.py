@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from .data import MultimodalCollator, readable
+from .data.cells import is_bare
 from .data.presence import rows_named
 from .data.table_files import parse_json_lines
-from .data.tables import BESIDES, is_bare, read_lines, read_samples
+from .data.tables import BESIDES, read_lines, read_samples
 from .methods.base import MultimodalModel
 from .metrics import NOT_FINITE, refuse_not_finite
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-from .inputs import DecodeError, given_rate, is_absent, to_audio
+from .cells import READERS, is_bare
+from .inputs import is_absent
 from .labels import settle_labels
 from .presence import readable, rows_named
 from .splits import MODALITIES, Row, make_dataset, split_rows, warn_of_leaks
@@ -25,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Our columns, and what else people call them; where ours is absent, the only other one is taken.
 COLUMNS = {
-    "image": ("img", "photo", "image_path", "img_path", "file_name"),
+    "image": ("img", "photo", "image_path", "img_path"),
     "text": ("title", "caption", "sentence"),
     "audio": ("recording", "speech", "audio_path"),
     "video": ("video_path", "clip_path"),
@@ -33,11 +30,13 @@ COLUMNS = {
     "group": (),
     "split": (),
 }
+FILE_NAME = "file_name"  # of the hub's folders: an image, a recording or a video, by how it ends
+ENDINGS = {
+    "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"),
+    "video": (".mp4", ".mov", ".avi", ".mkv", ".webm"),
+}
 SPLITS_TOO = ("set", "partition", "subset", "fold")  # what else people call `split`, and for other things too
 BESIDES = ("label", "group", "split")  # columns that are no modality
-FILES = ("image", "audio", "video")  # columns of paths, bytes or records
-WHOLE = re.compile(r"[+-]?\d+\.0*")  # as spreadsheets and pandas write whole numbers
-URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def load_table(
@@ -121,14 +120,14 @@ def read_samples(path: str | Path, columns: Mapping[str, str] | None = None) -> 
 def read_lines(rows: Sequence[Row], source: str) -> list[Row]:
     """The modalities of rows that lie in no file, read as those of a table in the working directory."""
     names = list(dict.fromkeys(name.strip().casefold() for row in rows for name in row))
-    chosen = _choose_columns(names, {}, Path(source), MODALITIES)
+    chosen = _choose_columns(names, rows, {}, Path(source), MODALITIES)
     return [{name: row[name] for name in chosen} for row in _cells(rows, chosen, Path(source), Path())]
 
 
 def _read(path: Path, columns: Mapping[str, str], needed: Collection[str]) -> list[Row]:
     """The rows of a table with those of our columns that are needed, every one in every row, absent cells as None."""
     names, rows = read_rows(path)
-    chosen = _choose_columns(names, columns, path, needed)
+    chosen = _choose_columns(names, rows, columns, path, needed)
     modalities = [name for name in MODALITIES if name in needed]
     if not set(chosen) & set(modalities):
         raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(modalities)}")
@@ -138,7 +137,6 @@ def _read(path: Path, columns: Mapping[str, str], needed: Collection[str]) -> li
 
 
 def _cells(rows: Sequence[Row], chosen: Mapping[str, str], source: Path, folder: Path) -> list[Row]:
-    readers = {**dict.fromkeys(FILES, _file_cell), "text": _text_cell, "group": _group_cell}
     made = []
     for number, given in enumerate(rows, start=1):
         given = _lower_case(given, set(chosen.values()), source, number)
@@ -147,7 +145,7 @@ def _cells(rows: Sequence[Row], chosen: Mapping[str, str], source: Path, folder:
             cell = given.get(theirs)
             try:
                 absent = is_absent(cell)
-                row[ours] = None if absent else readers[ours](cell, ours, folder) if ours in readers else cell
+                row[ours] = None if absent else READERS[ours](cell, ours, folder) if ours in READERS else cell
             except ValueError as error:
                 raise ValueError(f"{source}, row {number}, column {theirs}: {error}") from error
         made.append(row)
@@ -180,9 +178,10 @@ def _lower_case(row: Row, used: set[str], path: Path, number: int) -> Row:
 
 
 def _choose_columns(
-    names: Sequence[str], asked: Mapping[str, str], path: Path, needed: Collection[str]
+    names: Sequence[str], rows: Sequence[Row], asked: Mapping[str, str], path: Path, needed: Collection[str]
 ) -> dict[str, str]:
     """{our column: the table's, in lower case}, of those that are needed."""
+    usual = {**COLUMNS, (kind := _kind_of_files(rows)): (*COLUMNS[kind], FILE_NAME)}
     found = [name.strip().casefold() for name in names]
     chosen: dict[str, str] = {}
     for ours, theirs in asked.items():
@@ -197,7 +196,7 @@ def _choose_columns(
     if double is not None:
         both = " and ".join(ours for ours, theirs in chosen.items() if theirs == double)
         raise ValueError(f"columns says that {double!r} of {path} is {both}: name another column for one of them")
-    for ours, others in COLUMNS.items():
+    for ours, others in usual.items():
         free = [name for name in (ours, *others) if name in found and name not in taken]
         candidates = [ours] if ours in free else free
         if ours in chosen or ours not in needed or not candidates:
@@ -215,85 +214,11 @@ def _choose_columns(
     return chosen
 
 
-# ------------------------------------------------------------------------------------------------------------ cells
-def _text_cell(cell: Any, column: str, folder: Path) -> str:
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return str(cell)
-    if not isinstance(cell, str):
-        raise ValueError(f"holds a {type(cell).__name__}, and {column} needs a string: write it as one")
-    try:
-        cell.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"holds half of a surrogate pair ({cell[error.start]!r}): write the whole character"
-        ) from error
-    return cell
-
-
-def _group_cell(cell: Any, column: str, folder: Path) -> str:
-    """The name of a group: 1, 1.0 and " 1" are one, as of labels."""
-    if isinstance(cell, float):
-        return str(int(cell)) if cell.is_integer() else str(cell)
-    name = _text_cell(cell, column, folder).strip()
-    return name.rstrip("0").removesuffix(".") if WHOLE.fullmatch(name) else name
-
-
-def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
-    """{"path", "bytes"}; None for a recording that is empty."""
-    if isinstance(cell, list | tuple) and len(cell) == 1 and not isinstance(cell[0], int | float):
-        (cell,) = cell
-    if isinstance(cell, list | tuple):
-        if any(isinstance(part, int | float | list) for part in cell):
-            what, cure = "a list of numbers", 'write a path, or a clip as {"array": .., "sampling_rate": ..}'
-        else:
-            what = f"{len(cell)} files"
-            cure = "write the file of one clip" if column == "video" else "write one a row"
-        raise ValueError(f"holds {what}: {cure}")
-    if isinstance(cell, bytes):
-        return {"path": None, "bytes": cell}
-    if isinstance(cell, Mapping):
-        return _record_cell(cell, column, folder)
-    if not isinstance(cell, str):
-        raise ValueError(f"holds a {type(cell).__name__}: write a path, bytes, or a record of path and bytes")
-    cell = cell.strip()
-    if cell.casefold().startswith("file://"):
-        cell = url2pathname(urlsplit(cell).path)
-    if URL.match(cell):
-        raise ValueError(f"holds the address {cell}: download the file and write its path")
-    path = os.path.normpath(folder / (os.path.expanduser(cell) if cell.startswith("~/") else cell))
-    if "\\" in cell and not os.path.exists(path):  # written on Windows
-        path = os.path.normpath(folder / cell.replace("\\", "/"))
-    return {"path": path, "bytes": None}
-
-
-def is_bare(cell: Any) -> bool:
-    """Whether a cell is the record of a file by its path alone."""
-    return isinstance(cell, Mapping) and cell["bytes"] is None
-
-
-def _record_cell(cell: Mapping[str, Any], column: str, folder: Path) -> Row | None:
-    if cell.get("array") is not None:
-        return _clip_cell(cell) if column == "audio" else _file_cell(cell["array"], column, folder)
-    path, content = cell.get("path"), cell.get("bytes")
-    if content is None:
-        return _file_cell(path, column, folder)
-    if not isinstance(content, bytes) or not isinstance(path, str | None):
-        raise ValueError(f"holds a record of {type(path).__name__} and {type(content).__name__}, not path and bytes")
-    return {"path": path, "bytes": content}
-
-
-def _clip_cell(clip: Mapping[str, Any]) -> Row | None:
-    """The samples as a WAV file in memory: the form in which all recordings are kept."""
-    import soundfile
-
-    rate = given_rate(clip)
-    try:
-        samples = to_audio(clip, rate)
-    except DecodeError:
-        return None
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
-    return {"path": None, "bytes": file.getvalue()}
+def _kind_of_files(rows: Sequence[Row]) -> str:
+    """What the files of a column `file_name` are: recordings or videos where all end so, else images."""
+    cells = [cell for row in rows for name, cell in row.items() if name.strip().casefold() == FILE_NAME]
+    paths = [cell.strip().casefold() for cell in cells if isinstance(cell, str) and cell.strip()]
+    return next((kind for kind, ends in ENDINGS.items() if paths and all(p.endswith(ends) for p in paths)), "image")
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -306,7 +231,7 @@ def drop_missing_files(rows: Sequence[Row], column: str, table: Path) -> None:
     first = missing[0][1][column]["path"]
     if len(missing) == len(named):
         raise FileNotFoundError(
-            f"none of the {len(named)} files of the column {column} of {table} exists, {first!r} for one; "
+            f"none of the {len(named)} files of the column {column} of {table} exists, {first!r:.300} for one; "
             "paths are relative to the table"
         )
     counts = f"{len(missing)} of {len(named)} {column} files"
