@@ -16,7 +16,7 @@ import torch
 
 from .data import MultimodalCollator, readable
 from .data.cells import is_bare
-from .data.presence import rows_named
+from .data.presence import refuse_misspelt, rows_named
 from .data.table_files import parse_json_lines
 from .data.tables import BESIDES, read_lines, read_samples
 from .methods.base import MultimodalModel
@@ -80,6 +80,8 @@ def predict_answers(
             f"no sample has a column for {' or '.join(modalities)}; there are {', '.join(map(str, found))}: "
             "rename one, or pass --columns"
         )
+    for number, sample in enumerate(samples, start=1):
+        refuse_misspelt(sample, modalities, number)
     whole = [dict.fromkeys(modalities) | {name: sample.get(name) for name in modalities} for sample in samples]
     kept = torch.ones(len(whole), dtype=torch.bool)
     if model.all_absent == "error":

@@ -56,6 +56,15 @@ def test_a_validation_split_has_many_names(tmp_path, name):
         load_table(tmp_path)
 
 
+@pytest.mark.parametrize(("train", "test"), [("training", "testing"), ("Train", "TESTING")])
+def test_splits_to_train_and_to_test_have_two_names_each(tmp_path, train, test):
+    for stem in (train, test):
+        write(tmp_path, f"{stem}.csv")
+    assert list(load_table(tmp_path)) == ["train", "test"]
+    both = write(tmp_path, "all/t.csv", f"text,label,split\na,x,{train}\nb,y,{test}\n")
+    assert list(load_table(both)) == ["train", "test"]
+
+
 def test_a_table_that_is_no_split_is_not_ignored_in_silence(tmp_path, caplog):
     for stem in ("train", "test", "extra"):
         write(tmp_path, f"{stem}.csv")
