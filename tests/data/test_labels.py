@@ -109,7 +109,16 @@ def test_brackets_around_a_name_are_letters():
 
 
 @pytest.mark.parametrize(
-    "labels", [["1,5", "2", "0,25"], ["1,5", "2,1"], ["3,0", "1,5"], ["\u22121,5", "1,6"], ["1,05", "2"]]
+    "labels",
+    [
+        ["1,5", "2", "0,25"],
+        ["1,5", "2,1"],
+        ["3,0", "1,5"],
+        ["\u22121,5", "1,6"],
+        ["1,05", "2"],
+        ["1,5", "2,5", "3"],
+        ["0,5", "1,5", "2"],
+    ],
 )
 def test_commas_that_are_no_list_of_rising_numbers_are_decimal(labels):
     assert settled(labels) == (None, [float(label.replace(",", ".").replace("\u2212", "-")) for label in labels])

@@ -170,7 +170,9 @@ def _json(path: Path, kind: type) -> Any:
 
 def _several(value: Any, kind: Any, file: Path, name: str) -> list[Any]:
     if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
-        raise ValueError(f"{file} has {value!r:.100} under {name!r}, which must be a list of strings: get the file again")
+        raise ValueError(
+            f"{file} has {value!r:.100} under {name!r}, which must be a list of strings: get the file again"
+        )
     return value
 
 

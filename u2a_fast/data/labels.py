@@ -267,14 +267,17 @@ def _spellings(texts: Iterable[str]) -> dict[str | Decimal, str]:
 
 
 def _refuse_ids(texts: Sequence[str], rows: Sequence[Row]) -> None:
-    """ValueError where "1,2" beside 3 may be two labels of a row: all such cells rise, and none is like 0,25."""
+    """ValueError where "1,2" beside 3 may be two labels of a row: all such cells rise, and numbers behind a comma stand
+    in front of one too, as decimals such as 1,5 and 2,5 seldom do.
+    """
     several = [(text, row["place"]) for text, row in zip(texts, rows, strict=True) if "," in text]
     if not all(IDS.fullmatch(text) for text in texts) or all(THOUSANDS.fullmatch(text) for text, _ in several):
         return
-    for text, _ in several:
-        ids = [int(part) for part in text.split(",")]
-        if ids != sorted(set(ids)) or re.search(r",\s?0", text) or re.fullmatch(r"0,\d\d+", text):
-            return
+    ids = [[int(part) for part in text.split(",")] for text in texts]
+    rising = all(parts == sorted(set(parts)) for parts in ids) and not any(re.search(", ?0", text) for text in texts)
+    again = {part for parts in ids for part in parts[1:]} & {parts[0] for parts in ids}
+    if not rising or not (again or any(not COMMA.fullmatch(text) for text in texts)):
+        return
     text, place = several[0]
     raise ValueError(
         f"{place} has the label {text!r}, which may be one number or {len(text.split(','))} labels of the row: pass "

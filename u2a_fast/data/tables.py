@@ -279,7 +279,7 @@ def _refuse_strays(splits: Mapping[str, list[Row]]) -> None:
             if _split_of(row.get("split")) not in (None, name):
                 raise ValueError(
                     f"{row['place']} has the split {row['split']!r}, but its table is that of {name}: move the row, "
-                    "correct its split, or keep one table alone with all rows"
+                    "correct its split, or pass the table itself, which is then split by that column"
                 )
 
 
