@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from u2a_fast.card import data_hash
 from u2a_fast.cli import main
 from u2a_fast.data import load_table
 from u2a_fast.evaluation import scenario_logits
+from u2a_fast.options import TrainOptions, load_sources
 
 COLOURS = sorted(tiny_data.COLOURS)
 
@@ -66,6 +68,30 @@ def test_evaluate_and_predict_reload_the_folder(trained, common, root, capsys):
     main(["predict", "--model", str(trained), "--input", str(samples)])
     predictions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(predictions) == 2 and all(p["label"] in tiny_data.COLOURS for p in predictions)
+
+
+@pytest.mark.slow
+def test_columns_that_a_model_does_not_read_stop_nothing(trained, common, tmp_path, capsys):
+    header, *rows = Path(common[1]).read_text(encoding="utf-8").splitlines()
+    table = Path(common[1]).with_name("test.csv")
+    table.write_text("\n".join([f"{header},audio", *(f"{row},gone.wav" for row in rows)]), encoding="utf-8")
+    main(["evaluate", "--model", str(trained), "--data", str(table), "--output-dir", str(tmp_path / "out")])
+    capsys.readouterr()
+    main(["predict", "--model", str(trained), "--input", str(table)])
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    table.write_text("image,text\ngone.png,red\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="none of the 1 files of the column image"):
+        main(["predict", "--model", str(trained), "--input", str(table)])
+    table.unlink()
+
+
+def test_columns_without_an_encoder_stop_no_training(tmp_path):
+    (tmp_path / "t.csv").write_text("text,audio,label\n" + "".join(f"a{i},gone.wav,{i % 2}\n" for i in range(20)))
+    options = TrainOptions(data=str(tmp_path / "t.csv"), encoders={"text": "somewhere"})
+    assert load_sources(options)[0]["train"].column_names == ["text", "label"]
+    for encoders in (None, {"text": "somewhere", "odio": "somewhere"}):
+        with pytest.raises(FileNotFoundError, match="none of the 20 files of the column audio"):
+            load_sources(replace(options, encoders=encoders))
 
 
 @pytest.mark.slow

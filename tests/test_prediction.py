@@ -51,6 +51,53 @@ def test_names_of_tables_are_read_on_the_standard_input_too(monkeypatch):
     assert samples_from("-")[0]["text"] == "red"
 
 
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"text": 5}, {"text": "5"}),
+        ({"TEXT": "red"}, {"text": "red"}),
+        ({"text": " "}, {"text": None}),
+        ({"image": " /a/b.png"}, {"image": "/a/b.png"}),
+        ({"image": "file:///a/b%20c.png"}, {"image": "/a/b c.png"}),
+        ({"image": {"path": "a.png"}}, {"image": "a.png"}),
+        ({"image": ["a.png"]}, {"image": "a.png"}),
+        ({"Photo": "./a.png", "label": [1]}, {"image": "a.png"}),
+    ],
+)
+def test_a_line_is_read_as_the_row_of_a_table(row, read, monkeypatch, tmp_path):
+    table = tmp_path / "t.jsonl"
+    table.write_text(json.dumps(row))
+    type_in(monkeypatch, row, {"text": "blue"})
+    first, second = samples_from("-")
+    assert read.items() <= first.items() and second["text"] == "blue"
+    (from_table,) = samples_from(str(table))
+    places = [cell["path"] if isinstance(cell, dict) else cell for cell in from_table.values()]
+    assert places == [cell and str(tmp_path / cell) if "image" in read else cell for cell in read.values()]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": ["a"]}, "row 1, column text: holds a list, and text needs a string"),
+        ({"image": {"bytes": "/a/b.png"}}, "row 1, column image: holds a record of NoneType and str, not path and"),
+        ({"image": "https://a.b/c.png"}, "row 1, column image: holds the address"),
+        ({"text": "a", "Text": "b"}, "row 1 has the column 'text' in two spellings"),
+        ({"title": "a", "caption": "b"}, "has title and caption for text: choose one"),
+    ],
+)
+def test_a_line_that_no_table_could_hold_is_refused(row, message, monkeypatch):
+    type_in(monkeypatch, row)
+    with pytest.raises(ValueError, match=f"standard input.*{message}"):
+        samples_from("-")
+
+
+def test_a_column_that_was_renamed_on_the_standard_input_is_read_as_nothing_else(monkeypatch):
+    type_in(monkeypatch, {"Title": "a.png", "id": 1})
+    assert samples_from("-", {"image": "title"}) == [{"image": "a.png", "id": 1}]
+    type_in(monkeypatch, {"photo": "a.png"})
+    assert samples_from("-", {"front": "photo"}) == [{"front": "a.png"}]
+
+
 def test_samples_without_any_column_of_the_model_are_a_mistake():
     model = SimpleNamespace(config=SimpleNamespace(modalities=("image", "text")))
     with pytest.raises(ValueError, match="no sample has a column for image or text; there are body, id: rename one"):

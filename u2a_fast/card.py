@@ -44,7 +44,7 @@ Frozen encoders, trained jointly with [u2a-fast](https://pypi.org/project/u2a-fa
 ```python
 {imports}import u2a_fast
 
-model = u2a_fast.load_model("{title}")  # the folder that this card lies in
+model = u2a_fast.load_model({quoted})  # the folder that this card lies in
 model.predict([{{"{modality}": {sample}}}])  # any of {modalities}; {answer}
 ```
 
@@ -92,6 +92,7 @@ def write_card(
     text = TEMPLATE.format(
         metadata=_metadata(model, options, rows, title),
         title=title,
+        quoted=json.dumps(title, ensure_ascii=False),  # which Python reads too
         method=METHODS[options.method].__name__,
         imports=imports,
         modality=modality,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from .comparison import CompareOptions, compare
 from .data.table_files import find_tables
+from .data.tables import drop_missing_files
 from .data_checks import PROBLEM_TYPES
 from .evaluation import evaluate
 from .lora_config import LoraConfig
@@ -106,6 +107,7 @@ def run_evaluate(options: EvaluateOptions) -> None:
         "columns": options.columns,
         "usual": run.get("columns"),
         "task": task_of(model),
+        "modalities": model.config.modalities,
     }
     splits = load_splits(options.data, seed, **table)
     check_splits(options.data, splits, ["test"])
@@ -143,6 +145,8 @@ def run_predict(options: PredictOptions) -> None:
         raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
     samples = samples_from(options.input, options.columns, run_of(options.model).get("columns"))
     model = load_model(options.model, encoders=options.encoders)
+    for modality in model.config.modalities:
+        drop_missing_files(samples, modality, Path(options.input))
     check_output(options.output, options.input)
     write_answers(predict_answers(model, samples, options.batch_size, options.top_k), options.output)
 

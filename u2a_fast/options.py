@@ -14,6 +14,7 @@ import torch
 from . import data as data_module
 from .data.inputs import DecodeError, is_absent, to_image
 from .data.presence import without_unreadable
+from .data.splits import MODALITIES
 from .data.table_files import digest_of
 from .lora_config import LoraConfig
 from .methods import METHODS
@@ -267,6 +268,7 @@ def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, st
     """The splits, and the folder or id of each modality's encoder."""
     if is_known(options.data):
         refuse_of_tables(options)
+    asked = set(options.encoders or MODALITIES)
     splits = load_splits(
         options.data,
         options.seed,
@@ -275,6 +277,7 @@ def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, st
         columns=options.columns,
         decode=True,
         keep_empty=options.all_absent == "prior",
+        modalities=asked if asked <= set(MODALITIES) else MODALITIES,  # an unknown one is refused beside all others
     )
     check_splits(options.data, splits)
     if _benchmark(options.data):

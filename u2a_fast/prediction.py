@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from .data import MultimodalCollator, readable
-from .data.presence import rows_named
-from .data.splits import MODALITIES
+from .data.cells import is_bare
+from .data.presence import refuse_misspelt, rows_named
 from .data.table_files import parse_json_lines
-from .data.tables import COLUMNS, read_samples
+from .data.tables import BESIDES, read_lines, read_samples
 from .methods.base import MultimodalModel
 from .metrics import NOT_FINITE, refuse_not_finite
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 LIKELY = 0.5  # above it, one of several labels is given
 DIGITS = 4
+
+STDIN = "standard input"
 
 Answer = dict[str, Any]
 
@@ -40,30 +42,32 @@ def samples_from(
     """
     if source != "-":
         return read_samples(source, columns, usual)
-    return _renamed(parse_json_lines(sys.stdin.buffer.read(), "standard input"), columns or {}, usual or {})
+    return _renamed(parse_json_lines(sys.stdin.buffer.read(), STDIN), columns or {}, usual or {})
 
 
 def _renamed(
     rows: Sequence[dict[str, Any]], columns: Mapping[str, str], usual: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Rows of the standard input with our names beside their own: as `columns` says, or as in a table."""
-    found = {name: None for row in rows for name in row}
+    """Rows of the standard input, our modalities as a table's are read, files by their paths, the rest as it is."""
+    found = list(dict.fromkeys(name for row in rows for name in row))
+    short = [name.strip().casefold() for name in found]
     for ours, theirs in columns.items():
-        if rows and theirs not in found:
+        if rows and theirs.strip().casefold() not in short:
             raise ValueError(
                 f"columns says {ours!r}: {theirs!r}, but the standard input has {', '.join(sorted(found)) or 'none'}: "
                 "correct the name"
             )
-    chosen = {}
-    for ours in MODALITIES:
-        known = [usual[ours].strip().casefold()] if ours in usual else []
-        spelled = [name for name in found if name.strip().casefold() in known]
-        if not spelled and ours not in found:
-            spelled = [name for name in found if name.strip().casefold() in (ours, *COLUMNS[ours])]
-        if len(spelled) == 1:
-            chosen[ours] = spelled[0]
-    chosen |= columns
-    return [row | {ours: row[theirs] for ours, theirs in chosen.items() if theirs in row} for row in rows]
+    columns = {ours: theirs for ours, theirs in usual.items() if theirs.strip().casefold() in short} | dict(columns)
+    ours_of = {theirs.strip().casefold(): ours for ours, theirs in columns.items() if ours not in BESIDES}
+    renamed = []
+    for row in rows:
+        asked = {ours_of[key]: cell for name, cell in row.items() if (key := name.strip().casefold()) in ours_of}
+        renamed.append({name: row[name] for name in row if name.strip().casefold() not in ours_of} | asked)
+    read = [
+        {name: cell["path"] if is_bare(cell) else cell for name, cell in cells.items()}
+        for cells in read_lines(renamed, STDIN)
+    ]
+    return [row | cells for row, cells in zip(renamed, read, strict=True)]
 
 
 def predict_answers(
@@ -82,6 +86,8 @@ def predict_answers(
             f"no sample has a column for {' or '.join(modalities)}; there are {', '.join(map(str, found))}: "
             "rename one, or pass --columns"
         )
+    for number, sample in enumerate(samples, start=1):
+        refuse_misspelt(sample, modalities, number)
     whole = [dict.fromkeys(modalities) | {name: sample.get(name) for name in modalities} for sample in samples]
     kept = torch.ones(len(whole), dtype=torch.bool)
     if model.all_absent == "error":

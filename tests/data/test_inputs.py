@@ -6,7 +6,7 @@ import torch
 from PIL import Image, features
 
 from u2a_fast.data import inputs
-from u2a_fast.data.inputs import DecodeError, is_absent, to_audio, to_image
+from u2a_fast.data.inputs import DecodeError, is_absent, to_audio, to_image, to_video
 
 PNG = io.BytesIO()
 Image.new("RGB", (4, 4), "red").save(PNG, "png")
@@ -175,6 +175,18 @@ def test_files_that_do_not_exist_are_a_decode_error(tmp_path):
 def test_what_is_no_picture_at_all_is_a_mistake_of_the_caller(value):
     with pytest.raises(TypeError, match=r"image"):
         to_image(value)
+
+
+@pytest.mark.parametrize(
+    "read", [to_image, lambda cell: to_audio(cell, 16000), to_video], ids=["image", "audio", "video"]
+)
+@pytest.mark.parametrize("content", ["path", 5, ["path"]])
+def test_what_stands_under_bytes_is_never_opened(read, content, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    message = 'holds a string under "bytes": write the content itself' if content == "path" else "column holds a dict"
+    with pytest.raises(TypeError, match=message):
+        read({"path": path, "bytes": path if content == "path" else content})
 
 
 def write_clip(path, samples, rate):

@@ -36,6 +36,11 @@ def settled(labels, **options):
         (["12345678901234567890", "12345678901234567891"],) * 2 + (["12345678901234567890", "12345678901234567891"],),
         (["9" * 5000, "b"], ["9" * 5000, "b"], ["9" * 5000, "b"]),
         (["Caf\u00e9", "Cafe\u0301"], ["Caf\u00e9"], ["Caf\u00e9"] * 2),
+        (["red dog", "red  dog", "red\tdog", "red\u00a0dog", "red\u3000dog\n"], ["red dog"], ["red dog"] * 5),
+        (["dog", "dog\u200b", "\ufeffdog", "d\u00adog", "dog\u200d", "dog\u200f"], ["dog"], ["dog"] * 6),
+        (["\U0001f468\u200d\U0001f467", "\U0001f468\U0001f467"],) * 1
+        + (["\U0001f468\u200d\U0001f467", "\U0001f468\U0001f467"],) * 2,
+        (["a", "1", "1.0", "01", "true", "True"], ["1", "a"], ["a", "1", "1", "1", "1", "1"]),
     ],
 )
 def test_spellings_of_one_label_are_one_class(labels, names, result):
@@ -56,6 +61,10 @@ def test_the_task_may_be_said():
     assert settled([1.0, 2.0], task="classification") == (["1.0", "2.0"], ["1.0", "2.0"])
     assert settled(["1,5", "2,5"], task="classification")[0] == ["1,5", "2,5"]
     assert settled(["1,5", "b"])[0] == ["1,5", "b"]
+    assert settled(["1,2", "3", "2,3"], task="regression") == (None, [1.2, 3, 2.3])
+    assert settled(["1,2", "3", "2,3"], separator=",")[0] == ["1", "2", "3"]
+    assert settled(["0.5", "1.5", "NA"], task="classification")[0] == ["0.5", "1.5", "NA"]
+    assert settled(["1.0", "2.0", "a"])[0] == ["1.0", "2.0", "a"] and settled(["1", "2", "NA"])[0] == ["1", "2", "NA"]
     assert settled([0.5, 2], task="classification")[0] == ["0.5", "2"]
     assert settled(["3", 4], task="regression") == (None, [3, 4])
     assert settled(["a", "b"], task="multi_label") == (["a", "b"], [[1, 0], [0, 1]])
@@ -68,6 +77,51 @@ def test_lists_and_separated_names_are_several_classes():
     assert settled(["action|drama", " drama |", []], separator="|") == expected
     assert settled([["drama", "action"], "drama", []]) == expected
     assert settled([[0, 1], [1, 1]]) == (["0", "1"], [[0, 1], [1, 1]])
+
+
+def test_spellings_of_one_label_are_one_class_in_sets_too():
+    assert settled(["1|2", "1.0", "01|x", "True|true"], separator="|") == (
+        ["1", "2", "x"], [[1, 1, 0], [1, 0, 0], [1, 0, 1], [1, 0, 0]]
+    )  # fmt: skip
+    assert settled([["a", "true"], ["True"], ["red\u00a0 dog\u200b", "red dog"]])[0] == ["True", "a", "red dog"]
+    assert settled(["a|\u200b|b"], separator="|")[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "lists"),
+    [
+        (["['red', 'blue']", "['blue']", "[]"], [["red", "blue"], ["blue"], []]),
+        (['["red", "blue"]', '["blue"]'], [["red", "blue"], ["blue"]]),
+        (["['red','blue']", str(["it's", 'a "b"'])], [["red", "blue"], ["it's", 'a "b"']]),
+        (["[0, 1]", " [1, 0] "], [[0, 1], [1, 0]]),
+        (["[0.5, 1]", "[2, 3]"], [[0.5, 1], [2, 3]]),
+        (["['red']", "blue"], [["red"], "blue"]),
+    ],
+)
+def test_a_list_may_be_written_as_text(labels, lists):
+    assert settled(labels) == settled(lists)
+    assert settled(labels, task="classification")[1] == [label.strip() for label in labels]
+
+
+def test_brackets_around_a_name_are_letters():
+    assert settled(["[NSFW]", "[cat]"])[1] == ["[NSFW]", "[cat]"]
+    assert settled(["[1]|[2]", "[1]"], separator="|")[0] == ["[1]", "[2]"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["1,5", "2", "0,25"],
+        ["1,5", "2,1"],
+        ["3,0", "1,5"],
+        ["\u22121,5", "1,6"],
+        ["1,05", "2"],
+        ["1,5", "2,5", "3"],
+        ["0,5", "1,5", "2"],
+    ],
+)
+def test_commas_that_are_no_list_of_rising_numbers_are_decimal(labels):
+    assert settled(labels) == (None, [float(label.replace(",", ".").replace("\u2212", "-")) for label in labels])
 
 
 @pytest.mark.parametrize(
@@ -91,6 +145,25 @@ def test_lists_and_separated_names_are_several_classes():
         ([[0.5]], {"task": "multi_label"}, "row 1 has a vector as its label, which is no multi_label"),
         (["\ud800"], {}, r"row 1 has the label '\\ud800', half of a surrogate pair"),
         ([[], []], {"task": "multi_label"}, "no row has any label"),
+        (["\u200b", "a"], {}, "row 1 has no label"),
+        (
+            ["['a' 'b']", "['c']"],
+            {},
+            r"row 1 has the label .*, which is no list as Python or JSON writes it: write names",
+        ),
+        (["[0 1]", "[1 0]"], {}, r"row 1 has the label '\[0 1\]', which is no list"),
+        (
+            ["3", "1,2", "2,3"],
+            {},
+            r"row 2 has the label '1,2', which may be one number or 2 labels of the row: pass --lab",
+        ),
+        (["1, 2, 12", "3"], {}, r"row 1 has the label '1, 2, 12', which may be one number or 3 labels"),
+        ([0.5, 0.0, 1.0, "NA"], {}, r"row 4 has the label 'NA', but most labels are numbers: write it as one, such as"),
+        (["1e3", "2.5", "n/a"], {}, r"row 3 has the label 'n/a', but most labels are numbers"),
+        (["0.5", "n/a", "1,5", "2"], {}, r"row 2 has the label 'n/a', but most labels are numbers"),
+        (["1,200,000", "950", "2,500"], {}, r"row 1 has the label '1,200,000', but most labels are numbers"),
+        (["950.25", "1,200.50", "2,500"], {}, r"row 2 has the label '1,200\.50', but most"),
+        (["950.25", "1 200.50", "2\u00a0500"], {}, r"row 2 has the label '1 200\.50', but most"),
         (["a"], {"task": "ranking"}, "task must be one of classification, multi_label, regression"),
     ],
 )

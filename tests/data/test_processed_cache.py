@@ -114,6 +114,11 @@ FORMS = {
 }
 
 
+def test_a_string_under_bytes_is_no_name_of_a_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"abc")
+    assert processed_cache.file_digest({"path": None, "bytes": str(tmp_path / "a.png")}) is None
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_is_found_by_what_is_in_it(form, tmp_path):
     path = tmp_path / "picture.png"

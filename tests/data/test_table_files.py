@@ -56,6 +56,15 @@ def test_a_validation_split_has_many_names(tmp_path, name):
         load_table(tmp_path)
 
 
+@pytest.mark.parametrize(("train", "test"), [("training", "testing"), ("Train", "TESTING")])
+def test_splits_to_train_and_to_test_have_two_names_each(tmp_path, train, test):
+    for stem in (train, test):
+        write(tmp_path, f"{stem}.csv")
+    assert list(load_table(tmp_path)) == ["train", "test"]
+    both = write(tmp_path, "all/t.csv", f"text,label,split\na,x,{train}\nb,y,{test}\n")
+    assert list(load_table(both)) == ["train", "test"]
+
+
 def test_a_table_that_is_no_split_is_not_ignored_in_silence(tmp_path, caplog):
     for stem in ("train", "test", "extra"):
         write(tmp_path, f"{stem}.csv")
@@ -119,6 +128,41 @@ def test_a_split_column_decides(tmp_path):
             load_table(write(tmp_path, "t.csv", f"text,label,split\na,x,train\nb,y,{wrong}\n"))
 
 
+def test_a_row_of_a_split_s_table_is_of_that_split(tmp_path):
+    write(tmp_path, "test.csv", "text,label\na,x\nb,y\n")
+    write(tmp_path, "train.csv", "text,label,split\na,x,Training\nb,y,\nc,x,fold 1\n")
+    assert len(load_table(tmp_path)["train"]) == 3
+    write(tmp_path, "train.csv", "text,label,split\na,x,train\nb,y,Test\n")
+    with pytest.raises(
+        ValueError, match=r"train\.csv, row 2 has the split 'Test', but its table is that of train: move"
+    ):
+        load_table(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["set", "Partition", "subset", "fold"])
+def test_a_column_that_seems_to_be_a_split_is_not_ignored_in_silence(tmp_path, caplog, name):
+    lines = [f"t{i},{i % 2},{'test' if i > 6 else 'train'}" for i in range(10)]
+    table = write(tmp_path, "t.csv", "\n".join([f"text,label,{name}", *lines]))
+    load_table(table)
+    assert len(caplog.messages) == 1 and f"the column {name} is not read" in caplog.text
+    assert f'pass --columns \'{{"split": "{name.casefold()}"}}\'' in caplog.text
+    caplog.clear()
+    assert len(load_table(table, columns={"split": name.casefold()})["test"]) == 3
+    load_table(write(tmp_path, "t.csv", f"text,label,{name}\na,x,music\nb,y,1\n"))
+    read_samples(write(tmp_path, "t.csv", "\n".join([f"text,label,{name}", *lines])))
+    load_table(write(tmp_path, "t.csv", f"text,label,{name},split\na,x,train,train\nb,y,test,test\n"))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_shard_without_a_split_column_is_not_trained_on(tmp_path, first):
+    for shard in range(2):
+        more = {"split": "train"} if shard == first else {}
+        parquet(tmp_path, f"t-{shard:05}-of-00002.parquet", [{"text": "a", "label": shard} | more])
+    with pytest.raises(ValueError, match="row 1 has the split None: write train, validation or test"):
+        load_table(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------- headers, separators
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
@@ -161,6 +205,37 @@ def test_columns_that_nobody_reads_may_be_there_twice(tmp_path):
     (tmp_path / "train.csv").unlink()
     write(tmp_path, "train.jsonl", '{"text": "a", "Note": 1, "note": 2}\n')
     assert load_table(tmp_path)["train"][0] == {"text": "a"}
+
+
+def unread_columns(kind):
+    import pandas as pd
+    import pyarrow as pa
+
+    table = {"text": ["a", "b"], "label": ["x", "y"]}
+    if kind == "interval":
+        return pa.Table.from_pandas(pd.DataFrame({**table, "note": pd.interval_range(0, 2)}))
+    if kind == "map":
+        cells = pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64()))
+        return pa.table({**table, "note": cells}).replace_schema_metadata({"pandas": "{}"})
+    return pa.Table.from_arrays([pa.array(cells) for cells in (*table.values(), [1, 2], [3, 4])], [*table, "o", "o"])
+
+
+@pytest.mark.parametrize("kind", ["interval", "map", "twice"])
+def test_a_column_of_a_parquet_file_that_nobody_reads_may_be_anything(kind, tmp_path):
+    from pyarrow.parquet import write_table
+
+    write_table(unread_columns(kind), tmp_path / "train.parquet")
+    assert load_table(tmp_path)["train"].to_list() == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+
+
+def test_a_modality_that_is_not_needed_is_not_looked_at(tmp_path):
+    write(tmp_path, "t.csv", "text,audio,img,photo,label\na,no.wav,a,b,x\nb,https://a.b/c.wav,c,d,y\n")
+    splits = load_table(tmp_path, modalities=["text"], decode=True)
+    assert splits["train"].column_names == ["text", "label"]
+    with pytest.raises(ValueError, match=r"has the columns \['audio', .*\]; it needs at least one of video$"):
+        load_table(tmp_path, modalities=["video"])
+    write(tmp_path, "t.csv", "text,audio,class,target\na,no.wav,1,2\nb,neither.wav,1,2\n")
+    assert [row["text"] for row in read_samples(tmp_path)] == ["a", "b"]
 
 
 def test_a_single_column_needs_no_separator(tmp_path):
@@ -208,6 +283,31 @@ def test_columns_may_be_named(tmp_path):
     for columns in ({"text": "headline"}, {"picture": "title"}):
         with pytest.raises(ValueError, match=r"has \['Title', 'caption', 'kind'\]; ours are image, text, audio"):
             load_table(tmp_path, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("header", "columns", "read"),
+    [
+        ("text,title", {"label": "title"}, {"text", "label"}),
+        ("text,label", {"text": "label"}, {"text"}),
+        ("title,class", {"text": "class"}, {"text"}),
+        ("text,label", {"text": "label", "label": "text"}, {"text", "label"}),
+        ("text,label", {"group": "text"}, {"text", "label", "group"}),
+        ("title,caption", {"label": "title"}, {"text", "label"}),
+    ],
+)
+def test_a_column_that_was_asked_for_is_read_as_nothing_else(tmp_path, header, columns, read):
+    write(tmp_path, "train.csv", f"{header}\na,x\nb,y\n")
+    train = load_table(tmp_path, columns=columns)["train"]
+    assert set(train.column_names) == read
+    cells = [train["text"][0], *([train.features["label"].names[0]] if "label" in read else [])]
+    assert len(set(cells)) == len(cells)
+
+
+@pytest.mark.parametrize("names", [("text", "label"), ("label", "split"), ("image", "text")])
+def test_a_column_is_not_asked_for_twice(tmp_path, names):
+    with pytest.raises(ValueError, match=rf"columns says that 'a' of .*t\.csv is {' and '.join(names)}: name another"):
+        load_table(write(tmp_path, "t.csv", "a,b\n1,2\n"), columns=dict.fromkeys(names, "A"))
 
 
 @pytest.mark.parametrize(

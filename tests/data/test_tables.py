@@ -146,6 +146,17 @@ def test_a_group_is_one_however_it_is_written(tmp_path):
     assert sum(map(len, groups)) == len(set.union(*groups)) == 40
 
 
+@pytest.mark.parametrize("spelled", ["{}.0", "{}.", " {}.00 "])
+def test_a_group_of_a_csv_file_is_one_however_it_is_written(spelled, tmp_path, caplog):
+    lines = [f"t{i},{i % 2},{split},{spelled.format(i) if split == 'test' else i}" for i in (10, 21)
+             for split in ("train", "test")]  # fmt: skip
+    load_table(write(tmp_path, text="\n".join(["text,label,split,group", *lines])), decode=True)
+    assert "2 of 2 rows to test have the group of a row to train on" in caplog.text
+    names = ["1.10", "1.0.0", "v1.0"]
+    write(tmp_path, text="\n".join(["text,label,group", *(f"t,{i},{name}" for i, name in enumerate(names))]))
+    assert {row["group"] for row in rows(load_table(tmp_path))} == set(names)
+
+
 def test_what_lies_in_train_and_test_is_told(pictures, caplog):
     for number in range(3):
         Image.new("RGB", (4, 4), (number, 0, 0)).save(pictures / f"{number}.png")

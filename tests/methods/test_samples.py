@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from u2a_fast import PMF, U2A, JointEmbedding, LateFusion, MultimodalCollator, load_model
 from u2a_fast.encoders import from_pretrained_model
+from u2a_fast.prediction import predict_answers
 
 ROWS = [{"text": "red square"}, {"text": "blue thing"}, {"text": "green"}]
 
@@ -59,6 +60,15 @@ def test_a_single_sample_is_refused_with_the_cure(model, samples):
 def test_what_is_no_sample_is_named_by_its_number(model, sample):
     with pytest.raises(TypeError, match=r"sample 2 is a .*: write a dictionary with any of text, image"):
         model.predict([ROWS[0], sample])
+
+
+@pytest.mark.parametrize("name", ["Image", " image", "IMAGE"])
+def test_a_modality_in_other_letters_is_not_ignored(model, name):
+    samples = [ROWS[0], {"text": "red", name: None}]
+    for answer in (model.predict, lambda rows: predict_answers(model, rows)):
+        with pytest.raises(ValueError, match=f"sample 2 has '{name}', which is not read: call it 'image'"):
+            answer(samples)
+        assert len(answer([ROWS[0], {"text": "red", name: 1, "image": None, "Id": 3}])) == 2
 
 
 @pytest.mark.parametrize(("family", "usable"), [("bert", 20), ("roberta", 18), ("electra", 20), ("clip_text", 20)])

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import logging
+import re
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .splits import Row, file_cell, make_dataset
-from .table_files import parse_json_lines
+from .table_files import SPLITS, parse_json_lines
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 # The 23 genres that everybody keeps; films have a few others too.
 GENRES = (
@@ -26,6 +30,10 @@ GENRES = (
 )
 HATEFUL = ("not hateful", "hateful")
 PICTURES = (".jpeg", ".jpg", ".png")
+# A line of titles: a picture, perhaps behind a number, and what follows it.
+TITLED = re.compile(
+    r'(?:.*?[,;\t])??"?(?P<file>[^",;\t]+\.(?:jpe?g|png))"?(?P<delimiter>[,;\t])(?P<rest>.*)', re.IGNORECASE
+)
 
 
 def load_mmimdb(folder: str | Path) -> datasets.DatasetDict:
@@ -40,17 +48,23 @@ def load_mmimdb(folder: str | Path) -> datasets.DatasetDict:
     """
     folder = Path(folder)
     labels, images = _first_of(folder, "dataset", "labels", "."), _first_of(folder, "dataset", "images", ".")
-    splits = {}
-    for name, ids in _json(folder / "split.json", dict).items():
-        rows = []
-        for film in map(str, ids):
-            said = _json(labels / f"{film}.json", dict)
-            plots = said.get("plot") or [None]
-            text = plots if isinstance(plots, str) else plots[0]
-            marks = [float(genre in said.get("genres", ())) for genre in GENRES]
-            rows.append({"image": _picture(images, film), "text": text, "label": marks})
-        splits["validation" if name == "dev" else name] = rows
-    return make_dataset(_complete(splits, folder / "split.json"), GENRES)
+    source = folder / "split.json"
+    splits: dict[str, list[Row]] = {}
+    for name, ids in _json(source, dict).items():
+        split = SPLITS.get(name.strip().casefold())
+        if split is None or split in splits:
+            raise ValueError(f"{source} has the split {name!r}{' too' if split else ''}: write train, dev and test")
+        splits[split] = [_film(labels, images, film) for film in _several(ids, str | int, source, name)]
+    return make_dataset(_complete(splits, source), GENRES)
+
+
+def _film(labels: Path, images: Path, film: str | int) -> Row:
+    file = labels / f"{film}.json"
+    said = _json(file, dict)
+    plot, genres = said.get("plot"), _several(said.get("genres"), str, file, "genres")
+    plots = _several([plot] if isinstance(plot, str) else plot or [], str | None, file, "plot")
+    marks = [float(genre in genres) for genre in GENRES]
+    return {"image": _picture(images, str(film)), "text": plots[0] if plots else None, "label": marks}
 
 
 def load_food101(folder: str | Path) -> datasets.DatasetDict:
@@ -62,20 +76,32 @@ def load_food101(folder: str | Path) -> datasets.DatasetDict:
 
     Raises:
         FileNotFoundError: a file that the layout needs is not there.
+        ValueError: the titles are those of no picture.
     """
-    folder, splits = Path(folder), {}
-    names: set[str] = set()
+    folder = Path(folder)
+    splits: dict[str, list[Row]] = {}
     for name in ("train", "test"):
-        titles = _titles(folder / "texts" / f"{name}_titles.csv")
-        classes = sorted(path for path in _present(folder / "images" / name).iterdir() if path.is_dir())
-        names.update(dish.name for dish in classes)
-        splits[name] = [
-            {"image": file_cell(picture), "text": titles.get(picture.name), "label": dish.name}
-            for dish in classes
-            for picture in sorted(dish.iterdir())
-            if picture.suffix.lower() in PICTURES
-        ]
-    return make_dataset(_complete(splits, folder / "images"), sorted(names))
+        place, file = _present(folder / "images" / name), _present(folder / "texts" / f"{name}_titles.csv")
+        # Names with a dot in front are what macOS and notebooks leave behind.
+        pictures = sorted(path for path in place.glob("[!.]*/[!.]*") if path.suffix.lower() in PICTURES)
+        titles = _titles(file, {picture.parent.name for picture in pictures})
+        splits[name] = []
+        for picture in pictures:
+            dish = picture.parent.name
+            title = titles.get((dish, picture.name.casefold())) or titles.get(("", picture.name.casefold()))
+            splits[name].append({"image": file_cell(picture), "text": title, "label": dish})
+        without = [row["image"]["path"] for row in splits[name] if row["text"] is None]
+        if without and len(without) == len(pictures):
+            raise ValueError(
+                f"{file} names none of the {len(pictures)} pictures of {place}, {without[0]!r} for one: "
+                "write file name, title and class a line"
+            )
+        if without:
+            logger.warning(
+                "%s: %d of %d pictures have no title, %r for one", file, len(without), len(pictures), without[0]
+            )
+    names = sorted({row["label"] for part in splits.values() for row in part})
+    return make_dataset(_complete(splits, folder / "images"), names)
 
 
 def load_hateful_memes(folder: str | Path) -> datasets.DatasetDict:
@@ -99,8 +125,13 @@ def load_hateful_memes(folder: str | Path) -> datasets.DatasetDict:
         for number, line in enumerate(parse_json_lines(_present(file).read_bytes(), str(file)), start=1):
             if line.get("label") not in (0, 1):
                 raise ValueError(f"{file}, row {number} has no label 0 or 1: get the release whose {split} is labelled")
-            picture = file_cell(_present(folder / str(line.get("img"))))
-            rows.append({"image": picture, "text": line.get("text"), "label": HATEFUL[line["label"]]})
+            image, text = line.get("img"), line.get("text")
+            if not isinstance(image, str) or (folder / image).is_dir():
+                raise ValueError(f"{file}, row {number} has the img {image!r}: write the path of its picture")
+            if not isinstance(text, str | None):
+                raise ValueError(f"{file}, row {number} has the text {text!r}: write a string")
+            picture = file_cell(_present(folder / image))
+            rows.append({"image": picture, "text": text, "label": HATEFUL[int(line["label"])]})
         splits[split] = rows
     return make_dataset(_complete(splits, folder), HATEFUL)
 
@@ -137,10 +168,34 @@ def _json(path: Path, kind: type) -> Any:
     return content
 
 
-def _titles(path: Path) -> dict[str, str]:
-    """{file name: title}; a title that holds commas without quotes is the middle of its line."""
-    with open(_present(path), encoding="utf-8-sig", errors="replace", newline="") as file:
-        return {line[0]: ",".join(line[1:-1]) for line in csv.reader(file) if len(line) > 2}
+def _several(value: Any, kind: Any, file: Path, name: str) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
+        raise ValueError(
+            f"{file} has {value!r:.100} under {name!r}, which must be a list of strings: get the file again"
+        )
+    return value
+
+
+def _titles(path: Path, dishes: Set[str]) -> dict[tuple[str, str], str]:
+    """{(its class where the line has it in its path, file name): title}.
+
+    A title that holds commas without quotes is the middle of its line, and none goes on in the next one: what looks
+    like a quote that is never closed is a letter.
+    """
+    titles = {}
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n"):
+        found = TITLED.fullmatch(line.strip())
+        if found is None:
+            continue
+        file = PurePosixPath(found["file"].replace("\\", "/"))
+        try:
+            cells = next(csv.reader([found["rest"]], delimiter=found["delimiter"], strict=True))
+        except csv.Error:
+            cells = found["rest"].split(found["delimiter"])
+        title = found["delimiter"].join(cells[:-1] if len(cells) > 1 or set(cells) <= dishes else cells)
+        if title.strip():
+            titles[file.parent.name if file.parent.name in dishes else "", file.name.casefold()] = title
+    return titles
 
 
 def _complete(splits: Mapping[str, list[Row]], source: Path) -> dict[str, list[Row]]:

@@ -359,7 +359,10 @@ def _source(value: Any, kind: str) -> str | Path | io.BytesIO:
     """What a decoder can open: the bytes where there are any, the path otherwise."""
     source = value
     if isinstance(value, Mapping):
-        source = value.get("path") if value.get("bytes") is None else value["bytes"]
+        source, content = value.get("path"), value.get("bytes")
+        if isinstance(content, str | Path):  # which is no path there, and not opened
+            raise TypeError(f'the {kind} column holds a string under "bytes": write the content itself, or a "path"')
+        source = source if content is None else content
     if isinstance(source, bytes | bytearray):
         return io.BytesIO(source)
     if isinstance(source, str | Path):

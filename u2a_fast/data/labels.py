@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -18,6 +20,14 @@ TASKS = ("classification", "multi_label", "regression")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 COMMA = re.compile(r"[+\-\N{MINUS SIGN}]?(\d+[.,]?\d*|[.,]\d+)", re.ASCII)
 THOUSANDS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2},\d{3}", re.ASCII)
+IDS = re.compile(r"\d{1,9}(, ?\d{1,9})*", re.ASCII)  # of several labels
+# A number as people write it: 1.5, 1,5, 1,200,000.5.
+MEASURED = re.compile(
+    r"[+\-\N{MINUS SIGN}]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([, ]\d{3})+([.,]\d+)?)([eE][+-]?\d{1,3})?", re.ASCII
+)
+LIST = re.compile(r"\[\s*(['\"\d+-].*)?\]", re.DOTALL)
+# Marks of width nothing and of direction; joiners, which shape words and emoji, at the ends alone.
+UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]|^[\u200c\u200d]+|[\u200c\u200d]+$")
 TRUTH = {"false": "0", "true": "1"}
 FP32_STEP = 2.0**-24  # what rounding loses of a number, at most
 LONGEST_NUMBER = 100  # characters; a longer label is a name
@@ -35,11 +45,12 @@ def settle_labels(rows: Sequence[Row], task: str | None = None, separator: str |
             classes where all are 0 or 1.
         separator: what stands between the names of a cell.
 
-    Spellings of one label are one class: blanks around a name, 1 and 1.0, true and 1, and the two ways to write an
-    accented letter in Unicode. Names that differ in their case alone are kept apart, with a warning.
+    Spellings of one label are one class: blanks of any kind and length, what nobody sees, 1 and 1.0, true and True (and
+    1, beside numbers), and the two ways to write an accented letter in Unicode. Names that differ in their case alone
+    are kept apart, with a warning. Lists may be written as Python or JSON writes them.
 
     Raises:
-        ValueError: a cell that does not fit the task, or vectors of different length.
+        ValueError: a cell that does not fit the task, vectors of different length, or what may mean two things.
 
     >>> rows = [{"place": "a.csv, row 1", "label": " 1"}, {"place": "a.csv, row 2", "label": 1.0}]
     >>> settle_labels(rows), [row["label"] for row in rows]
@@ -48,7 +59,10 @@ def settle_labels(rows: Sequence[Row], task: str | None = None, separator: str |
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
     for row in rows:
-        row["label"] = _cell(row["label"], row["place"], separator)
+        label = row["label"]
+        if isinstance(label, str) and not separator and task != "classification":
+            label = _written_list(label.strip(), row["place"])
+        row["label"] = _cell(label, row["place"], separator)
     lists = [row for row in rows if isinstance(row["label"], list)]
     if any(not isinstance(part, str) for row in lists for part in row["label"]):
         return _settle_vectors(rows, task)
@@ -123,18 +137,40 @@ class Classes:
 def _cell(label: Any, place: str, separator: str | None) -> Any:
     """A name, a number or a list of either, tidied."""
     if isinstance(label, str) and separator:
-        label = [part for part in label.split(separator) if part.strip()]
+        label = [part for part in label.split(separator) if _tidy(part)]
     if isinstance(label, list | tuple) and not any(isinstance(part, list | tuple) for part in label):
         return [_cell(part, place, None) for part in label]
+    label = _tidy(label) if isinstance(label, str) else label
     if is_absent(label):
         raise ValueError(f"{place} has no label; fill it in or leave the row out")
     if isinstance(label, str):
         if not label.isprintable() and re.search("[\ud800-\udfff]", label):
             raise ValueError(f"{place} has the label {label!r}, half of a surrogate pair: write the whole character")
-        return unicodedata.normalize("NFC", label).strip()
+        return label
     if isinstance(label, bool | int | float | Decimal):
         return label
     raise ValueError(f"{place} has a {type(label).__name__} as its label: write a name, a number, or a list of them")
+
+
+def _tidy(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", UNSEEN.sub("", name)).split())
+
+
+def _written_list(label: str, place: str) -> Any:
+    """The list that a cell spells as Python or JSON writes it, which is what pandas makes of one; else the cell."""
+    if not LIST.fullmatch(label):
+        return label
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            parts = read(label)
+            if isinstance(parts, list) and not re.search(
+                r"['\"]\s+['\"]", label
+            ):  # NumPy's 'a' 'b', which Python joins
+                return parts
+    raise ValueError(
+        f"{place} has the label {label!r:.100}, which is no list as Python or JSON writes it: write names with commas "
+        "between them, or say that it is one name with --task classification"
+    )
 
 
 def _settle_vectors(rows: Sequence[Row], task: str | None) -> list[str] | None:
@@ -159,9 +195,11 @@ def _settle_vectors(rows: Sequence[Row], task: str | None) -> list[str] | None:
 def _settle_sets(rows: Sequence[Row]) -> list[str]:
     """Lists of names become vectors of 0 and 1 in the order of the names."""
     for row in rows:
-        label = row["label"]
-        row["label"] = {str(part) for part in (label if isinstance(label, list) else [label])}
-    names = sorted(set().union(*(row["label"] for row in rows)))
+        row["label"] = [str(part) for part in (row["label"] if isinstance(row["label"], list) else [row["label"]])]
+    spelling = _spellings([part for row in rows for part in row["label"]])
+    for row in rows:
+        row["label"] = {spelling[meaning(part)] for part in row["label"]}
+    names = sorted(spelling.values())
     if not names:
         raise ValueError(f"no row has any label, {rows[0]['place']} for one: fill them in or drop the column")
     _warn_of_case(names)
@@ -172,12 +210,13 @@ def _settle_sets(rows: Sequence[Row]) -> list[str]:
 
 def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
     texts = [str(row["label"]) for row in rows]
-    if all(text.casefold() in TRUTH for text in texts):
-        spelling = {text.casefold(): text for text in sorted(texts, reverse=True)}
-        texts = [spelling[text.casefold()] for text in texts]
+    if task is None:
+        _refuse_ids(texts, rows)
     if task != "classification":
         texts = _with_points(texts, rows)
     numbers = _numbers(texts)
+    if task is None and numbers is None:
+        _refuse_mixed(texts, rows)
     if task == "regression" and numbers is None:
         for row, text in zip(rows, texts, strict=True):
             if _numbers([text]) is None:
@@ -196,7 +235,9 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
     if numbers is not None and any(number.is_nan() for number in numbers):
         numbers = None  # a class of that name: it has no place among numbers
     if numbers is not None:
-        texts = _one_spelling(texts, numbers)
+        texts = [TRUTH.get(text.casefold(), text) for text in texts]
+    spelling = _spellings(texts)
+    texts = [spelling[meaning(text)] for text in texts]
     for row, text in zip(rows, texts, strict=True):
         row["label"] = text
     names = sorted(set(texts))
@@ -238,13 +279,45 @@ def _are_measured(texts: Sequence[str], numbers: Sequence[Decimal]) -> bool:
     return not whole or not any(text.lstrip("+-").isdigit() for text in texts)
 
 
-def _one_spelling(texts: Sequence[str], numbers: Sequence[Decimal]) -> list[str]:
-    """The shortest way in which each number is written, for all of its spellings."""
-    shortest: dict[Decimal, str] = {}
-    for text, number in zip(texts, numbers, strict=True):
-        text = TRUTH.get(text.casefold(), text)
-        shortest[number] = min(shortest.get(number, text), text, key=lambda spelling: (len(spelling), spelling))
-    return [shortest[number] for number in numbers]
+def _spellings(texts: Iterable[str]) -> dict[str | Decimal, str]:
+    """{what labels mean: the shortest way in which it is written}."""
+    shortest: dict[str | Decimal, str] = {}
+    for text in texts:
+        what = meaning(text)
+        shortest[what] = min(shortest.get(what, text), text, key=lambda spelling: (len(spelling), spelling))
+    return shortest
+
+
+def _refuse_ids(texts: Sequence[str], rows: Sequence[Row]) -> None:
+    """ValueError where "1,2" beside 3 may be two labels of a row: all such cells rise, and numbers behind a comma stand
+    in front of one too, as decimals such as 1,5 and 2,5 seldom do.
+    """
+    several = [(text, row["place"]) for text, row in zip(texts, rows, strict=True) if "," in text]
+    if not all(IDS.fullmatch(text) for text in texts) or all(THOUSANDS.fullmatch(text) for text, _ in several):
+        return
+    ids = [[int(part) for part in text.split(",")] for text in texts]
+    rising = all(parts == sorted(set(parts)) for parts in ids) and not any(re.search(", ?0", text) for text in texts)
+    again = {part for parts in ids for part in parts[1:]} & {parts[0] for parts in ids}
+    if not rising or not (again or any(not COMMA.fullmatch(text) for text in texts)):
+        return
+    text, place = several[0]
+    raise ValueError(
+        f"{place} has the label {text!r}, which may be one number or {len(text.split(','))} labels of the row: pass "
+        '--label-separator "," for labels, or say that it is one with --task regression'
+    )
+
+
+def _refuse_mixed(texts: Sequence[str], rows: Sequence[Row]) -> None:
+    """ValueError where most labels are numbers, some of them measured, and each would be a class for the others."""
+    written = [len(text) <= LONGEST_NUMBER and bool(MEASURED.fullmatch(text)) for text in texts]
+    measured = any("." in text.rstrip(".0") or "," in text for text, like in zip(texts, written, strict=True) if like)
+    if not measured or 2 * sum(written) <= len(texts):
+        return
+    text, place = next((text, row["place"]) for text, row in zip(texts, rows, strict=True) if _numbers([text]) is None)
+    raise ValueError(
+        f"{place} has the label {text!r:.100}, but most labels are numbers: write it as one, such as 1200.5, leave the "
+        "row out, or say that all are names with --task classification"
+    )
 
 
 def _finite(number: Any, place: str) -> float:

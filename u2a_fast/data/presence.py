@@ -160,6 +160,15 @@ def samples_of(dataset: Any) -> Iterator[dict[str, Any]]:
     return iter(dataset)
 
 
+def refuse_misspelt(sample: Mapping[str, Any], modalities: Iterable[str], number: int) -> None:
+    """ValueError where a sample has a modality under its name in other letters, under which nobody reads it."""
+    known = {name.casefold(): name for name in modalities}
+    for name in sample:
+        meant = known.get(str(name).strip().casefold())
+        if meant is not None and meant not in sample:
+            raise ValueError(f"sample {number} has {name!r}, which is not read: call it {meant!r}")
+
+
 def batches_of(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Lists of `size` samples, the last of what is left; ValueError where that is less than 1."""
     if size < 1:

@@ -83,7 +83,9 @@ def file_digest(cell: Any) -> str | None:
     if isinstance(cell, Mapping):
         if cell.get("array") is not None:  # decoded by `datasets`, which leaves the path beside it
             return None
-        cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+        cell, content = cell.get("path"), cell.get("bytes")
+        if content is not None:
+            cell = content if isinstance(content, bytes | bytearray) else None  # a string is no path there
     if isinstance(cell, bytes | bytearray):
         return hashlib.sha256(cell).hexdigest()
     if isinstance(cell, str | Path):

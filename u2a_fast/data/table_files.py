@@ -24,7 +24,7 @@ FOR_EXCEL = re.compile(r'"?sep=(?P<delimiter>[,;\t|])"?\r?\n', re.IGNORECASE)  #
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    "test": "test",
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")  # as the Hugging Face hub names them
 
@@ -202,12 +202,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
 def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
     import datasets
     import pyarrow
-    from pyarrow.parquet import read_table
+    from pyarrow.parquet import ParquetFile
 
     try:
-        table = read_table(path, partitioning=None)
+        table = ParquetFile(path).read()  # `read_table` refuses two columns of one name, even where nobody reads them
         rows = table.to_pylist()
-        features = datasets.Features.from_arrow_schema(table.schema) if table.schema.metadata else {}
+        # Only a table of `datasets` names classes; columns of others it may not know.
+        named = b"huggingface" in (table.schema.metadata or {})
+        features = datasets.Features.from_arrow_schema(table.schema) if named else {}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
     for name, feature in features.items():

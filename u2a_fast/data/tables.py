@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-from .inputs import DecodeError, given_rate, is_absent, to_audio
+from .cells import READERS, is_bare
+from .inputs import is_absent
 from .labels import settle_labels
 from .presence import readable, rows_named
 from .splits import MODALITIES, Row, make_dataset, split_rows, warn_of_leaks
@@ -25,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Our columns, and what else people call them; where ours is absent, the only other one is taken.
 COLUMNS = {
-    "image": ("img", "photo", "image_path", "img_path", "file_name"),
+    "image": ("img", "photo", "image_path", "img_path"),
     "text": ("title", "caption", "sentence"),
     "audio": ("recording", "speech", "audio_path"),
     "video": ("video_path", "clip_path"),
@@ -33,8 +30,13 @@ COLUMNS = {
     "group": (),
     "split": (),
 }
-FILES = ("image", "audio", "video")  # columns of paths, bytes or records
-URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+FILE_NAME = "file_name"  # of the hub's folders: an image, a recording or a video, by how it ends
+ENDINGS = {
+    "audio": (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"),
+    "video": (".mp4", ".mov", ".avi", ".mkv", ".webm"),
+}
+SPLITS_TOO = ("set", "partition", "subset", "fold")  # what else people call `split`, and for other things too
+BESIDES = ("label", "group", "split")  # columns that are no modality
 
 
 def load_table(
@@ -46,6 +48,7 @@ def load_table(
     decode: bool = False,
     keep_empty: bool = False,
     usual: Mapping[str, str] | None = None,
+    modalities: Collection[str] = MODALITIES,
 ) -> datasets.DatasetDict:
     """Train, validation and test out of a table, or a folder of tables.
 
@@ -66,6 +69,7 @@ def load_table(
         decode: open every file now: what cannot be decoded becomes None, and a row with nothing left is left out
             unless `keep_empty`; both are reported with the table's row numbers.
         usual: more `columns`, for a table that has them.
+        modalities: those that are read; nothing in the columns of others is looked at.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -78,16 +82,19 @@ def load_table(
     {'text': None, 'label': 1}
     """
     splits = {}
+    needed = (*modalities, *BESIDES)
     for name, files in find_tables(Path(path)).items():
-        read = (row for file in files for row in _read(file, columns or {}, usual or {}, decode))
-        splits[name] = [row for row in read if not _is_blank(row)]
+        tables = [_only_there(_read(file, columns or {}, usual or {}, needed), file, decode) for file in files]
+        splits[name] = [row for table in tables for row in table if not _is_blank(row)]
     rows = [row for part in splits.values() for row in part]
     if not rows:
         raise ValueError(f"{path} has blank rows only: there is nothing to learn from")
     labelled = [row for row in rows if "label" in row]
     class_names = settle_labels(labelled, task, label_separator) if labelled else None
     if list(splits) == ["all"]:
-        splits = _by_split_column(rows) if "split" in rows[0] else split_rows(rows, seed)
+        splits = _by_split_column(rows) if any("split" in row for row in rows) else split_rows(rows, seed)
+    else:
+        _refuse_strays(splits)
     if decode and not keep_empty:
         splits = {name: _without_empty(part) for name, part in splits.items()}
     if decode:
@@ -101,7 +108,7 @@ def load_table(
 def read_samples(
     path: str | Path, columns: Mapping[str, str] | None = None, usual: Mapping[str, str] | None = None
 ) -> list[Row]:
-    """The rows of one table as samples to predict: the modalities alone, files not opened.
+    """The rows of one table as samples to predict: the modalities alone, files neither opened nor looked for.
 
     Raises:
         FileNotFoundError, ValueError: as `load_table`.
@@ -110,32 +117,53 @@ def read_samples(
     if len(tables) > 1:
         raise ValueError(f"{path} holds {len(tables)} tables, {' and '.join(tables)}: name the one to answer")
     (files,) = tables.values()
-    rows = [row for file in files for row in _read(file, columns or {}, usual or {}, decode=False)]
+    rows = [row for file in files for row in _read(file, columns or {}, usual or {}, MODALITIES)]
     return [{name: row[name] for name in MODALITIES if name in row} for row in rows]
 
 
-def _read(path: Path, columns: Mapping[str, str], usual: Mapping[str, str], decode: bool) -> list[Row]:
-    """The rows of a table with our columns only, every one of them in every row, absent cells as None."""
+def read_lines(rows: Sequence[Row], source: str) -> list[Row]:
+    """The modalities of rows that lie in no file, read as those of a table in the working directory."""
+    names = list(dict.fromkeys(name.strip().casefold() for row in rows for name in row))
+    chosen = _choose_columns(names, rows, {}, {}, Path(source), MODALITIES)
+    return [{name: row[name] for name in chosen} for row in _cells(rows, chosen, Path(source), Path())]
+
+
+def _read(path: Path, columns: Mapping[str, str], usual: Mapping[str, str], needed: Collection[str]) -> list[Row]:
+    """The rows of a table with those of our columns that are needed, every one in every row, absent cells as None."""
     names, rows = read_rows(path)
-    chosen = _choose_columns(names, columns, usual, path)
-    readers = {**dict.fromkeys(FILES, _file_cell), "text": _text_cell, "group": _group_cell}
+    chosen = _choose_columns(names, rows, columns, usual, path, needed)
+    modalities = [name for name in MODALITIES if name in needed]
+    if not set(chosen) & set(modalities):
+        raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(modalities)}")
+    if "split" in needed and "split" not in chosen:
+        _warn_of_unread_splits(names, rows, chosen.values(), path)
+    return _cells(rows, chosen, path, path.absolute().parent)
+
+
+def _cells(rows: Sequence[Row], chosen: Mapping[str, str], source: Path, folder: Path) -> list[Row]:
     made = []
     for number, given in enumerate(rows, start=1):
-        given = _lower_case(given, set(chosen.values()), path, number)
-        row: Row = {"place": f"{path}, row {number}"}
+        given = _lower_case(given, set(chosen.values()), source, number)
+        row: Row = {"place": f"{source}, row {number}"}
         for ours, theirs in chosen.items():
             cell = given.get(theirs)
             try:
                 absent = is_absent(cell)
-                row[ours] = None if absent else readers[ours](cell, ours, path.parent) if ours in readers else cell
+                row[ours] = None if absent else READERS[ours](cell, ours, folder) if ours in READERS else cell
             except ValueError as error:
-                raise ValueError(f"{path}, row {number}, column {theirs}: {error}") from error
+                raise ValueError(f"{source}, row {number}, column {theirs}: {error}") from error
         made.append(row)
-    for column in [name for name in FILES if name in chosen]:
-        _drop_missing_files(made, column, path)
-    if decode:
-        _drop_undecodable(made, [name for name in MODALITIES if name in chosen], path)
     return made
+
+
+def _only_there(rows: list[Row], table: Path, decode: bool) -> list[Row]:
+    """The same rows, in which files that do not exist, or with `decode` cannot be decoded, are absent."""
+    modalities = [name for name in MODALITIES if name in rows[0]]
+    for column in modalities:
+        drop_missing_files(rows, column, table)
+    if decode:
+        _drop_undecodable(rows, modalities, table)
+    return rows
 
 
 def _is_blank(row: Row) -> bool:
@@ -154,20 +182,35 @@ def _lower_case(row: Row, used: set[str], path: Path, number: int) -> Row:
 
 
 def _choose_columns(
-    names: Sequence[str], asked: Mapping[str, str], usual: Mapping[str, str], path: Path
+    names: Sequence[str],
+    rows: Sequence[Row],
+    asked: Mapping[str, str],
+    usual: Mapping[str, str],
+    path: Path,
+    needed: Collection[str],
 ) -> dict[str, str]:
-    """{our column: the table's, in lower case}."""
+    """{our column: the table's, in lower case}, of those that are needed."""
+    aliases = {**COLUMNS, (kind := _kind_of_files(rows)): (*COLUMNS[kind], FILE_NAME)}
     found = [name.strip().casefold() for name in names]
+    wanted = [theirs.strip().casefold() for theirs in asked.values()]
     named = {ours: theirs.strip().casefold() for ours, theirs in usual.items()}
-    chosen = {ours: theirs for ours, theirs in named.items() if theirs in found}
+    chosen = {ours: theirs for ours, theirs in named.items() if theirs in found and theirs not in wanted}
     for ours, theirs in asked.items():
         if ours not in COLUMNS or theirs.strip().casefold() not in found:
             known = f"{path} has {list(names)}; ours are {', '.join(COLUMNS)}"
             raise ValueError(f"columns says {ours!r}: {theirs!r}, but {known}")
         chosen[ours] = theirs.strip().casefold()
-    for ours, others in COLUMNS.items():
-        candidates = [ours] if ours in found else [name for name in others if name in found]
-        if ours in chosen or not candidates:
+    # What somebody gave a name is not guessed at again: a label that is read as text too tells itself. Any column may
+    # say what belongs together besides: `group` takes none away.
+    taken = [theirs for ours, theirs in chosen.items() if ours != "group"]
+    double = next((name for name in taken if taken.count(name) > 1), None)
+    if double is not None:
+        both = " and ".join(ours for ours, theirs in chosen.items() if theirs == double)
+        raise ValueError(f"columns says that {double!r} of {path} is {both}: name another column for one of them")
+    for ours, others in aliases.items():
+        free = [name for name in (ours, *others) if name in found and name not in taken]
+        candidates = [ours] if ours in free else free
+        if ours in chosen or ours not in needed or not candidates:
             continue
         if len(candidates) > 1:
             choice = f'--columns \'{{"{ours}": "{candidates[0]}"}}\''
@@ -175,100 +218,31 @@ def _choose_columns(
         chosen[ours] = candidates[0]
         if candidates[0] != ours:
             logger.warning("%s: the column %s is read as %s", path, candidates[0], ours)
+    chosen = {name: chosen[name] for name in COLUMNS if name in chosen and name in needed}
     twice = next((name for name in chosen.values() if found.count(name) > 1), None)
     if twice is not None and path.suffix.lower() != ".jsonl":  # whose columns are those of all rows together
         raise ValueError(f"{path} has {len(names)} columns, two of them called {twice!r}: rename or remove one")
-    if not set(chosen) & set(MODALITIES):
-        raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(MODALITIES)}")
-    return {name: chosen[name] for name in COLUMNS if name in chosen}
+    return chosen
 
 
-# ------------------------------------------------------------------------------------------------------------ cells
-def _text_cell(cell: Any, column: str, folder: Path) -> str:
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return str(cell)
-    if not isinstance(cell, str):
-        raise ValueError(f"holds a {type(cell).__name__}, and {column} needs a string: write it as one")
-    try:
-        cell.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"holds half of a surrogate pair ({cell[error.start]!r}): write the whole character"
-        ) from error
-    return cell
-
-
-def _group_cell(cell: Any, column: str, folder: Path) -> str:
-    """The name of a group: 1, 1.0 and " 1" are one, as of labels."""
-    if isinstance(cell, float):
-        return str(int(cell)) if cell.is_integer() else str(cell)
-    return _text_cell(cell, column, folder).strip()
-
-
-def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
-    """{"path", "bytes"}; None for a recording that is empty."""
-    if isinstance(cell, list | tuple) and len(cell) == 1 and not isinstance(cell[0], int | float):
-        (cell,) = cell
-    if isinstance(cell, list | tuple):
-        if any(isinstance(part, int | float | list) for part in cell):
-            what, cure = "a list of numbers", 'write a path, or a clip as {"array": .., "sampling_rate": ..}'
-        else:
-            what = f"{len(cell)} files"
-            cure = "write the file of one clip" if column == "video" else "write one a row"
-        raise ValueError(f"holds {what}: {cure}")
-    if isinstance(cell, bytes):
-        return {"path": None, "bytes": cell}
-    if isinstance(cell, Mapping):
-        return _record_cell(cell, column, folder)
-    if not isinstance(cell, str):
-        raise ValueError(f"holds a {type(cell).__name__}: write a path, bytes, or a record of path and bytes")
-    cell = cell.strip()
-    if cell.casefold().startswith("file://"):
-        cell = url2pathname(urlsplit(cell).path)
-    if URL.match(cell):
-        raise ValueError(f"holds the address {cell}: download the file and write its path")
-    path = os.path.abspath(folder / (os.path.expanduser(cell) if cell.startswith("~/") else cell))
-    if "\\" in cell and not os.path.exists(path):  # written on Windows
-        path = os.path.abspath(folder / cell.replace("\\", "/"))
-    return {"path": path, "bytes": None}
-
-
-def _record_cell(cell: Mapping[str, Any], column: str, folder: Path) -> Row | None:
-    if cell.get("array") is not None:
-        return _clip_cell(cell) if column == "audio" else _file_cell(cell["array"], column, folder)
-    path, content = cell.get("path"), cell.get("bytes")
-    if content is None:
-        return _file_cell(path, column, folder)
-    if not isinstance(content, bytes) or not isinstance(path, str | None):
-        raise ValueError(f"holds a record of {type(path).__name__} and {type(content).__name__}, not path and bytes")
-    return {"path": path, "bytes": content}
-
-
-def _clip_cell(clip: Mapping[str, Any]) -> Row | None:
-    """The samples as a WAV file in memory: the form in which all recordings are kept."""
-    import soundfile
-
-    rate = given_rate(clip)
-    try:
-        samples = to_audio(clip, rate)
-    except DecodeError:
-        return None
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
-    return {"path": None, "bytes": file.getvalue()}
+def _kind_of_files(rows: Sequence[Row]) -> str:
+    """What the files of a column `file_name` are: recordings or videos where all end so, else images."""
+    cells = [cell for row in rows for name, cell in row.items() if name.strip().casefold() == FILE_NAME]
+    paths = [cell.strip().casefold() for cell in cells if isinstance(cell, str) and cell.strip()]
+    return next((kind for kind, ends in ENDINGS.items() if paths and all(p.endswith(ends) for p in paths)), "image")
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
-def _drop_missing_files(rows: list[Row], column: str, table: Path) -> None:
+def drop_missing_files(rows: Sequence[Row], column: str, table: Path) -> None:
     """A file that does not exist is absent; all of them missing is a mistake."""
-    named = [(number, row) for number, row in enumerate(rows) if row[column] and row[column]["bytes"] is None]
+    named = [(number, row) for number, row in enumerate(rows) if is_bare(row.get(column))]
     missing = [(number, row) for number, row in named if not os.path.isfile(row[column]["path"])]
     if not missing:
         return
     first = missing[0][1][column]["path"]
     if len(missing) == len(named):
         raise FileNotFoundError(
-            f"none of the {len(named)} files of the column {column} of {table} exists, {first!r} for one; "
+            f"none of the {len(named)} files of the column {column} of {table} exists, {first!r:.300} for one; "
             "paths are relative to the table"
         )
     counts = f"{len(missing)} of {len(named)} {column} files"
@@ -295,11 +269,35 @@ def _without_empty(rows: list[Row]) -> list[Row]:
     return [row for row in rows if any(row.get(name) is not None for name in MODALITIES)]
 
 
+def _split_of(cell: Any) -> str | None:
+    return SPLITS.get(cell.strip().casefold()) if isinstance(cell, str) else None
+
+
 def _by_split_column(rows: list[Row]) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for row in rows:
-        name = SPLITS.get(row["split"].strip().casefold()) if isinstance(row["split"], str) else None
+        name = _split_of(row.get("split"))
         if name is None:
-            raise ValueError(f"{row['place']} has the split {row['split']!r}: write train, validation or test")
+            raise ValueError(f"{row['place']} has the split {row.get('split')!r}: write train, validation or test")
         splits.setdefault(name, []).append(row)
     return {name: splits[name] for name in dict.fromkeys(SPLITS.values()) if name in splits}
+
+
+def _refuse_strays(splits: Mapping[str, list[Row]]) -> None:
+    """ValueError where a row says that it is of another split than the table that holds it."""
+    for name, part in splits.items():
+        for row in part:
+            if _split_of(row.get("split")) not in (None, name):
+                raise ValueError(
+                    f"{row['place']} has the split {row['split']!r}, but its table is that of {name}: move the row, "
+                    "correct its split, or pass the table itself, which is then split by that column"
+                )
+
+
+def _warn_of_unread_splits(names: Sequence[str], rows: Sequence[Row], read: Collection[str], path: Path) -> None:
+    """Say it where a column that nobody reads seems to tell rows to train on from rows to test."""
+    for name in names:
+        short = name.strip().casefold()
+        if short in SPLITS_TOO and short not in read and any(_split_of(row.get(name)) for row in rows):
+            choice = f'--columns \'{{"split": "{short}"}}\''
+            logger.warning("%s: the column %s is not read, and rows are split without it: pass %s", path, name, choice)

@@ -258,7 +258,7 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
         return torch.cat(logits) if logits else torch.empty(0, self.config.num_labels)
 
     def _read_samples(self, samples: Iterable[Mapping[str, Any] | str]) -> Iterator[Mapping[str, Any]]:
-        from ..data.presence import samples_of
+        from ..data.presence import refuse_misspelt, samples_of
 
         if isinstance(samples, (Mapping, str)):
             raise TypeError("samples must be a list of dictionaries: write predict([sample]) for a single one")
@@ -270,6 +270,7 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             if not isinstance(sample, Mapping):
                 known = ", ".join(modalities)
                 raise TypeError(f"sample {number} is a {type(sample).__name__}: write a dictionary with any of {known}")
+            refuse_misspelt(sample, modalities, number)
             yield sample
 
     # ------------------------------------------------------------------------------------------------- bookkeeping
