@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from ..block import Block
 from ..layout import Layout, layout_of
 from ..norms import normalise
-from ..padding import Padding, padding_of, take_rows
+from ..padding import Padding, padding_of
 from ..rotary import Rotation
 
 LENGTHS = 32  # of texts in a captured step
@@ -260,9 +260,11 @@ class Encoder(nn.Module):
             suffix: `[Q, D]` learned rows, appended once and always visible.
             present: bool `[B]`; token rows of absent samples are never read, the first suffix row stands in.
         """
-        tokens, layout, padding = self.lay_out(tokens, padding, suffix)
+        if torch.is_tensor(padding):
+            padding = padding_of(padding)
+        layout = self.layout_of(tokens, padding, 0 if suffix is None else len(suffix))
         rows = self._through(self.blocks[layers], layout.pack(tokens), layout, suffix, present)
-        return self._restored(layout.unpack(rows, tokens.shape[:2]), padding, tokens.shape[1])
+        return layout.unpack(rows, tokens.shape[:2])
 
     def read(
         self,
@@ -275,11 +277,10 @@ class Encoder(nn.Module):
 
         As `run`, `finish` and `class_token`, but that the last block computes only the rows that are read.
         """
-        hidden_padding = padding is not None and padding.host_mask is None  # at the end, in front of the learned rows
-        if self.reads_all or (hidden_padding and self.reads_last):
+        if self.reads_all:
             hidden, length = self.finish(self.run(tokens, padding, suffix, present)), tokens.shape[1]
             return self.class_token(hidden[:, :length], padding and padding.mask), hidden[:, length:]
-        tokens, layout, _ = self.lay_out(tokens, padding, suffix)
+        layout = self.layout_of(tokens, padding, 0 if suffix is None else len(suffix))
         return self.read_laid_out(tokens, layout, suffix, present)
 
     def read_laid_out(
@@ -315,29 +316,6 @@ class Encoder(nn.Module):
                     "leave some of them as they are cannot be taken"
                 )
         return tables
-
-    def lay_out(
-        self,
-        tokens: torch.Tensor,
-        padding: Padding | torch.Tensor | None,
-        suffix: torch.Tensor | None = None,
-        behind: int = 0,
-    ) -> tuple[torch.Tensor, Layout, Padding | None]:
-        """Tokens `[B, S, D]` as their layout takes them, the layout, and the padding by which they were reordered."""
-        if torch.is_tensor(padding):
-            padding = padding_of(padding)
-        layout = self.layout_of(tokens, padding, 0 if suffix is None else suffix.shape[0], behind)
-        if layout.lengths is None or padding.order is None:
-            return tokens, layout, None
-        return take_rows(tokens, padding.order), layout, padding  # padding that is hidden has to stand at the end
-
-    @staticmethod
-    def _restored(rows: torch.Tensor, padding: Padding | None, length: int) -> torch.Tensor:
-        """Rows of tokens that `lay_out` has reordered, in their own order again."""
-        if padding is None:
-            return rows
-        restored = take_rows(rows[:, :length], padding.order.argsort(dim=1))
-        return torch.cat([restored, rows[:, length:]], dim=1) if rows.shape[1] > length else restored
 
     @staticmethod
     def _through(blocks, rows, layout, suffix, present):
