@@ -1,6 +1,7 @@
 """What cannot be right is refused, in one sentence that says what would do."""
 
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import tiny_encoders
@@ -97,6 +98,20 @@ ESM_POSITIONS = "EsmModel with position_embedding_type='relative_key' .* our blo
 def test_unsupported_models_are_refused_in_one_sentence(build, message):
     with pytest.raises(ValueError, match=message):
         from_pretrained_model(build())
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        *((name, "config") for name in ("llama", "qwen2", "qwen3", "mistral", "gemma3", "clip_text")),
+        *((name, "layers.1.self_attn") for name in ("llama", "qwen2", "qwen3", "mistral", "gemma3")),
+    ],
+)
+def test_a_causal_model_that_is_told_to_see_both_ways_is_refused(name, told):
+    model = tiny_encoders.build(name)
+    attrgetter(told)(model).is_causal = False
+    with pytest.raises(ValueError, match=r"is_causal=False sees both ways, .*: set it to True, or describe"):
+        from_pretrained_model(model)
 
 
 def test_pictures_that_are_not_square_are_refused_where_positions_turn():
