@@ -136,6 +136,16 @@ def test_an_encoder_without_a_name_is_asked_for(tmp_path):
     assert torch.equal(model(**batch()).logits, again(**batch()).logits)
 
 
+def test_merged_encoders_are_asked_for_and_not_read_as_they_were_before(folders, tmp_path):
+    merged = make_model(folders).merge_and_unload()
+    model = U2A(merged, num_labels=3).eval()
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved without a name: pass encoders=\{'text': ...\}"):
+        load_model(tmp_path / "saved")
+    again = U2A.from_pretrained(tmp_path / "saved", encoders=merged)
+    assert torch.equal(model(**batch()).logits, again(**batch()).logits)
+
+
 def test_a_folder_that_does_not_fit_is_refused(folders, tmp_path):
     make_model(folders).save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="holds a u2a model, not late_fusion"):
