@@ -24,7 +24,13 @@ def embed_text(
 def text_padding(
     encoder: Encoder, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
 ) -> torch.Tensor | None:
-    return None if attention_mask is None else attention_mask.bool()
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must be [samples, tokens], 1 where a token is real, not {list(attention_mask.shape)}"
+        )
+    return attention_mask.bool()
 
 
 def embed_clip_text(
@@ -40,7 +46,7 @@ def embed_clip_text(
 def clip_text_padding(
     encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
 ) -> torch.Tensor:
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    real = text_padding(encoder, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
     eos = encoder.config.eos_token_id
     # Configs from before transformers 4.31 say 2 and mean the highest id. Rows after the end of text are padding; so
     # are those before the text that hold the same id, which CLIP pads with.

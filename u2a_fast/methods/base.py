@@ -196,6 +196,9 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             (present,), padding = self._to_host(inputs, present)
         here = zip(self.config.modalities, present.unbind(1), strict=True)
         found = {name: present_rows(inputs[name], rows, padding[name]) for name, rows in here if name in inputs}
+        for name, own in found.items():
+            if len(own.index) and any(torch.is_tensor(value) and not value.numel() for value in own.inputs.values()):
+                raise ValueError(f"{name} is marked present and its inputs are empty: mark it absent in modality_mask")
         return {name: nobody(self.device) for name in self.encoders} | found if all_take_part() else found
 
     # -------------------------------------------------------------------------------------------------- raw samples
