@@ -128,6 +128,13 @@ def test_positions_that_turn_a_part_of_a_head_are_refused():
         encoder(**tiny_encoders.inputs("nomic_bert", 2))
 
 
+@pytest.mark.parametrize("size", [(25, 25), (26, 30), (8, 72)])
+def test_pictures_that_would_be_cut_to_whole_patches_are_refused(size):
+    encoder = from_pretrained_model(tiny_encoders.build("vit_mae"))
+    with pytest.raises(ValueError, match=r"have 9 patches, .* for 9, of 24 x 24 pixels: resize them"):
+        encoder.embed(pixel_values=torch.randn(1, 3, *size))
+
+
 def test_pictures_without_a_position_for_each_patch_are_refused():
     encoder = from_pretrained_model(tiny_encoders.build("vit_mae"))
     with pytest.raises(ValueError, match="have 25 patches, and this encoder has positions for 9"):

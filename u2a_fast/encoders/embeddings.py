@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch.nn.functional import gelu, pad
 
@@ -56,7 +58,10 @@ def clip_text_padding(
 
 
 def embed_image(encoder: Encoder, pixel_values: torch.Tensor, **options: bool) -> EmbedResult:
-    tokens = encoder.stem["embeddings"](pixel_values, **options)
+    embeddings = encoder.stem["embeddings"]
+    if "interpolate_pos_encoding" not in inspect.signature(embeddings.forward).parameters:
+        options.pop("interpolate_pos_encoding", None)  # DINOv2 and BEiT do so unasked
+    tokens = embeddings(pixel_values, **options)
     if isinstance(tokens, tuple):  # Data2Vec says how many patches there are besides
         tokens = tokens[0]
     if "pre_norm" in encoder.stem:
@@ -195,10 +200,11 @@ def embed_whole_image(
     patches, positions = embeddings.patch_embeddings(pixel_values), embeddings.position_embeddings
     if interpolate_pos_encoding:
         positions = embeddings.interpolate_pos_encoding(patches, height, width)
-    elif patches.shape[1] + 1 != positions.shape[1]:
+    elif (height, width) != tuple(embeddings.patch_embeddings.image_size):  # what fills no patch would be cut off
+        wanted = " x ".join(map(str, embeddings.patch_embeddings.image_size))
         raise ValueError(
             f"pictures of {height} x {width} pixels have {patches.shape[1]} patches, and this encoder has positions "
-            f"for {positions.shape[1] - 1}: resize them, or pass interpolate_pos_encoding=True"
+            f"for {positions.shape[1] - 1}, of {wanted} pixels: resize them, or pass interpolate_pos_encoding=True"
         )
     first = (embeddings.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
     return torch.cat([first, patches + positions[:, 1:]], dim=1), None
