@@ -133,6 +133,7 @@ class Encoder(nn.Module):
         blocks: `nn.ModuleList` of `Block`.
         width: D. num_layers: number of blocks. config: the Hugging Face config. name_or_path: where it came from.
         loaded_in_8bit: whether bitsandbytes had quantised it before.
+        quantized_from: the dtype that its linears had before we quantised them; None: we did not.
         origin: what it was read from; None where it was put together by hand.
     """
 
@@ -152,6 +153,7 @@ class Encoder(nn.Module):
         self.stem, self.rotary = stem, rotary
         self.blocks = nn.ModuleList(blocks)
         self.loaded_in_8bit = blocks[0].o.storage == "int8"
+        self.quantized_from: torch.dtype | None = None
         _, *taken = inspect.signature(family.embed).parameters.values()
         self._takes = tuple(p.name for p in taken if p.kind is not p.VAR_KEYWORD)
         self._needs = {p.name for p in taken if p.name in self._takes and p.default is p.empty}
