@@ -285,7 +285,7 @@ def _check_groups(q, kv, groups, lengths, suffix, causal):
         raise ValueError(f"lengths must be {[groups[0][0]]} integers, one for each sample of the group, not {given}")
     if suffix < 0 or any(g[2] < suffix for g in asked):
         raise ValueError(f"suffix must count rows of every sample, not be {suffix} for {list(groups)}")
-    if causal and any(g[1] > g[2] for g in groups):
+    if causal and any(g[1] > g[2] for g in asked):
         raise ValueError(
             f"the queries of a causal sample are its last rows, so no more than keys, unlike in {list(groups)}"
         )

@@ -75,6 +75,18 @@ def test_a_sample_is_the_same_in_any_batch_and_behind_any_padding(tmp_path):
     assert cache.misses == 4
 
 
+@pytest.mark.parametrize("norm, misses", [("group", 2), ("layer", 1)])
+@pytest.mark.parametrize("name", tiny_encoders.SPEECH_FAMILIES)
+def test_a_clip_is_what_it_is_in_its_own_batch_where_its_padding_is_heard(name, norm, misses, tmp_path):
+    encoder, cache, clip = encoder_of(name, feat_extract_norm=norm).double(), FeatureCache(tmp_path), torch.randn(120)
+    for length in (200, 120):
+        values, mask = torch.zeros(1, length), torch.zeros(1, length, dtype=torch.long)
+        values[:, :120], mask[:, :120] = clip, 1
+        inputs = {"input_values": values.double(), "attention_mask": mask}
+        assert same(cache.lookup(encoder, 2, inputs), computed(encoder, 2, inputs), 1e-9)
+    assert cache.misses == misses
+
+
 def test_only_what_is_missing_is_run(tmp_path):
     encoder, inputs = encoder_of("vit"), tiny_encoders.inputs("vit", 5)
     cache, seen = FeatureCache(tmp_path), []

@@ -59,7 +59,9 @@ class FeatureCache:
         options = {name: value for name, value in inputs.items() if name not in tensors}
         prefix = self._fingerprint(encoder, layer) + repr(sorted(options.items()))
         first = next(iter(tensors.values()))
-        samples = [_content(tensors, i) for i in range(first.shape[0])]
+        # Wav2Vec2's group norm is over a clip and the silence behind it: there the padded length is content.
+        mask = None if getattr(encoder.config, "feat_extract_norm", "") == "group" else inputs.get("attention_mask")
+        samples = [_content(tensors, mask, i) for i in range(first.shape[0])]
         keys = [digest(prefix, *sample) for sample in samples]
         found = {key: stored for key in dict.fromkeys(keys) if (stored := self._files.read(key)) is not None}
         missing = {key: i for i, key in enumerate(keys) if key not in found}
@@ -110,9 +112,8 @@ def _prefix_tensors(encoder: Encoder, layer: int) -> list[tuple[str, Tensor]]:
     return stem + [(n, t) for n, t in named if n.startswith(first)]
 
 
-def _content(inputs: Mapping[str, Tensor], i: int) -> list[tuple[str, Tensor]]:
+def _content(inputs: Mapping[str, Tensor], mask: Tensor | None, i: int) -> list[tuple[str, Tensor]]:
     """Sample i of the inputs, less the padding at its end, so that the batch it comes in does not matter."""
-    mask = inputs.get("attention_mask")
     length = None
     if mask is not None:
         real = mask[i].nonzero()

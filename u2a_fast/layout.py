@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import host, kernels
-from .padding import Padding
+from .padding import Padding, take_rows
 from .rotary import Rotation
 
 
@@ -139,8 +139,10 @@ class Layout:
         return tuple(kernels.Group(group.samples, rows, group.keys) for group in self.groups)
 
     def pack(self, tokens: Tensor) -> Tensor:
-        """`[B, S, D]` -> the real rows end to end, `[1, n, D]`; as they are where there is no padding."""
-        return tokens if self.places is None else tokens.flatten(0, 1).index_select(0, self.places.tokens)[None]
+        """`[B, S, D]` -> the real rows end to end, `[1, n, D]`; where padding stays, `[B, S, D]` with it at the end."""
+        if self.places is None:
+            return tokens if self.order is None else take_rows(tokens, self.order)
+        return tokens.flatten(0, 1).index_select(0, self.places.tokens)[None]
 
     def join(self, rows: Tensor, learned: Tensor) -> Tensor:
         """The rows of the tokens and learned rows, `[B, Q, C]` of each sample or `[1, Q, C]` of all -> all rows.
@@ -161,11 +163,13 @@ class Layout:
         return rows.view(self.batch, self.length + self.suffix, rows.shape[1])[:, : self.length].flatten(0, 1)
 
     def unpack(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
-        """All rows -> `[B, S + Q, D]`, zeros where a token is padding. shape: (B, S)."""
-        at = self.places
+        """All rows -> `[B, S + Q, D]`, tokens at their own places, zeros (or anything) at padding. shape: (B, S)."""
+        at, (batch, length) = self.places, shape
         if at is None:
-            return rows
-        batch, length = shape
+            if self.order is None:
+                return rows
+            tokens = take_rows(rows[:, :length], self.order.argsort(dim=1))
+            return torch.cat([tokens, rows[:, length:]], dim=1)
         tokens = rows.new_zeros(batch * length, rows.shape[2]).index_copy(0, at.tokens, rows[0][at.rows])
         tokens = tokens.view(batch, length, rows.shape[2])
         return torch.cat([tokens, self.of_each(rows[:, at.learned], self.suffix)], 1) if self.suffix else tokens
@@ -175,8 +179,8 @@ class Layout:
         if self.places is None:
             batch, rows, _ = self.groups[0]
             starts = torch.arange(batch, device=device) * rows
-            ends = starts + rows - self.suffix - 1
-            learned = ends[:, None] + torch.arange(1, 1 + self.suffix, device=device)
+            ends = starts + (self.length if self.lengths is None else self.lengths.clamp(min=1)) - 1
+            learned = starts[:, None] + torch.arange(rows - self.suffix, rows, device=device)
         else:
             starts, ends = self.places.starts, self.places.ends
             learned = self.places.learned.view(len(starts), self.suffix)

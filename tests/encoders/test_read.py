@@ -86,7 +86,7 @@ def test_tokens_that_need_no_gradient_get_none_in_the_first_block():
     learned = torch.randn(2, tokens.shape[2], dtype=torch.float64, requires_grad=True)
 
     def flops(tokens):
-        _, layout, _ = encoder.lay_out(tokens, None, learned)
+        layout = encoder.layout_of(tokens, None, len(learned))
         out = block(tokens, layout, learned).sum()
         with FlopCounterMode(display=False) as counter:
             out.backward()

@@ -1,6 +1,7 @@
 """What cannot be right is refused, in one sentence that says what would do."""
 
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import tiny_encoders
@@ -99,6 +100,20 @@ def test_unsupported_models_are_refused_in_one_sentence(build, message):
         from_pretrained_model(build())
 
 
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        *((name, "config") for name in ("llama", "qwen2", "qwen3", "mistral", "gemma3", "clip_text")),
+        *((name, "layers.1.self_attn") for name in ("llama", "qwen2", "qwen3", "mistral", "gemma3")),
+    ],
+)
+def test_a_causal_model_that_is_told_to_see_both_ways_is_refused(name, told):
+    model = tiny_encoders.build(name)
+    attrgetter(told)(model).is_causal = False
+    with pytest.raises(ValueError, match=r"is_causal=False sees both ways, .*: set it to True, or describe"):
+        from_pretrained_model(model)
+
+
 def test_pictures_that_are_not_square_are_refused_where_positions_turn():
     encoder = from_pretrained_model(tiny_encoders.build("dinov3"))
     with pytest.raises(ValueError, match=r"pictures of 16 x 24 pixels are not square.*crop or resize"):
@@ -111,6 +126,13 @@ def test_positions_that_turn_a_part_of_a_head_are_refused():
     encoder = from_pretrained_model(model)
     with pytest.raises(ValueError, match="turn 4 of the 8 features of a head"):
         encoder(**tiny_encoders.inputs("nomic_bert", 2))
+
+
+@pytest.mark.parametrize("size", [(25, 25), (26, 30), (8, 72)])
+def test_pictures_that_would_be_cut_to_whole_patches_are_refused(size):
+    encoder = from_pretrained_model(tiny_encoders.build("vit_mae"))
+    with pytest.raises(ValueError, match=r"have 9 patches, .* for 9, of 24 x 24 pixels: resize them"):
+        encoder.embed(pixel_values=torch.randn(1, 3, *size))
 
 
 def test_pictures_without_a_position_for_each_patch_are_refused():

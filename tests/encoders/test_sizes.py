@@ -26,6 +26,7 @@ SIZES = [
     ("qwen2", dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=2)),
     ("mistral", dict(sliding_window=1, num_key_value_heads=4)),
     ("mistral", dict(sliding_window=None)),
+    ("mistral", dict(layer_types=["full_attention", "sliding_attention"], sliding_window=2)),
     ("qwen3_windows", dict(num_hidden_layers=3, sliding_window=5, max_window_layers=0)),
     ("gemma3", dict(hidden_size=27, num_attention_heads=3, head_dim=14, sliding_window=4, num_hidden_layers=3)),
     ("embedding_gemma", dict(sliding_window=2, num_attention_heads=2, attention_bias=True)),

@@ -12,6 +12,7 @@ from u2a_fast.encoders import Encoder, from_pretrained_model
 from u2a_fast.encoders.frozen import add_adapters, quantize_encoder
 from u2a_fast.encoders.unload import unload
 from u2a_fast.lora_config import ROLES
+from u2a_fast.methods.joint_embedding import train_biases
 
 
 def adapted(model, roles=ROLES):
@@ -92,6 +93,22 @@ def test_a_bias_that_the_model_has_no_place_for_is_refused():
     encoder.blocks[0].heads = encoder.blocks[0].heads._replace(rotary="all")
     with pytest.raises(ValueError, match=r"no bias at self_attn.k_proj, where this encoder has trained one"):
         unload(encoder)
+
+
+@pytest.mark.parametrize("change", ["adapters", "frozen adapters", "biases", "int8", "nf4"])
+def test_where_weights_are_others_it_is_called_by_no_name(change):
+    """A model built on it would be saved with that name, and read from there without what was trained."""
+    model = tiny_encoders.build("bert")
+    model.name_or_path = "somewhere"
+    encoder = from_pretrained_model(model)
+    if "adapters" in change:
+        add_adapters([encoder], LoraConfig(r=3))
+        encoder.requires_grad_(change == "adapters")
+    elif change == "biases":
+        train_biases([encoder])
+    else:
+        quantize_encoder(encoder, change)
+    assert unload(encoder).name_or_path == ""
 
 
 def test_it_saves_and_loads_as_any_model_does(tmp_path):

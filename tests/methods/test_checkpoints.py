@@ -46,6 +46,20 @@ def test_reloaded_logits_are_bitwise_equal(folders, tmp_path, method, dtype):
     assert torch.equal(model(**batch()).logits, again(**batch()).logits)
 
 
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+def test_what_was_cast_after_it_was_quantised_has_the_same_integers_once_reloaded(folders, tmp_path, mode):
+    model = U2A(folders, num_labels=3, quantization=mode).eval()
+    model.encoders.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert [encoder.dtype for encoder in again.encoders.values()] == [torch.bfloat16] * 2
+    frozen, same = model.encoders.state_dict(), again.encoders.state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in frozen.items())
+    again.save_pretrained(tmp_path / "twice")
+    said = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "twice")]
+    assert [config["quantized_from"] for config in said] == [dict.fromkeys(folders, "float32")] * 2
+
+
 def test_a_model_of_a_cast_encoder_computes_the_same_once_reloaded(folders, tmp_path):
     """At 512 tokens, where rounded frequencies would turn by other angles."""
     text = tiny_encoders.build("qwen3", max_position_embeddings=600)
@@ -133,6 +147,16 @@ def test_an_encoder_without_a_name_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"encoders=\{'text': ...\}"):
         U2A.from_pretrained(tmp_path / "saved")
     again = U2A.from_pretrained(tmp_path / "saved", encoders=encoders)
+    assert torch.equal(model(**batch()).logits, again(**batch()).logits)
+
+
+def test_merged_encoders_are_asked_for_and_not_read_as_they_were_before(folders, tmp_path):
+    merged = make_model(folders).merge_and_unload()
+    model = U2A(merged, num_labels=3).eval()
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved without a name: pass encoders=\{'text': ...\}"):
+        load_model(tmp_path / "saved")
+    again = U2A.from_pretrained(tmp_path / "saved", encoders=merged)
     assert torch.equal(model(**batch()).logits, again(**batch()).logits)
 
 

@@ -46,6 +46,26 @@ def test_a_bad_batch_is_refused(model, inputs, change, error, message):
         model(**{**inputs, **change})
 
 
+@pytest.mark.parametrize("method", [U2A, PMF, JointEmbedding, LateFusion])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ({"input_ids": torch.ones(3, 0).long()}, "text is marked present and its inputs are empty: mark it absent"),
+        ({"input_ids": torch.ones(3, 4).long(), "attention_mask": torch.ones(3, 4, 4)}, r"attention_mask must be \[sa"),
+        ({"input_ids": torch.ones(3, 4).long(), "attention_mask": torch.ones(3, 1, 4, 4)}, r"not \[3, 1, 4, 4\]"),
+    ],
+)
+@pytest.mark.parametrize("family", ["bert", "clip_text"])
+def test_texts_without_tokens_and_masks_of_pairs_are_refused(family, text, message, method, inputs):
+    families = FAMILIES | {"text": family}
+    model = method({name: tiny_encoders.build(family) for name, family in families.items()}, num_labels=4)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs | {"text": text})
+    if "empty" in message:
+        nobody = ALL & torch.tensor([True, False])
+        assert model(**inputs | {"text": text}, modality_mask=nobody).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -78,6 +78,8 @@ def test_an_index_names_files_beside_it_alone(saved, name):
         ({"modalities": ["text", "../image"]}, "its encoders do not name one of each modality"),
         ({"encoders": {"text": 3, "image": "x"}}, "its encoders do not name"),
         ({"encoder_dtypes": {"text": "nn", "image": "float32"}}, "its encoder_dtypes are not out of float32, float64"),
+        ({"quantized_from": {"text": "nn"}}, "its quantized_from is not out of float32, float64"),
+        ({"quantized_from": 3}, "its quantized_from is not out of float32, float64"),
         ({"encoders_in_8bit": 3}, "its encoders_in_8bit are no list of modalities"),
         ({"arguments": [1]}, "its arguments are"),
         ({"arguments": {"__class__": 1}}, r"U2A has no argument \['__class__'\]"),

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from ..block import Block
 from ..layout import Layout, layout_of
 from ..norms import normalise
-from ..padding import Padding, padding_of, take_rows
+from ..padding import Padding, padding_of
 from ..rotary import Rotation
 
 LENGTHS = 32  # of texts in a captured step
@@ -133,6 +133,7 @@ class Encoder(nn.Module):
         blocks: `nn.ModuleList` of `Block`.
         width: D. num_layers: number of blocks. config: the Hugging Face config. name_or_path: where it came from.
         loaded_in_8bit: whether bitsandbytes had quantised it before.
+        quantized_from: the dtype that its linears had before we quantised them; None: we did not.
         origin: what it was read from; None where it was put together by hand.
     """
 
@@ -152,6 +153,7 @@ class Encoder(nn.Module):
         self.stem, self.rotary = stem, rotary
         self.blocks = nn.ModuleList(blocks)
         self.loaded_in_8bit = blocks[0].o.storage == "int8"
+        self.quantized_from: torch.dtype | None = None
         _, *taken = inspect.signature(family.embed).parameters.values()
         self._takes = tuple(p.name for p in taken if p.kind is not p.VAR_KEYWORD)
         self._needs = {p.name for p in taken if p.name in self._takes and p.default is p.empty}
@@ -260,9 +262,11 @@ class Encoder(nn.Module):
             suffix: `[Q, D]` learned rows, appended once and always visible.
             present: bool `[B]`; token rows of absent samples are never read, the first suffix row stands in.
         """
-        tokens, layout, padding = self.lay_out(tokens, padding, suffix)
+        if torch.is_tensor(padding):
+            padding = padding_of(padding)
+        layout = self.layout_of(tokens, padding, 0 if suffix is None else len(suffix))
         rows = self._through(self.blocks[layers], layout.pack(tokens), layout, suffix, present)
-        return self._restored(layout.unpack(rows, tokens.shape[:2]), padding, tokens.shape[1])
+        return layout.unpack(rows, tokens.shape[:2])
 
     def read(
         self,
@@ -275,11 +279,10 @@ class Encoder(nn.Module):
 
         As `run`, `finish` and `class_token`, but that the last block computes only the rows that are read.
         """
-        hidden_padding = padding is not None and padding.host_mask is None  # at the end, in front of the learned rows
-        if self.reads_all or (hidden_padding and self.reads_last):
+        if self.reads_all:
             hidden, length = self.finish(self.run(tokens, padding, suffix, present)), tokens.shape[1]
             return self.class_token(hidden[:, :length], padding and padding.mask), hidden[:, length:]
-        tokens, layout, _ = self.lay_out(tokens, padding, suffix)
+        layout = self.layout_of(tokens, padding, 0 if suffix is None else len(suffix))
         return self.read_laid_out(tokens, layout, suffix, present)
 
     def read_laid_out(
@@ -315,29 +318,6 @@ class Encoder(nn.Module):
                     "leave some of them as they are cannot be taken"
                 )
         return tables
-
-    def lay_out(
-        self,
-        tokens: torch.Tensor,
-        padding: Padding | torch.Tensor | None,
-        suffix: torch.Tensor | None = None,
-        behind: int = 0,
-    ) -> tuple[torch.Tensor, Layout, Padding | None]:
-        """Tokens `[B, S, D]` as their layout takes them, the layout, and the padding by which they were reordered."""
-        if torch.is_tensor(padding):
-            padding = padding_of(padding)
-        layout = self.layout_of(tokens, padding, 0 if suffix is None else suffix.shape[0], behind)
-        if layout.lengths is None or padding.order is None:
-            return tokens, layout, None
-        return take_rows(tokens, padding.order), layout, padding  # padding that is hidden has to stand at the end
-
-    @staticmethod
-    def _restored(rows: torch.Tensor, padding: Padding | None, length: int) -> torch.Tensor:
-        """Rows of tokens that `lay_out` has reordered, in their own order again."""
-        if padding is None:
-            return rows
-        restored = take_rows(rows[:, :length], padding.order.argsort(dim=1))
-        return torch.cat([restored, rows[:, length:]], dim=1) if rows.shape[1] > length else restored
 
     @staticmethod
     def _through(blocks, rows, layout, suffix, present):

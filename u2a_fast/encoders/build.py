@@ -207,6 +207,12 @@ def _refuse_variants(model: nn.Module, family: Family) -> None:
             raise ValueError(f"{name} with {attribute} ({what}) is not supported: our block has no such part")
     if getattr(config, "position_embedding_type", "absolute") not in ("absolute", "rotary"):
         raise ValueError(f"{name} with relative positions is not supported: our block takes absolute and rotary ones")
+    told = [config, *(model.modules() if family.rotary else ())]  # CLIP's layers are told in each call
+    if family.causal and not all(getattr(part, "is_causal", True) for part in told):
+        raise ValueError(
+            f"{name} with is_causal=False sees both ways, and a {family.name} encoder looks back only: set it to True, "
+            "or describe the model in a u2a_fast.encoders.Family with causal=False"
+        )
     layers = _get(model, family.layers)
     if layers is None or len(layers) == 0:
         raise ValueError(f"{name} has no layers under {family.layers!r}: its family spec does not fit")

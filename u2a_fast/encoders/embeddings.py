@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch.nn.functional import gelu, pad
 
@@ -24,7 +26,13 @@ def embed_text(
 def text_padding(
     encoder: Encoder, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
 ) -> torch.Tensor | None:
-    return None if attention_mask is None else attention_mask.bool()
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must be [samples, tokens], 1 where a token is real, not {list(attention_mask.shape)}"
+        )
+    return attention_mask.bool()
 
 
 def embed_clip_text(
@@ -40,7 +48,7 @@ def embed_clip_text(
 def clip_text_padding(
     encoder: Encoder, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: torch.Tensor
 ) -> torch.Tensor:
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    real = text_padding(encoder, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
     eos = encoder.config.eos_token_id
     # Configs from before transformers 4.31 say 2 and mean the highest id. Rows after the end of text are padding; so
     # are those before the text that hold the same id, which CLIP pads with.
@@ -50,7 +58,10 @@ def clip_text_padding(
 
 
 def embed_image(encoder: Encoder, pixel_values: torch.Tensor, **options: bool) -> EmbedResult:
-    tokens = encoder.stem["embeddings"](pixel_values, **options)
+    embeddings = encoder.stem["embeddings"]
+    if "interpolate_pos_encoding" not in inspect.signature(embeddings.forward).parameters:
+        options.pop("interpolate_pos_encoding", None)  # DINOv2 and BEiT do so unasked
+    tokens = embeddings(pixel_values, **options)
     if isinstance(tokens, tuple):  # Data2Vec says how many patches there are besides
         tokens = tokens[0]
     if "pre_norm" in encoder.stem:
@@ -189,10 +200,11 @@ def embed_whole_image(
     patches, positions = embeddings.patch_embeddings(pixel_values), embeddings.position_embeddings
     if interpolate_pos_encoding:
         positions = embeddings.interpolate_pos_encoding(patches, height, width)
-    elif patches.shape[1] + 1 != positions.shape[1]:
+    elif (height, width) != tuple(embeddings.patch_embeddings.image_size):  # what fills no patch would be cut off
+        wanted = " x ".join(map(str, embeddings.patch_embeddings.image_size))
         raise ValueError(
             f"pictures of {height} x {width} pixels have {patches.shape[1]} patches, and this encoder has positions "
-            f"for {positions.shape[1] - 1}: resize them, or pass interpolate_pos_encoding=True"
+            f"for {positions.shape[1] - 1}, of {wanted} pixels: resize them, or pass interpolate_pos_encoding=True"
         )
     first = (embeddings.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
     return torch.cat([first, patches + positions[:, 1:]], dim=1), None

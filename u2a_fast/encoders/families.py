@@ -118,6 +118,11 @@ def look_back(config: Any, layer: int) -> int | None:
     return config.sliding_window - 1 if slides else None
 
 
+def look_back_throughout(config: Any, layer: int) -> int | None:
+    """Mistral's, of every layer, whatever its config says of types of layers."""
+    return None if config.sliding_window is None else config.sliding_window - 1
+
+
 def look_around(config: Any, layer: int) -> int | None:
     """ModernBERT's: so many tokens to either side."""
     return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
@@ -265,7 +270,8 @@ EUROBERT = Family(
     padding=text_padding,
 )
 LLAMA = replace(EUROBERT, name="Llama", classes=("LlamaModel",), causal=True, class_token="last")
-WINDOWED = replace(LLAMA, name="Qwen2, Mistral", classes=("Qwen2Model", "MistralModel"), window=look_back)
+WINDOWED = replace(LLAMA, name="Qwen2", classes=("Qwen2Model",), window=look_back)
+MISTRAL = replace(LLAMA, name="Mistral", classes=("MistralModel",), window=look_back_throughout)
 QWEN3 = replace(WINDOWED, name="Qwen3", classes=("Qwen3Model",), head_norms=("self_attn.q_norm", "self_attn.k_norm"))
 GEMMA3 = replace(
     QWEN3,
@@ -363,16 +369,10 @@ WAV2VEC2 = Family(
     padding=waveform_padding,
     requires={"do_stable_layer_norm": False},
 )
-WAV2VEC2_STABLE = Family(
-    name="Wav2Vec2, HuBERT",
-    classes=("Wav2Vec2Model", "HubertModel"),
+WAV2VEC2_STABLE = replace(
+    WAV2VEC2,
     stem={**WAV2VEC2_STEM, "final_norm": "encoder.layer_norm"},
-    layers="encoder.layers",
-    roles=WAV2VEC2_ROLES,
-    norms=("layer_norm", "final_layer_norm"),
-    class_token="mean",
-    embed=embed_waveform,
-    padding=waveform_padding,
+    pre_norm=True,
     requires={"do_stable_layer_norm": True},
 )
 WHISPER = Family(
@@ -392,7 +392,7 @@ WHISPER = Family(
 
 FAMILIES = (
     *(BERT, DISTILBERT, MODERNBERT, NOMIC_BERT, EUROBERT, ESM, ESM_ROTARY, CLIP_TEXT, SIGLIP_TEXT),
-    *(LLAMA, WINDOWED, QWEN3, GEMMA3, EMBEDDING_GEMMA),
+    *(LLAMA, WINDOWED, MISTRAL, QWEN3, GEMMA3, EMBEDDING_GEMMA),
     *(VIT, DINOV2, DINOV3, CLIP_VISION, SIGLIP_VISION, SIGLIP2_VISION, VIT_MAE, I_JEPA, DATA2VEC_VISION, BEIT),
     *(VIDEO_MAE, AST, WAV2VEC2, WAV2VEC2_STABLE, WHISPER),
 )

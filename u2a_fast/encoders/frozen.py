@@ -24,6 +24,7 @@ def quantize_encoder(encoder: Encoder, mode: str | None) -> Encoder:
     warn_if_slow(encoder.dtype, mode)
     if mode is None:
         return encoder
+    encoder.quantized_from = encoder.quantized_from or encoder.dtype
     for block in encoder.blocks:
         for linear in block.linears:
             if linear.storage == "float":

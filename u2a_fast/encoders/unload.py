@@ -25,7 +25,7 @@ def unload(encoder: Encoder) -> PreTrainedModel:
     """A copy of an encoder as the Hugging Face model it was read from, `W + scaling B A` in place of each weight.
 
     In eval mode, nothing frozen, in the encoder's dtype; int8 and 4-bit weights in floating point. What the encoder
-    does not use (a pooler) is as it was.
+    does not use (a pooler) is as it was. Where weights are not those that were read, it has no `name_or_path` any more.
 
     Raises:
         ValueError: it was not read from a model, or its class does not build what the encoder holds.
@@ -108,8 +108,15 @@ def _without_values(encoder: Encoder, origin: Origin) -> PreTrainedModel:
         options["add_pooling_layer"] = any(name.startswith("pooler.") for name in origin.kept)
     with torch.device("meta"):
         model = build(config, **options)
-    model.name_or_path = encoder.name_or_path
+    # Or a model that is built on it, saved and loaded would read what is under that name again.
+    model.name_or_path = encoder.name_or_path if _is_as_read(encoder) else ""
     return model
+
+
+def _is_as_read(encoder: Encoder) -> bool:
+    """Whether nothing was trained or rounded: its weights are those that lie where it came from."""
+    changed = any(p.requires_grad or "lora_" in name for name, p in encoder.named_parameters())
+    return not changed and all(linear.storage == "float" for block in encoder.blocks for linear in block.linears)
 
 
 def _bias_of_keys(qkv: LoraLinear) -> bool:

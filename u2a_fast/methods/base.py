@@ -199,6 +199,9 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             (present,), padding = self._to_host(inputs, present)
         here = zip(self.config.modalities, present.unbind(1), strict=True)
         found = {name: present_rows(inputs[name], rows, padding[name]) for name, rows in here if name in inputs}
+        for name, own in found.items():
+            if len(own.index) and any(torch.is_tensor(value) and not value.numel() for value in own.inputs.values()):
+                raise ValueError(f"{name} is marked present and its inputs are empty: mark it absent in modality_mask")
         return {name: nobody(self.device) for name in self.encoders} | found if all_take_part() else found
 
     # -------------------------------------------------------------------------------------------------- raw samples
@@ -343,9 +346,12 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             if not isinstance(source, nn.Module) and not source:
                 raise ValueError(f"the {name} encoder was saved without a name: pass encoders={{{name!r}: ...}}")
             in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
-            encoder_dtype = dtype or getattr(torch, config.encoder_dtypes[name])
-            encoder = as_encoder(name, source, encoder_dtype, modes[name], in_8bit)
+            own = config.encoder_dtypes[name]
+            read = getattr(torch, config.quantized_from.get(name, own) if modes[name] else own)
+            encoder = as_encoder(name, source, dtype or read, modes[name], in_8bit)
             built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
+            if read != getattr(torch, own) and dtype is None and not isinstance(source, nn.Module):
+                built[name].to(getattr(torch, own))  # the integers are those of what was quantised
         model = cls(built, **arguments)
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         model._restore_adapters(config.adapters)

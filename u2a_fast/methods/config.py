@@ -80,6 +80,7 @@ class MultimodalConfig(PreTrainedConfig):
 
     keys_to_ignore_at_inference = ["task_loss", "align_loss"]
     adapters = dict[str, Any]()  # by modality, of those that `load_adapter` brought; never changed in place
+    quantized_from = dict[str, str]()  # by modality, the dtype its linears had before; `to` changes that of the others
     label_scale: Mapping[str, Any] | None = None  # of the labels that the head still answers in standard units of
 
     def __init__(

@@ -31,6 +31,8 @@ class Hub(nn.Module):
         """
         upload = {name: options.pop(name) for name in UPLOAD if push_to_hub and name in options}
         self.config.encoder_dtypes = dtypes_of(self.encoders)  # `to` may have changed them
+        quantized = {name: encoder.quantized_from for name, encoder in self.encoders.items() if encoder.quantized_from}
+        self.config.quantized_from = {name: str(dtype).removeprefix("torch.") for name, dtype in quantized.items()}
         super().save_pretrained(save_directory, **options)
         if options.get("is_main_process", True):
             for name, processor in self._processors.items():

@@ -147,7 +147,7 @@ class JointEmbedding(MultimodalModel):
     def read(self, name: str, tokens: Tensor, padding: Padding | None) -> tuple[Tensor, Tensor]:
         """tokens `[b, S, D]` -> class token and mean of the prompt rows, after the last norm: `[b, D]` each."""
         encoder, prompts = self.encoders[name], self.prompts[name]
-        tokens, layout, _ = encoder.lay_out(tokens, padding, behind=len(prompts))
+        layout = encoder.layout_of(tokens, padding, behind=len(prompts))
         rows, readers = layout.pack(tokens), prompts.to(tokens.dtype)[None]  # [1, K, D]; [b, K, D] after a block
         *below, last = encoder.blocks
         for block in below:

@@ -70,6 +70,7 @@ def _checks(model_class: Any, config: Mapping[str, Any]) -> list[tuple[str, bool
         return [(f"its arguments are {arguments!r:.200}, no dictionary", False)]
     known = {*constructor_arguments(model_class)} - {"num_labels", "problem_type"}
     strange = sorted(set(arguments) - known)
+    before = config.get("quantized_from", {})
     labels, counted = config.get("id2label"), config.get("num_labels", 1)
     return [
         ("a modality is there twice", len(set(names)) == len(names)),
@@ -78,6 +79,10 @@ def _checks(model_class: Any, config: Mapping[str, Any]) -> list[tuple[str, bool
         (
             f"its encoder_dtypes are not out of {', '.join(DTYPES)} for each modality",
             _by_name(config.get("encoder_dtypes"), names, DTYPES.__contains__),
+        ),
+        (
+            f"its quantized_from is not out of {', '.join(DTYPES)} by modality",
+            isinstance(before, dict) and _by_name(before, [*before], DTYPES.__contains__),
         ),
         ("its encoders_in_8bit are no list of modalities", _part_of(config.get("encoders_in_8bit", []), names)),
         ("its id2label is no dictionary of names", labels is None or _class_names(labels)),

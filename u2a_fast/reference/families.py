@@ -81,6 +81,11 @@ def look_back(config: Any, index: int) -> int | None:
     return config.sliding_window - 1 if slides and config.sliding_window is not None else None
 
 
+def look_back_throughout(config: Any, index: int) -> int | None:
+    """Mistral has the same window in every layer, and ignores `layer_types`."""
+    return None if config.sliding_window is None else config.sliding_window - 1
+
+
 def look_around(config: Any, index: int) -> int | None:
     """ModernBERT's is the distance to either side."""
     return config.sliding_window if config.layer_types[index] == "sliding_attention" else None
@@ -140,6 +145,7 @@ LLAMA = Family(
     rotary="rotary_emb",
 )
 WINDOWED = replace(LLAMA, window=look_back)
+MISTRAL = replace(LLAMA, window=look_back_throughout)
 GEMMA = replace(WINDOWED, parts=LLAMA.parts | {"norm2": "pre_feedforward_layernorm"}, norm_offset=1.0)
 EUROBERT = replace(LLAMA, class_token="mean", causal=False)
 NOMIC_BERT = replace(
@@ -224,7 +230,8 @@ FAMILIES = {
     "nomic_bert": NOMIC_BERT,
     "eurobert": EUROBERT,
     "llama": LLAMA,
-    **dict.fromkeys(("qwen2", "mistral", "qwen3"), WINDOWED),
+    **dict.fromkeys(("qwen2", "qwen3"), WINDOWED),
+    "mistral": MISTRAL,
     "gemma3_text": GEMMA,
     **dict.fromkeys(("vit", "deit", "audio-spectrogram-transformer"), VIT),
     "vit_mae": VIT_MAE,
