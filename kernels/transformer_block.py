@@ -39,7 +39,6 @@ class _TransformerBlock(torch.autograd.Function):
         with _unrecorded(x, see):
             rows = x.reshape(-1, x.shape[2])
             z, kept, ctx.graph = attention_half.forward(rows, attention, see, turn, dtype, steps, True)
-        with backend.unrecorded():
             y, kept_by_mlp = mlp_half.forward(z, mlp, activation, dtype, steps)
             y = y.view(x.shape)
         ctx.leaves, ctx.versions = leaves, _versions(attention, mlp, leaves)
@@ -55,11 +54,10 @@ class _TransformerBlock(torch.autograd.Function):
             raise RuntimeError("a parameter was modified in place between forward and backward: run the forward anew")
         below, dx = True in of_attention, None
         kept, kept_by_mlp = kept[:KEPT], kept[KEPT:]
-        with backend.unrecorded():
+        with _unrecorded(dy, see):
             rows = dy.reshape(-1, dy.shape[2])
             dz, *grads = mlp_half.backward(rows, kept_by_mlp, mlp, activation, (below, *of_mlp), steps)
-        if below:
-            with _unrecorded(dy, see):
+            if below:
                 dx, *others = attention_half.backward(dz, kept, ctx.graph, attention, see, turn, of_attention, steps)
                 dx, grads = None if dx is None else dx.view(dy.shape), [*others, *grads]
         return None, dx, *(g for g, need in zip(grads, needs[-len(grads) :], strict=True) if need)
