@@ -36,8 +36,8 @@ class _TransformerBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operands, x, *leaves):
         attention, mlp, see, activation, turn, dtype, steps, _ = ctx.operands = operands
+        rows = x.reshape(-1, x.shape[2])  # recorded: kept for backward, it has to notice a change of x
         with _unrecorded(x, see):
-            rows = x.reshape(-1, x.shape[2])
             z, kept, ctx.graph = attention_half.forward(rows, attention, see, turn, dtype, steps, True)
             y, kept_by_mlp = mlp_half.forward(z, mlp, activation, dtype, steps)
             y = y.view(x.shape)

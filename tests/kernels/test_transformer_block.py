@@ -137,6 +137,14 @@ def test_a_parameter_may_not_change_before_backward(half, part, name):
         y.sum().backward()
 
 
+def test_the_input_may_not_change_before_backward():
+    x = leaf(BATCH, ROWS, WIDTH) + 0
+    y = transformer_block(x, *halves(), see(), "gelu")
+    x.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("x, see, activation, message", [
     (torch.ones(ROWS, WIDTH), see(), "gelu", r"x must be floating point \[B, T, D\]"),
     (torch.ones(BATCH, ROWS, WIDTH).int(), see(), "gelu", "not torch.int32"),

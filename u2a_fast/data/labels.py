@@ -25,6 +25,7 @@ IDS = re.compile(r"\d{1,9}(, ?\d{1,9})*", re.ASCII)  # of several labels
 MEASURED = re.compile(
     r"[+\-\N{MINUS SIGN}]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([, ]\d{3})+([.,]\d+)?)([eE][+-]?\d{1,3})?", re.ASCII
 )
+JOINED = re.compile(r"['\"]\s+['\"]")  # NumPy's 'a' 'b', which Python reads as one
 LIST = re.compile(r"\[\s*(['\"\d+-].*)?\]", re.DOTALL)
 # Marks of width nothing and of direction; joiners, which shape words and emoji, at the ends alone.
 UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]|^[\u200c\u200d]+|[\u200c\u200d]+$")
@@ -163,9 +164,7 @@ def _written_list(label: str, place: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             parts = read(label)
-            if isinstance(parts, list) and not re.search(
-                r"['\"]\s+['\"]", label
-            ):  # NumPy's 'a' 'b', which Python joins
+            if isinstance(parts, list) and not JOINED.search(label):
                 return parts
     raise ValueError(
         f"{place} has the label {label!r:.100}, which is no list as Python or JSON writes it: write names with commas "
