@@ -56,7 +56,8 @@ def test_every_product_is_rounded_once(dtype, transposed, old_cpu):
         "addmm": (products.addmm(c[0], a[0], b[0], alpha=0.5), c[0].double() + 0.5 * ab[0]),
         "addmm, beta 0": (products.addmm(c[0] * torch.nan, a[0], b[0], beta=0, alpha=0.5), 0.5 * ab[0]),
         "addmm_": (products.addmm_(c[0].clone(), a[0], b[0], 0.5), c[0].double() + 0.5 * ab[0]),
-        "baddbmm": (products.baddbmm(c, a, b, 0.5), c.double() + 0.5 * ab),
+        "baddbmm": (products.baddbmm(c, a, b, alpha=0.5), c.double() + 0.5 * ab),
+        "baddbmm, beta 0": (products.baddbmm(c * torch.nan, a, b, beta=0, alpha=0.5), 0.5 * ab),
         "baddbmm_": (products.baddbmm_(c.clone(), a, b, 0.5), c.double() + 0.5 * ab),
         "linear": (products.linear(a, b[0].t(), bias), a.double() @ b[0].double() + bias.double()),
     }
