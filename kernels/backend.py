@@ -182,9 +182,12 @@ def outside_autocast(function: Callable) -> Callable:
 def unrecorded() -> contextlib.AbstractContextManager:
     """For ops inside a Function: they pass by the dispatcher's layers that record for autograd.
 
-    Nothing is recorded there anyway, yet passing through takes a sixteenth of a small block's time.
+    Nothing is recorded there anyway, yet passing through takes a sixteenth of a small block's time. A dispatch mode,
+    such as selective checkpointing, has to see every op as autograd takes it apart, and each change of a tensor.
     """
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowADInplaceOrView()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

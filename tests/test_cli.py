@@ -71,7 +71,7 @@ def test_evaluate_and_predict_reload_the_folder(trained, common, root, capsys):
 
 
 @pytest.mark.slow
-def test_columns_that_a_model_does_not_read_stop_nothing(trained, common, tmp_path, capsys):
+def test_columns_that_a_model_does_not_read_stop_nothing(trained, common, tmp_path, capsys, monkeypatch):
     header, *rows = Path(common[1]).read_text(encoding="utf-8").splitlines()
     table = Path(common[1]).with_name("test.csv")
     table.write_text("\n".join([f"{header},audio", *(f"{row},gone.wav" for row in rows)]), encoding="utf-8")
@@ -79,6 +79,10 @@ def test_columns_that_a_model_does_not_read_stop_nothing(trained, common, tmp_pa
     capsys.readouterr()
     main(["predict", "--model", str(trained), "--input", str(table)])
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    line = b'{"text": "red", "audio": "https://a.b/c.wav", "recording": "c.wav"}'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line)))
+    main(["predict", "--model", str(trained), "--input", "-"])
+    assert "label" in json.loads(capsys.readouterr().out)
     table.write_text("image,text\ngone.png,red\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="none of the 1 files of the column image"):
         main(["predict", "--model", str(trained), "--input", str(table)])

@@ -37,7 +37,7 @@ from .options import (
 from .prediction import check_output, predict_answers, samples_from, write_answers
 from .processes import leave
 from .reports import print_report
-from .runs import data_of, refuse_model, run_of, seed_of
+from .runs import data_of, modalities_of, refuse_model, run_of, seed_of
 from .training import train
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,8 @@ def task_of(model: MultimodalModel) -> str:
 def run_predict(options: PredictOptions) -> None:
     if options.top_k < 1:
         raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
-    samples = samples_from(options.input, options.columns, run_of(options.model).get("columns"))
+    usual, modalities = run_of(options.model).get("columns"), modalities_of(options.model)
+    samples = samples_from(options.input, options.columns, usual, modalities)
     model = load_model(options.model, encoders=options.encoders)
     for modality in model.config.modalities:
         drop_missing_files(samples, modality, Path(options.input))

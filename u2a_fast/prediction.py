@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from .data import MultimodalCollator, readable
 from .data.cells import is_bare
 from .data.presence import refuse_misspelt, rows_named
+from .data.splits import MODALITIES
 from .data.table_files import parse_json_lines
-from .data.tables import BESIDES, read_lines, read_samples
+from .data.tables import NO_MODALITY, read_lines, read_samples
 from .methods.base import MultimodalModel
 from .metrics import NOT_FINITE, refuse_not_finite
 
@@ -33,20 +34,27 @@ Answer = dict[str, Any]
 
 
 def samples_from(
-    source: str, columns: Mapping[str, str] | None = None, usual: Mapping[str, str] | None = None
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    usual: Mapping[str, str] | None = None,
+    modalities: Collection[str] = MODALITIES,
 ) -> list[dict[str, Any]]:
     """Samples out of a table (.csv, .tsv, .jsonl, .parquet), or as JSON lines from the standard input (`-`).
 
     Paths of files are relative to the table, those of the standard input to the working directory. `columns` is
-    {our column: theirs}, and `usual` more of them, for samples that have them.
+    {our column: theirs}, and `usual` more of them, for samples that have them. Nothing in the columns of modalities
+    other than `modalities` is looked at.
     """
     if source != "-":
-        return read_samples(source, columns, usual)
-    return _renamed(parse_json_lines(sys.stdin.buffer.read(), STDIN), columns or {}, usual or {})
+        return read_samples(source, columns, usual, modalities)
+    return _renamed(parse_json_lines(sys.stdin.buffer.read(), STDIN), columns or {}, usual or {}, modalities)
 
 
 def _renamed(
-    rows: Sequence[dict[str, Any]], columns: Mapping[str, str], usual: Mapping[str, str]
+    rows: Sequence[dict[str, Any]],
+    columns: Mapping[str, str],
+    usual: Mapping[str, str],
+    modalities: Collection[str],
 ) -> list[dict[str, Any]]:
     """Rows of the standard input, our modalities as a table's are read, files by their paths, the rest as it is."""
     found = list(dict.fromkeys(name for row in rows for name in row))
@@ -58,14 +66,14 @@ def _renamed(
                 "correct the name"
             )
     columns = {ours: theirs for ours, theirs in usual.items() if theirs.strip().casefold() in short} | dict(columns)
-    ours_of = {theirs.strip().casefold(): ours for ours, theirs in columns.items() if ours not in BESIDES}
+    ours_of = {theirs.strip().casefold(): ours for ours, theirs in columns.items() if ours not in NO_MODALITY}
     renamed = []
     for row in rows:
         asked = {ours_of[key]: cell for name, cell in row.items() if (key := name.strip().casefold()) in ours_of}
         renamed.append({name: row[name] for name in row if name.strip().casefold() not in ours_of} | asked)
     read = [
         {name: cell["path"] if is_bare(cell) else cell for name, cell in cells.items()}
-        for cells in read_lines(renamed, STDIN)
+        for cells in read_lines(renamed, STDIN, modalities)
     ]
     return [row | cells for row, cells in zip(renamed, read, strict=True)]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from .data.splits import MODALITIES
 from .options import TrainOptions, data_digest, recipe_of, unsettled
 from .tensor_files import check_folder
 
@@ -108,6 +109,14 @@ def run_of(folder: str | Path) -> dict[str, Any]:
     """The options of the run that a folder belongs to; none where there is no run."""
     file = _file_of(folder, RUN_FILE)
     return {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def modalities_of(folder: str | Path) -> tuple[str, ...]:
+    """What the model of a folder reads; all that tables have where it does not say, as a name on the hub does not."""
+    try:
+        return tuple(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["modalities"])
+    except (OSError, ValueError, KeyError, TypeError):  # whatever is wrong with it, loading the model tells
+        return MODALITIES
 
 
 def data_of(folder: str | Path) -> str | None:

@@ -139,6 +139,17 @@ def test_a_row_of_a_split_s_table_is_of_that_split(tmp_path):
         load_table(tmp_path)
 
 
+def test_a_train_table_may_hold_the_validation_split(tmp_path):
+    write(tmp_path, "test.csv", "text,label\na,x\nb,y\n")
+    write(tmp_path, "train.csv", "text,label,split\na,x,train\nb,y,val\nc,y,train\n")
+    assert {name: part["text"] for name, part in load_table(tmp_path).items()} == {
+        "train": ["a", "c"], "test": ["a", "b"], "validation": ["b"]
+    }  # fmt: skip
+    write(tmp_path, "dev.csv", "text,label\na,x\n")
+    with pytest.raises(ValueError, match=r"train\.csv, row 2 has the split 'val'"):
+        load_table(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["set", "Partition", "subset", "fold"])
 def test_a_column_that_seems_to_be_a_split_is_not_ignored_in_silence(tmp_path, caplog, name):
     lines = [f"t{i},{i % 2},{'test' if i > 6 else 'train'}" for i in range(10)]

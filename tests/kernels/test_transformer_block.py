@@ -1,10 +1,13 @@
 """The block as one op: what its parts say one by one, in values, gradients and bytes kept."""
 
+from functools import partial
+
 import pytest
 import torch
 from block_cases import BATCH, HIDDEN, RANK, ROWS, WIDTH, halves, leaf, see
 from running import moved, on, running, skip_wide_tiles
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from u2a_fast.kernels import Half, set_backend, transformer_block
 from u2a_fast.memory import saved_bytes
@@ -142,6 +145,24 @@ def test_the_input_may_not_change_before_backward():
     y = transformer_block(x, *halves(), see(), "gelu")
     x.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified inplace"):
+        y.sum().backward()
+
+
+def test_selective_checkpointing_sees_every_op_and_change():
+    asked = []
+
+    def policy(context, op, *args, **options):
+        asked.append(op)
+        return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.addmm.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = partial(create_selective_checkpoint_contexts, policy)
+    attention, mlp = halves()
+    y = checkpoint(
+        lambda x: transformer_block(x, attention, mlp, see(), "gelu"), leaf(BATCH, ROWS, WIDTH),
+        use_reentrant=False, context_fn=context,
+    )  # fmt: skip
+    assert torch.ops.aten.addmm.default in asked and torch.ops.aten.linear.default not in asked
+    with pytest.raises(RuntimeError, match="mutated"):  # the low-rank product is added to what the policy keeps
         y.sum().backward()
 
 

@@ -94,7 +94,7 @@ def _place(cell: str, folder: Path) -> str:
 
 def is_bare(cell: Any) -> bool:
     """Whether a cell is the record of a file by its path alone."""
-    return isinstance(cell, Mapping) and cell["bytes"] is None
+    return isinstance(cell, Mapping) and cell.get("bytes") is None and cell.get("path") is not None
 
 
 def _record_cell(cell: Mapping[str, Any], column: str, folder: Path) -> Row | None:

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -20,15 +20,19 @@ TASKS = ("classification", "multi_label", "regression")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 COMMA = re.compile(r"[+\-\N{MINUS SIGN}]?(\d+[.,]?\d*|[.,]\d+)", re.ASCII)
 THOUSANDS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2},\d{3}", re.ASCII)
+GROUPED = re.compile(r"[1-9]\d{0,2}(,\d{3})+", re.ASCII)
 IDS = re.compile(r"\d{1,9}(, ?\d{1,9})*", re.ASCII)  # of several labels
 # A number as people write it: 1.5, 1,5, 1,200,000.5.
 MEASURED = re.compile(
     r"[+\-\N{MINUS SIGN}]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([, ]\d{3})+([.,]\d+)?)([eE][+-]?\d{1,3})?", re.ASCII
 )
 JOINED = re.compile(r"['\"]\s+['\"]")  # NumPy's 'a' 'b', which Python reads as one
-LIST = re.compile(r"\[\s*(['\"\d+-].*)?\]", re.DOTALL)
-# Marks of width nothing and of direction; joiners, which shape words and emoji, at the ends alone.
-UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]|^[\u200c\u200d]+|[\u200c\u200d]+$")
+NAMES = re.compile(r"\[\s*['\"]")  # how a list of names begins
+LIST = re.compile(r"\[(\s*['\"].*)?\]", re.DOTALL)  # of names or of nothing
+MARKS = re.compile(r"\[[01](, ?[01])+\]")  # other numbers between brackets may be an interval
+BLANKS = ("na", "n/a", "n.a.", "none", "null", "?", "-", "--", ".")
+# Marks of width nothing and of direction; joiners, which shape emoji and the letter before them, in front alone.
+UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]|^[\u200c\u200d]+")
 TRUTH = {"false": "0", "true": "1"}
 FP32_STEP = 2.0**-24  # what rounding loses of a number, at most
 LONGEST_NUMBER = 100  # characters; a longer label is a name
@@ -46,9 +50,9 @@ def settle_labels(rows: Sequence[Row], task: str | None = None, separator: str |
             classes where all are 0 or 1.
         separator: what stands between the names of a cell.
 
-    Spellings of one label are one class: blanks of any kind and length, what nobody sees, 1 and 1.0, true and True (and
-    1, beside numbers), and the two ways to write an accented letter in Unicode. Names that differ in their case alone
-    are kept apart, with a warning. Lists may be written as Python or JSON writes them.
+    Spellings of one label are one class: blanks of any kind and length, what nobody sees, the two ways to write an
+    accented letter in Unicode; and where all labels are numbers or truth values, 1 and 1.0, true and True and 1. Names
+    that differ in their case alone are kept apart, with a warning. Lists may be written as Python or JSON writes them.
 
     Raises:
         ValueError: a cell that does not fit the task, vectors of different length, or what may mean two things.
@@ -59,17 +63,18 @@ def settle_labels(rows: Sequence[Row], task: str | None = None, separator: str |
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
-    for row in rows:
-        label = row["label"]
-        if isinstance(label, str) and not separator and task != "classification":
-            label = _written_list(label.strip(), row["place"])
+    texts = [row["label"].strip() if isinstance(row["label"], str) else "" for row in rows]
+    lists = any(NAMES.match(text) for text in texts) or all(MARKS.fullmatch(text) for text in texts)
+    spelled = lists and not separator and task != "classification"
+    for row, text in zip(rows, texts, strict=True):
+        label = _written_list(text, row["place"]) if spelled and text else row["label"]
         row["label"] = _cell(label, row["place"], separator)
-    lists = [row for row in rows if isinstance(row["label"], list)]
-    if any(not isinstance(part, str) for row in lists for part in row["label"]):
+    several = [row for row in rows if isinstance(row["label"], list)]
+    if any(not isinstance(part, str) for row in several for part in row["label"]):
         return _settle_vectors(rows, task)
-    if lists or task == "multi_label":
+    if several or task == "multi_label":
         if task not in (None, "multi_label"):
-            raise ValueError(f"{lists[0]['place']} has several labels, which a {task} cannot have: write one")
+            raise ValueError(f"{several[0]['place']} has several labels, which a {task} cannot have: write one")
         return _settle_sets(rows)
     return _settle_single(rows, task)
 
@@ -123,10 +128,11 @@ class Classes:
 
     def __init__(self, names: Sequence[str]):
         self.names = names
-        self.numbers = {meaning(name): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+        self.numbers = {meaning(_tidy(name)): i for i, name in enumerate(names)}  # a model's may be from before `_tidy`
+        self.numbers |= {name: i for i, name in enumerate(names)}
 
     def find(self, name: str) -> int | None:
-        return self.numbers.get(name, self.numbers.get(meaning(name)))
+        return self.numbers.get(name, self.numbers.get(meaning(_tidy(name))))
 
     def number(self, name: str) -> int:
         found = self.find(name)
@@ -159,7 +165,7 @@ def _tidy(name: str) -> str:
 
 def _written_list(label: str, place: str) -> Any:
     """The list that a cell spells as Python or JSON writes it, which is what pandas makes of one; else the cell."""
-    if not LIST.fullmatch(label):
+    if not LIST.fullmatch(label) and not MARKS.fullmatch(label):
         return label
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -195,10 +201,10 @@ def _settle_sets(rows: Sequence[Row]) -> list[str]:
     """Lists of names become vectors of 0 and 1 in the order of the names."""
     for row in rows:
         row["label"] = [str(part) for part in (row["label"] if isinstance(row["label"], list) else [row["label"]])]
-    spelling = _spellings([part for row in rows for part in row["label"]])
+    spelled = iter(_one_spelling([part for row in rows for part in row["label"]]))
     for row in rows:
-        row["label"] = {spelling[meaning(part)] for part in row["label"]}
-    names = sorted(spelling.values())
+        row["label"] = {next(spelled) for _ in row["label"]}
+    names = sorted(set().union(*(row["label"] for row in rows)))
     if not names:
         raise ValueError(f"no row has any label, {rows[0]['place']} for one: fill them in or drop the column")
     _warn_of_case(names)
@@ -233,10 +239,7 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
         return None
     if numbers is not None and any(number.is_nan() for number in numbers):
         numbers = None  # a class of that name: it has no place among numbers
-    if numbers is not None:
-        texts = [TRUTH.get(text.casefold(), text) for text in texts]
-    spelling = _spellings(texts)
-    texts = [spelling[meaning(text)] for text in texts]
+    texts = _one_spelling(texts)
     for row, text in zip(rows, texts, strict=True):
         row["label"] = text
     names = sorted(set(texts))
@@ -278,26 +281,31 @@ def _are_measured(texts: Sequence[str], numbers: Sequence[Decimal]) -> bool:
     return not whole or not any(text.lstrip("+-").isdigit() for text in texts)
 
 
-def _spellings(texts: Iterable[str]) -> dict[str | Decimal, str]:
-    """{what labels mean: the shortest way in which it is written}."""
+def _one_spelling(texts: list[str]) -> list[str]:
+    """Numbers and truth values in the shortest way that each is written; beside names they may be codes, and stay."""
+    if not all(text.casefold() in TRUTH for text in texts):
+        numbers = _numbers(texts)
+        if numbers is None or any(number.is_nan() for number in numbers):
+            return texts
+        texts = [TRUTH.get(text.casefold(), text) for text in texts]
     shortest: dict[str | Decimal, str] = {}
     for text in texts:
         what = meaning(text)
         shortest[what] = min(shortest.get(what, text), text, key=lambda spelling: (len(spelling), spelling))
-    return shortest
+    return [shortest[meaning(text)] for text in texts]
 
 
 def _refuse_ids(texts: Sequence[str], rows: Sequence[Row]) -> None:
-    """ValueError where "1,2" beside 3 may be two labels of a row: all such cells rise, and numbers behind a comma stand
-    in front of one too, as decimals such as 1,5 and 2,5 seldom do.
+    """ValueError where "1,2" beside 3 may be two labels of a row: all such cells rise, and several numbers behind a
+    comma stand in front of one too. Of ratings such as 1,5 and 5 it is the 5 alone.
     """
     several = [(text, row["place"]) for text, row in zip(texts, rows, strict=True) if "," in text]
-    if not all(IDS.fullmatch(text) for text in texts) or all(THOUSANDS.fullmatch(text) for text, _ in several):
+    if not all(IDS.fullmatch(text) for text in texts) or all(GROUPED.fullmatch(text) for text, _ in several):
         return
     ids = [[int(part) for part in text.split(",")] for text in texts]
     rising = all(parts == sorted(set(parts)) for parts in ids) and not any(re.search(", ?0", text) for text in texts)
     again = {part for parts in ids for part in parts[1:]} & {parts[0] for parts in ids}
-    if not rising or not (again or any(not COMMA.fullmatch(text) for text in texts)):
+    if not rising or not (len(again) > 1 or any(not COMMA.fullmatch(text) for text in texts)):
         return
     text, place = several[0]
     raise ValueError(
@@ -307,12 +315,14 @@ def _refuse_ids(texts: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def _refuse_mixed(texts: Sequence[str], rows: Sequence[Row]) -> None:
-    """ValueError where most labels are numbers, some of them measured, and each would be a class for the others."""
+    """ValueError where labels are measured numbers but for blanks, or for some in another writing: each was a class."""
     written = [len(text) <= LONGEST_NUMBER and bool(MEASURED.fullmatch(text)) for text in texts]
     measured = any("." in text.rstrip(".0") or "," in text for text, like in zip(texts, written, strict=True) if like)
-    if not measured or 2 * sum(written) <= len(texts):
+    others = [(text, row["place"]) for text, row in zip(texts, rows, strict=True) if _numbers([text]) is None]
+    names = [text for text, _ in others if text.casefold() not in BLANKS and not MEASURED.fullmatch(text)]
+    if names or not measured or 2 * sum(written) <= len(texts):
         return
-    text, place = next((text, row["place"]) for text, row in zip(texts, rows, strict=True) if _numbers([text]) is None)
+    text, place = others[0]
     raise ValueError(
         f"{place} has the label {text!r:.100}, but most labels are numbers: write it as one, such as 1200.5, leave the "
         "row out, or say that all are names with --task classification"

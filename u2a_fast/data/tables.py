@@ -36,7 +36,7 @@ ENDINGS = {
     "video": (".mp4", ".mov", ".avi", ".mkv", ".webm"),
 }
 SPLITS_TOO = ("set", "partition", "subset", "fold")  # what else people call `split`, and for other things too
-BESIDES = ("label", "group", "split")  # columns that are no modality
+NO_MODALITY = ("label", "group", "split")  # columns that are no modality
 
 
 def load_table(
@@ -54,7 +54,8 @@ def load_table(
 
     `path` is a .csv, .tsv, .jsonl or .parquet file, or a folder that holds either one such file or files named train,
     validation (val, dev) and test, whole or in shards. A single table is split by its `split` column where it has
-    one, by `seed` otherwise (65 / 10 / 25%, classes balanced, rows of one `group` together).
+    one, by `seed` otherwise (65 / 10 / 25%, classes balanced, rows of one `group` together). That of train may hold the
+    validation split, told by that column.
 
     Columns, whatever their case: any of image, text, audio and video; `label`; optionally `group` and `split`. Others
     are ignored. Images, recordings and videos are paths relative to their table, bytes, {"path", "bytes"} records, or
@@ -82,7 +83,7 @@ def load_table(
     {'text': None, 'label': 1}
     """
     splits = {}
-    needed = (*modalities, *BESIDES)
+    needed = (*modalities, *NO_MODALITY)
     for name, files in find_tables(Path(path)).items():
         tables = [_only_there(_read(file, columns or {}, usual or {}, needed), file, decode) for file in files]
         splits[name] = [row for table in tables for row in table if not _is_blank(row)]
@@ -94,7 +95,7 @@ def load_table(
     if list(splits) == ["all"]:
         splits = _by_split_column(rows) if any("split" in row for row in rows) else split_rows(rows, seed)
     else:
-        _refuse_strays(splits)
+        splits = _by_own_splits(splits)
     if decode and not keep_empty:
         splits = {name: _without_empty(part) for name, part in splits.items()}
     if decode:
@@ -106,9 +107,12 @@ def load_table(
 
 
 def read_samples(
-    path: str | Path, columns: Mapping[str, str] | None = None, usual: Mapping[str, str] | None = None
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    usual: Mapping[str, str] | None = None,
+    modalities: Collection[str] = MODALITIES,
 ) -> list[Row]:
-    """The rows of one table as samples to predict: the modalities alone, files neither opened nor looked for.
+    """The rows of one table as samples to predict: `modalities` alone, files neither opened nor looked for.
 
     Raises:
         FileNotFoundError, ValueError: as `load_table`.
@@ -117,14 +121,14 @@ def read_samples(
     if len(tables) > 1:
         raise ValueError(f"{path} holds {len(tables)} tables, {' and '.join(tables)}: name the one to answer")
     (files,) = tables.values()
-    rows = [row for file in files for row in _read(file, columns or {}, usual or {}, MODALITIES)]
+    rows = [row for file in files for row in _read(file, columns or {}, usual or {}, modalities)]
     return [{name: row[name] for name in MODALITIES if name in row} for row in rows]
 
 
-def read_lines(rows: Sequence[Row], source: str) -> list[Row]:
+def read_lines(rows: Sequence[Row], source: str, modalities: Collection[str]) -> list[Row]:
     """The modalities of rows that lie in no file, read as those of a table in the working directory."""
     names = list(dict.fromkeys(name.strip().casefold() for row in rows for name in row))
-    chosen = _choose_columns(names, rows, {}, {}, Path(source), MODALITIES)
+    chosen = _choose_columns(names, rows, {}, {}, Path(source), modalities)
     return [{name: row[name] for name in chosen} for row in _cells(rows, chosen, Path(source), Path())]
 
 
@@ -283,8 +287,18 @@ def _by_split_column(rows: list[Row]) -> dict[str, list[Row]]:
     return {name: splits[name] for name in dict.fromkeys(SPLITS.values()) if name in splits}
 
 
-def _refuse_strays(splits: Mapping[str, list[Row]]) -> None:
-    """ValueError where a row says that it is of another split than the table that holds it."""
+def _by_own_splits(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """Rows of the train table that say so are the validation split, where no table is.
+
+    Raises:
+        ValueError: a row says that it is of another split than the table that holds it.
+    """
+    splits = dict(splits)
+    if "validation" not in splits:
+        apart = [row for row in splits.get("train", []) if _split_of(row.get("split")) == "validation"]
+        if apart:
+            splits["train"] = [row for row in splits["train"] if _split_of(row.get("split")) != "validation"]
+            splits["validation"] = apart
     for name, part in splits.items():
         for row in part:
             if _split_of(row.get("split")) not in (None, name):
@@ -292,6 +306,7 @@ def _refuse_strays(splits: Mapping[str, list[Row]]) -> None:
                     f"{row['place']} has the split {row['split']!r}, but its table is that of {name}: move the row, "
                     "correct its split, or pass the table itself, which is then split by that column"
                 )
+    return splits
 
 
 def _warn_of_unread_splits(names: Sequence[str], rows: Sequence[Row], read: Collection[str], path: Path) -> None:
