@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from u2a_fast import U2A, LoraConfig, MissingPattern, MultimodalCollator
 from u2a_fast.data import with_missing
 from u2a_fast.options import TrainOptions, load_sources
+from u2a_fast.processes import leave
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,4 +81,5 @@ def main(arguments: list[str] | None = None) -> Trainer:
 
 
 if __name__ == "__main__":
-    main().accelerator.end_training()  # or threads of gloo may outlive the group, and the process aborts at its end
+    main()
+    leave()

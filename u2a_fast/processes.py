@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -32,9 +33,14 @@ def on_cpu() -> bool:
 
 
 def leave() -> None:
-    """Take leave of the others at the end of a script: threads of gloo may outlive the group, and abort the process."""
+    """Take leave of the others at the end of a script.
+
+    Threads of gloo outlive the group of a model under DDP (torch 2.13). One that is still to free what it sent waits
+    for Python, whose end would abort the process: it gets its turn before.
+    """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        time.sleep(0.1)
 
 
 def is_main() -> bool:
