@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from u2a_fast.data import load_table
+from u2a_fast.data.labels import label_names
+from u2a_fast.data.tables import read_samples
 
 NAN = float("nan")
 
@@ -251,3 +253,60 @@ def test_paths_that_hold_no_table_say_what_is_expected(tmp_path):
     write(tmp_path, "train.jsonl", "{}")
     with pytest.raises(ValueError, match="2 tables for train"):
         load_table(tmp_path)
+
+
+def test_a_split_column_decides(tmp_path):
+    lines = [f"t{i},{i % 2},{split}" for i, split in enumerate(["Train", "test", " DEV ", "train", "val"])]
+    splits = load_table(write(tmp_path, "t.csv", "text,label,Split\n" + "\n".join(lines)))
+    assert {name: part["text"][:] for name, part in splits.items()} == {
+        "train": ["t0", "t3"], "validation": ["t2", "t4"], "test": ["t1"]
+    }  # fmt: skip
+    assert "split" not in splits["train"].column_names
+    for wrong in ("holdout", ""):
+        with pytest.raises(ValueError, match=r"row 2 has the split .*: write train, validation or test"):
+            load_table(write(tmp_path, "t.csv", f"text,label,split\na,x,train\nb,y,{wrong}\n"))
+
+
+def test_a_row_of_a_split_s_table_is_of_that_split(tmp_path):
+    write(tmp_path, "test.csv", "text,label\na,x\nb,y\n")
+    write(tmp_path, "train.csv", "text,label,split\na,x,Training\nb,y,\nc,x,fold 1\n")
+    assert len(load_table(tmp_path)["train"]) == 3
+    write(tmp_path, "train.csv", "text,label,split\na,x,train\nb,y,Test\n")
+    with pytest.raises(
+        ValueError, match=r"train\.csv, row 2 has the split 'Test', but its table is that of train: move"
+    ):
+        load_table(tmp_path)
+
+
+def test_a_train_table_may_hold_the_validation_split(tmp_path):
+    write(tmp_path, "test.csv", "text,label\na,x\nb,y\n")
+    write(tmp_path, "train.csv", "text,label,split\na,x,train\nb,y,val\nc,y,train\n")
+    assert {name: part["text"] for name, part in load_table(tmp_path).items()} == {
+        "train": ["a", "c"], "test": ["a", "b"], "validation": ["b"]
+    }  # fmt: skip
+    write(tmp_path, "dev.csv", "text,label\na,x\n")
+    with pytest.raises(ValueError, match=r"train\.csv, row 2 has the split 'val'"):
+        load_table(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["set", "Partition", "subset", "fold"])
+def test_a_column_that_seems_to_be_a_split_is_not_ignored_in_silence(tmp_path, caplog, name):
+    lines = [f"t{i},{i % 2},{'test' if i > 6 else 'train'}" for i in range(10)]
+    table = write(tmp_path, "t.csv", "\n".join([f"text,label,{name}", *lines]))
+    load_table(table)
+    assert len(caplog.messages) == 1 and f"the column {name} is not read" in caplog.text
+    assert f'pass --columns \'{{"split": "{name.casefold()}"}}\'' in caplog.text
+    caplog.clear()
+    assert len(load_table(table, columns={"split": name.casefold()})["test"]) == 3
+    load_table(write(tmp_path, "t.csv", f"text,label,{name}\na,x,music\nb,y,1\n"))
+    read_samples(write(tmp_path, "t.csv", "\n".join([f"text,label,{name}", *lines])))
+    load_table(write(tmp_path, "t.csv", f"text,label,{name},split\na,x,train,train\nb,y,test,test\n"))
+    assert not caplog.text
+
+
+def test_several_labels_of_a_row_become_a_vector(tmp_path):
+    write(tmp_path, "train.csv", "text;labels\na;x|y\nb;y\n")
+    train = load_table(tmp_path, label_separator="|")["train"]
+    assert train["label"][:] == [[1, 1], [0, 1]] and label_names(train.features["label"]) == ["x", "y"]
+    write(tmp_path, "train.csv", "text,label\na,1\nb,2\n")
+    assert load_table(tmp_path, task="regression")["train"]["label"][:] == [1.0, 2.0]

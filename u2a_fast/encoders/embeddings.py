@@ -59,7 +59,7 @@ def clip_text_padding(
 
 def embed_image(encoder: Encoder, pixel_values: torch.Tensor, **options: bool) -> EmbedResult:
     embeddings = encoder.stem["embeddings"]
-    if "interpolate_pos_encoding" not in inspect.signature(embeddings.forward).parameters:
+    if options and "interpolate_pos_encoding" not in inspect.signature(embeddings.forward).parameters:
         options.pop("interpolate_pos_encoding", None)  # DINOv2 and BEiT do so unasked
     tokens = embeddings(pixel_values, **options)
     if isinstance(tokens, tuple):  # Data2Vec says how many patches there are besides
