@@ -90,7 +90,7 @@ def attend(qkv, heads, groups, lengths, suffix, causal, kv_heads, window, positi
         return out, lse, None
     seen = lengths, suffix, causal, window, positions
     if one_length:
-        views, own = by_head(qkv, None, groups[0], heads, kv_heads), in_effect(*groups[1:], *seen)
+        views, own = by_head(qkv, None, groups, heads, kv_heads), in_effect(*groups[1:], *seen)
         if uses_triton(*views[:2], *own[2:4]):
             out, lse = attention_forward(*views, *own)
             return out.transpose(1, 2).reshape(qkv.shape[0], -1), lse, None
@@ -118,7 +118,7 @@ def attend_backward(
     if graph is not None:  # whether it is needed again is not for this Function to say
         d_qkv = torch.cat(torch.autograd.grad(out, leaves, d_out, retain_graph=True), 1)
     else:
-        q, k, v = by_head(qkv, None, groups[0], heads, kv_heads)
+        q, k, v = by_head(qkv, None, groups, heads, kv_heads)
         d_out, own_out = (t.view(*groups[:2], *q.shape[1::2]).transpose(1, 2) for t in (d_out, out))
         _, *seen = in_effect(*groups[1:], lengths, suffix, causal, window, positions)
         grads = attention_backward(d_out, q, k, v, lengths, own_out, lse, *seen)
@@ -151,17 +151,18 @@ def _each_group(q, k, v, heads, kv_heads, groups, *seen):
     if len(groups) > 1 and (sides := sides_of(groups, *seen)) is not None and fits_varlen(q, width):
         return by_varlen(varlen_function(), *operands, ends_of(tuple(map(tuple, groups)), q.device), sides)
     each = []
-    for samples, *parts, at in parts_of(groups, (q,), (k, v, positions)):
-        at = None if at is None else at.view(samples, -1)
-        each.append(attention(*_by_width(parts, samples, width), lengths, suffix, 0, causal, window, at))
+    for (samples, *rows), *parts, at in parts_of(groups, (q,), (k, v, positions)):
+        at = None if at is None else at.view(samples, rows[1])
+        parts = [_by_width(t, samples, n, width) for t, n in zip(parts, (rows[0], rows[1], rows[1]), strict=True)]
+        each.append(attention(*parts, lengths, suffix, 0, causal, window, at))
     each = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in each]  # [samples * Sq, D]
     out = end_to_end(each, *q.shape, q)
     return out if each else out + 0 * (q.sum() + k.sum() + v.sum())  # of nobody, but differentiable
 
 
-def _by_width(parts, samples, width):
-    """[samples * S, heads * Dh] -> [samples, heads, S, Dh], views."""
-    return [t.view(samples, -1, t.shape[1] // width, width).transpose(1, 2) for t in parts]
+def _by_width(t, samples, rows, width):
+    """[samples * S, heads * Dh] -> [samples, heads, S, Dh], a view; of no samples too, as in an export."""
+    return t.view(samples, rows, t.shape[1] // width, width).transpose(1, 2)
 
 
 class _AttentionRows(torch.autograd.Function):

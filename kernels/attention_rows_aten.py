@@ -24,25 +24,29 @@ def head_width(q: Tensor, kv: Tensor | None, heads: int, kv_heads: int) -> int:
     return q.shape[1] // (heads if kv is not None else heads + 2 * kv_heads)
 
 
-def by_head(q: Tensor, kv: Tensor | None, samples: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q [samples, H, Sq, Dh], k and v [samples, kv_heads, S, Dh]: views of rows [q, k, v], or of q and [k, v]."""
-    width = head_width(q, kv, heads, kv_heads)
+def by_head(q: Tensor, kv: Tensor | None, group: Sequence, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [samples, H, Sq, Dh], k and v [samples, kv_heads, S, Dh]: views of rows [q, k, v], or of q and [k, v].
+
+    Every size is said: -1 is none where an exported program meets no samples.
+    """
+    width, (samples, queries, keys) = head_width(q, kv, heads, kv_heads), group
     if kv is None:
-        heads_of_rows = q.view(samples, -1, heads + 2 * kv_heads, width).transpose(1, 2)
+        heads_of_rows = q.view(samples, queries, heads + 2 * kv_heads, width).transpose(1, 2)
         return heads_of_rows.split_with_sizes((heads, kv_heads, kv_heads), 1)
-    k, v = kv.view(samples, -1, 2, kv_heads, width).permute(2, 0, 3, 1, 4).unbind()
-    return q.view(samples, -1, heads, width).transpose(1, 2), k, v
+    k, v = kv.view(samples, keys, 2, kv_heads, width).permute(2, 0, 3, 1, 4).unbind()
+    return q.view(samples, queries, heads, width).transpose(1, 2), k, v
 
 
 def parts_of(
     groups: Sequence[Sequence[int]], of_queries: Sequence[Tensor | None], of_keys: Sequence[Tensor | None]
 ) -> Iterator:
-    """(samples, parts) of every group that asks: its rows of each tensor, those with a row for every query first."""
+    """(group, parts) of every group that asks: its rows of each tensor, those with a row for every query first."""
     q_at = k_at = 0
-    for samples, query_rows, key_rows in groups:
+    for group in groups:
+        samples, query_rows, key_rows = group
         q_end, k_end = q_at + samples * query_rows, k_at + samples * key_rows
         if q_end > q_at:
-            yield samples, *_from_to(of_queries, q_at, q_end), *_from_to(of_keys, k_at, k_end)
+            yield group, *_from_to(of_queries, q_at, q_end), *_from_to(of_keys, k_at, k_end)
         q_at, k_at = q_end, k_end
 
 
@@ -95,9 +99,9 @@ def _seen(q, k, lengths, suffix, causal, window, positions):
     return in_effect(q.shape[2], k.shape[2], lengths, suffix, causal, window, positions)
 
 
-def _attend(q, kv, positions, samples, heads, kv_heads, recomputed, *seen):
+def _attend(q, kv, positions, group, heads, kv_heads, recomputed, *seen):
     """out [rows of q, D] of samples of equal length, and log-sum-exp [rows of q, H], None where it is recomputed."""
-    q, k, v = by_head(q, kv, samples, heads, kv_heads)
+    q, k, v = by_head(q, kv, group, heads, kv_heads)
     seen = _seen(q, k, *seen, positions)
     if recomputed:
         out, lse = forward_matmul(q, k, v, *seen), None
@@ -113,9 +117,9 @@ def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads
     recomputed = recomputes(q, groups, lengths, suffix, window, positions)
     seen = heads, kv_heads, recomputed, lengths, suffix, causal, window
     if len(groups) == 1 and min(groups[0]) > 0:
-        out, lse = _attend(q, kv, positions, groups[0][0], *seen)
+        out, lse = _attend(q, kv, positions, groups[0], *seen)
     else:
-        each = [_attend(*own, samples, *seen) for samples, *own in parts_of(groups, (q,), (kv, positions))]
+        each = [_attend(*own, group, *seen) for group, *own in parts_of(groups, (q,), (kv, positions))]
         width = heads * head_width(q, kv, heads, kv_heads)
         out = end_to_end([out for out, _ in each], q.shape[0], width, q)
         wide = backend.wide(q.dtype)
@@ -130,15 +134,15 @@ def end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _attend_backward(d_out, q, out, lse, d_q, again, kv, positions, d_kv, samples, heads, kv_heads, *seen):
+def _attend_backward(d_out, q, out, lse, d_q, again, kv, positions, d_kv, group, heads, kv_heads, *seen):
     """Write d_q, d_kv (where kv is) and the result (where `again` is) of samples of equal length."""
-    views = by_head(q, kv, samples, heads, kv_heads)
+    views, samples = by_head(q, kv, group, heads, kv_heads), group[0]
     seen = _seen(*views[:2], *seen, positions)
     width = views[0].shape[3]
     d_out = d_out.view(samples, -1, heads, width).transpose(1, 2)
     if out is None:
         again = None if again is None else again.view(samples, -1, heads, width).transpose(1, 2)
-        backward_matmul(d_out, *views, *seen, into=(*by_head(d_q, d_kv, samples, heads, kv_heads), again))
+        backward_matmul(d_out, *views, *seen, into=(*by_head(d_q, d_kv, group, heads, kv_heads), again))
         return
     own_out, own_lse = out.view(samples, -1, heads, width).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
     grads = [grad.transpose(1, 2) for grad in _flash_backward(d_out, *views, own_out, own_lse, *seen)]
@@ -162,8 +166,8 @@ def backward_aten(
     d_q, d_kv = made(q.shape), None if kv is None else made(kv.shape)
     again = made(d_out.shape) if out is None and wants_out else None
     seen = heads, kv_heads, lengths, suffix, causal, window
-    for samples, *own in parts_of(groups, (d_out, q, out, lse, d_q, again), (kv, positions, d_kv)):
-        _attend_backward(*own, samples, *seen)
+    for group, *own in parts_of(groups, (d_out, q, out, lse, d_q, again), (kv, positions, d_kv)):
+        _attend_backward(*own, group, *seen)
     out = again if out is None else out
     return d_q, d_kv, cast(products.mm(d_s.t(), out), lora_a.dtype) if wants_out else None
 

@@ -136,14 +136,19 @@ def test_only_the_linears_of_the_blocks_are_quantised(name, mode, device):
     assert mode_of(encoder) == mode
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, None)])
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
 def test_hidden_states_are_those_of_the_rounded_weights(mode, name, dtype, limit, device):
     encoder = quantize_encoder(from_pretrained_model(tiny_encoders.build(name).to(dtype)), mode).to(device)
     inputs = moved(tiny_encoders.inputs(name, 3, padded=True), device)
     with torch.no_grad():
-        assert relative(encoder(**inputs), rounded_twin(encoder)(**inputs)) < limit
+        got, rounded = encoder(**inputs), rounded_twin(encoder)(**inputs)
+        if limit is not None:
+            assert relative(got, rounded) < limit
+        else:  # as near to the twin in fp64 as the twin in bf16 is
+            exact = rounded_twin(encoder).double()(**inputs)
+            assert relative(got, exact) < 2 * relative(rounded, exact) < 0.1
 
 
 @pytest.mark.parametrize("mode, limit", [("int8", 0.04), ("int8_w8a8", 0.10)])

@@ -94,9 +94,9 @@ def test_the_result_can_be_changed_in_place(adapted, device):
     """As rotary positions do, which turn q and k where this product has put them."""
     x, packed, absmax, options = moved(operands(torch.float32, False), device)
     options = {"groups": GROUPS, **options} if adapted else {"bias": options["bias"]}
-    y = on(device, nf4_linear)(x, packed, absmax, SHAPE, **options)
+    y = nf4_linear(x, packed, absmax, SHAPE, **options)
     (expected,) = torch.autograd.grad((2 * y).sum(), x)
-    y = on(device, nf4_linear)(x, packed, absmax, SHAPE, **options)
+    y = nf4_linear(x, packed, absmax, SHAPE, **options)
     assert torch.equal(torch.autograd.grad(y.flatten(0, 1).mul_(2).sum(), x)[0], expected)
 
 

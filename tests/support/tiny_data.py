@@ -4,7 +4,6 @@ import csv
 import io
 from pathlib import Path
 
-import av
 import numpy as np
 import tiny_encoders
 import torch
@@ -76,6 +75,8 @@ def write_table(folder: Path, count: int) -> Path:
 
 def clip_file(shades, size: tuple[int, int] = (64, 32), form: str = "mp4", codec: str = "mpeg4") -> bytes:
     """A video file with a frame in each of these shades of grey, 0 to 255."""
+    import av
+
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream(codec, rate=10)

@@ -217,7 +217,7 @@ class Encoder(nn.Module):
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
         """Refuse what another family's processor makes, which Python would call an unexpected argument of a helper."""
-        if (self._knows is not None and inputs.keys() - self._knows) or self._needs - inputs.keys():
+        if (self._knows is not None and inputs.keys() - self._knows) or self._needs.difference(inputs):
             raise ValueError(
                 f"an encoder of {self.family.name} takes {', '.join(self._takes)}, not {', '.join(inputs)}: give it "
                 "what the processor of its own model makes"
