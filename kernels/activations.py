@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
         lambda u: F.gelu(u, approximate="tanh"),
         lambda d, u: gelu_backward(d, u, approximate="tanh"),
     ),
-    "quick_gelu": (lambda u: u * torch.sigmoid(1.702 * u), lambda d, u: silu_backward(d, 1.702 * u)),
+    "quick_gelu": (lambda u: F.silu(1.702 * u) / 1.702, lambda d, u: silu_backward(d, 1.702 * u)),
     "relu": (F.relu, lambda d, u: threshold_backward(d, u, 0)),
     "silu": (F.silu, silu_backward),
 }

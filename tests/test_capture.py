@@ -14,6 +14,7 @@ import torch
 from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import BatchEncoding
 
 from u2a_fast import PMF, U2A, LoraConfig, capture
 from u2a_fast.capture import Steps
@@ -128,6 +129,17 @@ def test_the_same_packed_step_is_bitwise_the_one_that_was_captured(replays):
     first = step(captured, given[0])
     step(captured, given[1])
     assert_equal(step(captured, given[0]), first)
+
+
+def test_what_a_processor_gives_is_a_batch(replays):
+    """Its result is a mapping of its own, whose values count and not what it prints."""
+    families = FAMILIES["pre and post norm"]
+    eager, captured = models(families, absent="where", modality_dropout=0.0)
+    for seed in range(3):
+        given = batch(families, seed)
+        own = {**given, **{name: BatchEncoding(given[name]) for name in families}}
+        assert_equal(step(captured, own), step(eager, given))
+    assert len(captured._steps.steps) == 1
 
 
 def test_gradients_accumulate(replays):

@@ -70,6 +70,34 @@ def test_the_bar_shows_the_loss(data, tmp_path, capsys):
     assert "learning_rate" not in shown.out + shown.err
 
 
+def trained(data, folder, **asked):
+    """The model after a few steps, and their losses."""
+    asked |= {"batch_size": 8, "max_steps": 9, "modality_dropout": 0.0, "num_workers": 0}
+    trainer = make_trainer(U2A, options.TrainOptions(data="squares", **asked), *data, folder)
+    trainer.args.logging_steps = 1
+    model = run_trainer(trainer)
+    return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_training_in_graphs_is_training(data, tmp_path, device):
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="a CUDA graph needs the model on a GPU"):
+            trained(data, tmp_path / "refused", capture=True)
+        return
+    _, expected = trained(data, tmp_path / "eager", dtype="float32")
+    model, losses = trained(data, tmp_path / "captured", dtype="float32", capture=True)
+    assert sum(step.replays for step in model._steps.steps.values()) == len(losses) == 9
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_captured_is_refused_before_anything_is_written(data, tmp_path):
+    splits, encoders = data
+    asked = options.TrainOptions(method="pmf", encoders=encoders, output_dir=str(tmp_path / "out"), capture=True)
+    with pytest.raises(ValueError, match="PMF runs depend on values"):
+        train(asked, splits)
+    assert not list((tmp_path / "out").rglob("*"))
+
+
 def test_what_diverged_is_not_saved(data, tmp_path):
     asked = options.TrainOptions(
         data="squares", epochs=1, batch_size=4, learning_rate=1e30, head_learning_rate=1e30, dtype="float32"

@@ -8,12 +8,11 @@ parameters may only change in place. Graphs share one memory pool: no two run at
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .kernels import get_backend
 
@@ -67,20 +66,25 @@ class Step:
         finally:
             torch.set_autocast_cache_enabled(cached)
 
+    @torch.no_grad()
+    def launch(self, tensors: Sequence[Tensor]) -> None:
+        """Run the whole step for another batch of the same shapes."""
+        for own, given in zip(self.tensors, tensors, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.replay()
+        self.replays += 1
+
     def __call__(self, tensors: Sequence[Tensor]) -> Losses:
         """The losses of another batch of the same shapes; only the first can be differentiated."""
-        return _Replayed.apply(self, tensors, *self.trained)
+        self.launch(tensors)  # before autograd looks at every parameter: the GPU is busy by then
+        return _Launched.apply(self, *self.trained)
 
 
-class _Replayed(torch.autograd.Function):
-    """Forward replays the whole step; backward hands out the gradients that it has left behind."""
+class _Launched(torch.autograd.Function):
+    """The losses of the step that runs; backward hands out the gradients that it leaves behind."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, tensors: Sequence[Tensor], *trained: Tensor) -> Losses:
-        for own, given in zip(step.tensors, tensors, strict=True):
-            own.copy_(given, non_blocking=True)
-        step.replay()
-        step.replays += 1
+    def forward(ctx: Any, step: Step, *trained: Tensor) -> Losses:
         ctx.step, ctx.replays = step, step.replays
         ctx.set_materialize_grads(False)
         losses = tuple(t.detach().clone() for t in step.losses)
@@ -96,7 +100,7 @@ class _Replayed(torch.autograd.Function):
         scaled = torch._foreach_mul([ctx.step.grads[i] for i in found], d_loss)
         for i, g in zip(found, scaled, strict=True):
             grads[i] = g
-        return None, None, *grads
+        return None, *grads
 
 
 class Steps:
@@ -125,12 +129,11 @@ class Steps:
         Args:
             batch: tensors in dictionaries; other values count as shapes do.
         """
-        leaves, form = tree_flatten(batch)
-        at = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
-        tensors = [leaves[i] for i in at]
-        shapes = tuple((tuple(t.shape), t.dtype) if torch.is_tensor(t) else repr(t) for t in leaves)
+        leaves = dict(_leaves(batch))
+        tensors = [leaf for leaf in leaves.values() if torch.is_tensor(leaf)]
+        shapes = tuple((path, *_shape(leaf)) for path, leaf in leaves.items())
         under = get_backend(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        key = key, form, shapes, *under
+        key = key, shapes, *under
         if key not in self.steps:
             if len(self.steps) >= MOST_GRAPHS:
                 warnings.warn(
@@ -138,15 +141,37 @@ class Steps:
                 )
                 return function(batch)
 
-            others = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]  # this batch is not to be kept
+            at = [path for path, leaf in leaves.items() if torch.is_tensor(leaf)]
+            others = {path: leaf for path, leaf in leaves.items() if path not in at}  # this batch is not to be kept
 
             def of_tensors(own: Sequence[Tensor]) -> Losses:
-                filled = list(others)
-                for i, t in zip(at, own, strict=True):
-                    filled[i] = t
-                return function(tree_unflatten(filled, form))
+                return function(_nested(others | dict(zip(at, own, strict=True))))
 
             on_device = [t.to(self.trained[0].device) for t in tensors]
             self.steps[key] = Step(of_tensors, on_device, self.trained, self.pool)
             self.pool = self.steps[key].pool
         return self.steps[key](tensors)
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(keys on the way, what is no mapping). A processor's result is a mapping, and nothing that PyTorch knows."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _shape(leaf: Any) -> tuple[Hashable, ...]:
+    return (leaf.shape, leaf.dtype) if torch.is_tensor(leaf) else (repr(leaf),)
+
+
+def _nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The dictionaries that `_leaves` took apart."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        at = tree
+        for name in path[:-1]:
+            at = at.setdefault(name, {})
+        at[path[-1]] = leaf
+    return tree

@@ -19,7 +19,8 @@ from .tensor_files import check_folder
 RUN_FILE = "run.yaml"
 CHOSEN = "chosen"  # in it, the recipe of what was not asked for
 DATA_FILE = "data.sha256"  # of the tables that the rows were split out of
-ELSEWHERE = ("output_dir", "resume", "data_cache", "num_workers", "save_steps")  # bear on nothing that comes out
+# Bear on nothing that comes out.
+ELSEWHERE = ("output_dir", "resume", "data_cache", "num_workers", "capture", "save_steps")
 LEFT_BY_OTHERS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
 
 

@@ -103,7 +103,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     model = run_trainer(trainer, checkpoint)
     rows = evaluate(model, splits["test"], seed=options.seed, output_dir=for_main(options.output_dir))
     for name, baseline in BASELINES.items() if options.baselines else ():
-        within = replace(chosen, output_dir=str(Path(options.output_dir) / "baselines"))
+        within = replace(chosen, capture=False, output_dir=str(Path(options.output_dir) / "baselines"))
         rows += with_baseline(baseline(within, splits, sources), name)
     if is_main():
         write_report(rows, options.output_dir)
@@ -147,6 +147,8 @@ def make_trainer(
         optimizer_cls_and_kwargs=optimizer_for(model, options),
         **watched,
     )
+    if options.capture:
+        trainer.model.capture()  # Trainer has moved it
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar)
     return trainer
@@ -284,7 +286,8 @@ def training_arguments(options: TrainOptions, folder: Path, workers: int) -> Tra
         max_steps=options.max_steps,
         per_device_train_batch_size=part,
         gradient_accumulation_steps=own // part,
-        auto_find_batch_size=torch.cuda.is_available() and processes().num_processes == 1,  # or one would wait for ever
+        # Of several processes one would wait for ever, and what a graph holds is not given back.
+        auto_find_batch_size=torch.cuda.is_available() and processes().num_processes == 1 and not options.capture,
         ddp_find_unused_parameters=False,  # every encoder runs in every process, on no rows if need be
         use_cpu=on_cpu(),
         learning_rate=options.learning_rate,

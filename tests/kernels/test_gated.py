@@ -71,9 +71,11 @@ def test_low_precision_is_as_exact_as_plain_low_precision(dtype, activation, imp
     plain = results(on(device, written_out(activation)), h, dy)
     exact = results(written_out(activation), h.double(), dy.double())
     got = computed(implementation, device, activation, h, dy)
+    # To divide by 1.702 a GPU multiplies with the inverse, which rounds once more.
+    factor = 3 if (implementation, activation, device.type) == ("torch", "quick_gelu", "cuda") else 2
     for i, (t, rough, true) in enumerate(zip(got, plain, exact, strict=True)):
         assert t.dtype == dtype
-        assert_as_exact_as(t, rough, true, 2 + i, ("y", "h")[i])
+        assert_as_exact_as(t, rough, true, factor + i, ("y", "h")[i])
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])

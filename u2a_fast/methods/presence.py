@@ -56,8 +56,9 @@ def _batch(values: Any) -> int | None:
 
 def refuse_empty(present: Tensor) -> None:
     """ValueError where a sample has nothing. present: bool `[B, M]` on the CPU."""
-    empty = (~present.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
+    anything = present.any(dim=1)
+    if not anything.all():
+        empty = (~anything).nonzero().flatten().tolist()
         raise ValueError(
             f"samples {empty[:5]} of the batch have every modality absent: drop them, "
             'or build the model with all_absent="prior"'
