@@ -15,9 +15,9 @@ test: lint
 	U2A_FAST_NO_SKIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=15 -n logical --dist loadfile tests
 	$(BIN)/pytest -q benches --benchmark-only -k smoke
 
-# What depends on a device, on every GPU there is; one process, since they would share it.
+# What depends on a device, on every GPU there is. Most of it is the host's time: processes share the GPU, half a GB each.
 test-gpu: $(READY)
-	$(BIN)/pytest -q -m cuda tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m cuda -n 8 --dist worksteal tests
 
 # With the oldest versions that pyproject.toml allows, in an environment of their own: 3 GB, which CI does not download.
 test-oldest: .venv-oldest/.ready

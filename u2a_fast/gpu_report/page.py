@@ -149,14 +149,14 @@ def passes(entries: Entries) -> list[str]:
 
 
 def training_steps(entries: Entries) -> list[str]:
-    """A table for each case; entries are named "case", "case: arm" and "case: kernels of arm"."""
+    """A table for each case; entries are named "case", "case: arm" and "case: kernels of arm", "case: steps of ..."."""
     lines = []
     for case in dict.fromkeys(name.split(":")[0] for name, entry in entries.items() if "wall" in entry):
         rows = [
-            (arm, ratio_to_base(e, arm), e["wall"]["ms"][arm], e["host"]["ms"][arm], *kernels(entries, case, arm, e))
+            (arm, ratio_to_base(e, arm), *milliseconds(entries, case, arm, e), *kernels(entries, case, arm, e))
             for arm, e in arms_of(entries, case).items()
         ]
-        head = (case, f"time over {BASE}", "wall ms", "host ms", "device ms", "kernels", "peak MiB")
+        head = (case, f"time over {BASE}", "wall ms", "in a row", "host ms", "device ms", "kernels", "peak MiB")
         lines += table(head, rows)
     return lines
 
@@ -176,6 +176,11 @@ def ratio_to_base(entry: dict[str, Any], arm: str) -> str:
     wall = entry["wall"]
     ratio = wall["ms"][arm] / wall["ms"][BASE]
     return f"1 (A/A {wall['noise']:.1%})" if arm == BASE else said(ratio, wall["noise"])
+
+
+def milliseconds(entries: Entries, case: str, arm: str, timed: dict[str, Any]) -> tuple[Any, Any, Any]:
+    found = entries.get(f"{case}: steps of {arm} in a row", {})
+    return timed["wall"]["ms"][arm], found.get("in_a_row_ms", ""), timed["host"]["ms"][arm]
 
 
 def kernels(entries: Entries, case: str, arm: str, timed: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -2,12 +2,13 @@
 
 Wall milliseconds (median of interleaved rounds, the base twice), host milliseconds until everything is enqueued, device
 milliseconds (sum of the kernels' times), number of kernels and peak memory. Graphs and compiled arms come last: they
-may take all of the time that is left.
+may take all of the time that is left. They run in a row too, as steps of training do: none waits for the one before.
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from .timing import CONTROL, summary
 
 BATCH, SHORTEST, LONGEST = 32, 8, 128
 ROUNDS, WARMUP = 15, 3
+RUNS, IN_A_ROW = 7, 20
 BASE = "ours"
 MISSING = {"70% missing": 0.7, "none missing": 0.0}
 
@@ -105,6 +107,20 @@ def time_arms(arms: dict[str, Arm], batch: Inputs, dry: bool) -> Entry:
                 wall[name].append(1e3 * (time.perf_counter() - start))
     found = {"wall": in_milliseconds(summary(wall, BASE)), "host": in_milliseconds(summary(host, BASE))}
     return found | {"peak_mib": {name: peak_of(arm, batch, dry) for name, arm in arms.items()}}
+
+
+def time_in_a_row(arm: Arm, batch: Inputs) -> Entry:
+    """Milliseconds of a step where none waits for the one before: median, and half the spread of the runs."""
+    runs = []
+    for _ in range(RUNS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(IN_A_ROW):
+            arm.step(batch)
+        torch.cuda.synchronize()
+        runs.append(1e3 * (time.perf_counter() - start) / IN_A_ROW)
+    middle = statistics.median(runs)
+    return {"in_a_row_ms": round(middle, 3), "spread": round((max(runs) - min(runs)) / (2 * middle), 4)}
 
 
 def in_milliseconds(found: dict[str, Any]) -> dict[str, Any]:
@@ -178,4 +194,5 @@ def measure_prepared(report: Report, name: str, make: Callable[[], Any], base: A
     for arm in made:
         for missing, batch in batches.items():
             report.measure(f"{missing}: {name}", time_arms, {BASE: base, name: arm}, batch, report.dry)
+            report.measure(f"{missing}: steps of {name} in a row", time_in_a_row, arm, batch)
             report.measure(f"{missing}: kernels of {name}", kernels_of, arm, batch)
