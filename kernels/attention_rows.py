@@ -27,6 +27,7 @@ from . import backend
 from .attention import attention, attention_backward, attention_forward, check_window, uses_triton
 from .attention_mask import in_effect
 from .attention_rows_aten import (
+    as_flash_gives_it,
     backward_aten,
     by_head,
     by_three,
@@ -58,7 +59,8 @@ def _fake(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads, windo
     s = None if lora_a is None else q.new_empty(q.shape[0], lora_a.shape[0])
     if recomputes(q, by_three(groups), lengths, suffix, window, positions):
         return out, s, None
-    return out, s, q.new_empty(q.shape[0], heads, dtype=backend.wide(q.dtype))
+    lse = q.new_empty(q.shape[0], heads, dtype=backend.wide(q.dtype))
+    return out, s, as_flash_gives_it(lse, by_three(groups))
 
 
 attention_rows_forward = backend.Op(

@@ -100,19 +100,18 @@ def _seen(q, k, lengths, suffix, causal, window, positions):
 
 
 def _attend(q, kv, positions, group, heads, kv_heads, recomputed, *seen):
-    """out [rows of q, D] of samples of equal length, and log-sum-exp [rows of q, H], None where it is recomputed."""
+    """out [rows of q, D] of samples of equal length, and log-sum-exp [samples, H, Sq], None where it is recomputed."""
     q, k, v = by_head(q, kv, group, heads, kv_heads)
     seen = _seen(q, k, *seen, positions)
     if recomputed:
         out, lse = forward_matmul(q, k, v, *seen), None
     else:
         out, lse = _flash(q, k, v, *seen)
-        lse = lse.transpose(1, 2).reshape(-1, heads)
     return out.transpose(1, 2).reshape(-1, heads * q.shape[3]), lse  # views: attention lays out its results by rows
 
 
 def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads, window, positions):
-    """out [Nq, D], s [Nq, R] or None, and flash attention's log-sum-exp [Nq, H] or None."""
+    """out [Nq, D], s [Nq, R] or None, and flash attention's log-sum-exp or None: `as_flash_gives_it`."""
     q, kv, groups = _side_by_side(q), _side_by_side(kv), by_three(groups)
     recomputed = recomputes(q, groups, lengths, suffix, window, positions)
     seen = heads, kv_heads, recomputed, lengths, suffix, causal, window
@@ -122,9 +121,15 @@ def forward_aten(q, kv, lora_a, heads, groups, lengths, suffix, causal, kv_heads
         each = [_attend(*own, group, *seen) for group, *own in parts_of(groups, (q,), (kv, positions))]
         width = heads * head_width(q, kv, heads, kv_heads)
         out = end_to_end([out for out, _ in each], q.shape[0], width, q)
-        wide = backend.wide(q.dtype)
-        lse = None if recomputed else end_to_end([lse for _, lse in each], q.shape[0], heads, q, wide)
+        by_rows = [lse.transpose(1, 2).flatten(0, 1) for _, lse in each if lse is not None]
+        lse = None if recomputed else end_to_end(by_rows, q.shape[0], heads, q, backend.wide(q.dtype))
+        lse = None if lse is None else as_flash_gives_it(lse, groups)
     return out, None if lora_a is None else products.linear(out, cast(lora_a, out.dtype)), lse
+
+
+def as_flash_gives_it(lse: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """[Nq, H], of a single group [samples, H, Sq]."""
+    return lse if len(groups) != 1 else lse.view(*groups[0][:2], lse.shape[1]).transpose(1, 2)
 
 
 def end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -136,21 +141,30 @@ def end_to_end(parts: list[Tensor], rows: int, width: int, like: Tensor, dtype: 
 
 def _attend_backward(d_out, q, out, lse, d_q, again, kv, positions, d_kv, group, heads, kv_heads, *seen):
     """Write d_q, d_kv (where kv is) and the result (where `again` is) of samples of equal length."""
-    views, samples = by_head(q, kv, group, heads, kv_heads), group[0]
-    seen = _seen(*views[:2], *seen, positions)
-    width = views[0].shape[3]
-    d_out = d_out.view(samples, -1, heads, width).transpose(1, 2)
-    if out is None:
-        again = None if again is None else again.view(samples, -1, heads, width).transpose(1, 2)
-        backward_matmul(d_out, *views, *seen, into=(*by_head(d_q, d_kv, group, heads, kv_heads), again))
+    samples, queries, keys = group
+    if out is not None:
+        lse = lse.view(samples, queries, heads).transpose(1, 2)
+        grads = _grads(d_out, q, kv, positions, out, lse, group, heads, kv_heads, *seen)
+        if kv is None:
+            torch.cat(grads, 2, out=d_q.view(samples, queries, heads + 2 * kv_heads, -1))
+        else:
+            d_q.view(samples, queries, heads, -1).copy_(grads[0])
+            torch.cat(grads[1:], 2, out=d_kv.view(samples, keys, 2 * kv_heads, -1))
         return
-    own_out, own_lse = out.view(samples, -1, heads, width).transpose(1, 2), lse.view(samples, -1, heads).transpose(1, 2)
-    grads = [grad.transpose(1, 2) for grad in _flash_backward(d_out, *views, own_out, own_lse, *seen)]
-    if kv is None:
-        torch.cat(grads, 2, out=d_q.view(samples, -1, heads + 2 * kv_heads, width))
-    else:
-        d_q.view(samples, -1, heads, width).copy_(grads[0])
-        torch.cat(grads[1:], 2, out=d_kv.view(samples, -1, 2 * kv_heads, width))
+    views = by_head(q, kv, group, heads, kv_heads)
+    d_out, again = (None if t is None else t.view(samples, queries, heads, -1).transpose(1, 2) for t in (d_out, again))
+    seen = _seen(*views[:2], *seen, positions)
+    backward_matmul(d_out, *views, *seen, into=(*by_head(d_q, d_kv, group, heads, kv_heads), again))
+
+
+def _grads(d_out, q, kv, positions, out, lse, group, heads, kv_heads, *seen):
+    """dq, dk and dv [samples, rows, heads, Dh] by flash attention's backward; lse [samples, H, Sq]."""
+    views, (samples, queries, _) = by_head(q, kv, group, heads, kv_heads), group
+    width = views[0].shape[3]
+    d_out = d_out.view(samples, queries, heads, width).transpose(1, 2)
+    out = out.view(samples, queries, heads, width).transpose(1, 2)
+    dq, dk, dv = _flash_backward(d_out, *views, out, lse, *_seen(*views[:2], *seen, positions))
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def backward_aten(
@@ -162,18 +176,25 @@ def backward_aten(
         a = cast(lora_a, d_s.dtype)
         d_out = products.mm(d_s, a) if d_out is None else products.addmm(d_out, d_s, a)
     asked = all(samples * queries > 0 for samples, queries, _ in groups)
-    made = q.new_empty if asked else q.new_zeros  # keys that nobody asks have gradients all the same
-    d_q, d_kv = made(q.shape), None if kv is None else made(kv.shape)
-    again = made(d_out.shape) if out is None and wants_out else None
     seen = heads, kv_heads, lengths, suffix, causal, window
-    for group, *own in parts_of(groups, (d_out, q, out, lse, d_q, again), (kv, positions, d_kv)):
-        _attend_backward(*own, group, *seen)
-    out = again if out is None else out
+    if asked and out is not None and len(groups) == 1:
+        dq, *d_kv = _grads(d_out, q, kv, positions, out, lse, groups[0], *seen)
+        d_q = torch.cat((dq, *d_kv), 2).view(q.shape) if kv is None else dq.reshape(q.shape)
+        d_kv = None if kv is None else torch.cat(d_kv, 2).view(kv.shape)
+    else:
+        made = q.new_empty if asked else q.new_zeros  # keys that nobody asks have gradients all the same
+        d_q, d_kv = made(q.shape), None if kv is None else made(kv.shape)
+        again = made(d_out.shape) if out is None and wants_out else None
+        for group, *own in parts_of(groups, (d_out, q, out, lse, d_q, again), (kv, positions, d_kv)):
+            _attend_backward(*own, group, *seen)
+        out = again if out is None else out
     return d_q, d_kv, cast(products.mm(d_s.t(), out), lora_a.dtype) if wants_out else None
 
 
 def recomputes(q: Tensor, groups: Sequence[Sequence[int]], lengths, suffix, window, positions) -> bool:
     """Whether the groups run as matmul + softmax, whose backward computes the probabilities again."""
+    if q.dtype != torch.bfloat16 and window is None:
+        return False
     local = [is_local(keys, lengths, suffix, window, positions) for _, _, keys in groups]
     if q.dtype != torch.bfloat16 and True not in local:
         return False

@@ -49,7 +49,7 @@ def _product(function: Callable[..., Tensor], *operands: Tensor | None) -> Tenso
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] b [K, N]"""
-    return _product(torch.mm, a, b).to(a.dtype) if one_by_one(a) else a @ b
+    return _product(torch.mm, a, b).to(a.dtype) if one_by_one(a) else torch.mm(a, b)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -73,7 +73,10 @@ def _versions(attention: Half, mlp: Half, leaves: Sequence[Tensor]) -> list[int]
     if torch.compiler.is_compiling():
         return []
     used = attention.first[0], attention.second[0], mlp.first[0], mlp.second[0], *leaves
-    return [t._version for t in used if not t.is_inference()]
+    try:
+        return [t._version for t in used]
+    except RuntimeError:  # of one made in inference mode
+        return [t._version for t in used if not t.is_inference()]
 
 
 def _check(x: Tensor, see: Attention, activation: str) -> None:

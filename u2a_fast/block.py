@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -311,7 +312,7 @@ class Block(GradientCheckpointingLayer):
         mlp = kernels.Half(before[1], fc1, fc2, scales["scale2"], after[1])
         groups = layout.groups
         if not isinstance(groups, kernels.Ends):
-            groups = tuple(size for group in groups for size in group)
+            groups = tuple(chain.from_iterable(groups))
         see = kernels.Attention(heads.query, groups, layout.lengths, layout.suffix, heads.causal, heads.key)
         if heads.window is not None:
             see = see._replace(window=heads.window, positions=layout.uneven_positions(rows.device))
