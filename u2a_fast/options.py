@@ -136,7 +136,7 @@ class TrainOptions:
     data_cache: str | None = option(None, "folder that keeps processed pictures and recordings, for epochs and runs")
     num_workers: int | None = option(None, "processes that prepare batches; None: 2 where there is a GPU, otherwise 0")
     capture: bool = option(
-        False, "u2a on one GPU only: steps as CUDA graphs, of which a slow host launches many times as many"
+        False, "u2a on one GPU only: training steps are replayed as CUDA graphs, of which a host launches far more"
     )
     dtype: str = option("auto", "dtype of the frozen encoders: float32, bfloat16, or auto (bfloat16 where it is fast)")
     baselines: bool = option(False, "train unimodal and late-fusion models too and add them to the report")

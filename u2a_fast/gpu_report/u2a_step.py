@@ -2,7 +2,8 @@
 
 Wall milliseconds (median of interleaved rounds, the base twice), host milliseconds until everything is enqueued, device
 milliseconds (sum of the kernels' times), number of kernels and peak memory. Graphs and compiled arms come last: they
-may take all of the time that is left. They run in a row too, as steps of training do: none waits for the one before.
+may take all of the time that is left. They run in a row too, as steps of training do, which wait for the GPU where
+the step itself does.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def time_arms(arms: dict[str, Arm], batch: Inputs, dry: bool) -> Entry:
 
 
 def time_in_a_row(arm: Arm, batch: Inputs) -> Entry:
-    """Milliseconds of a step where none waits for the one before: median, and half the spread of the runs."""
+    """Milliseconds of a step where nobody waits between steps: median, and half the spread of the runs."""
     runs = []
     for _ in range(RUNS):
         torch.cuda.synchronize()
