@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,8 @@ x = torch.ones(2, 3)
 print(sys.modules["u2a_fast.kernels"].lora_linear(x, torch.ones(4, 3), None, None, None, 1.0).sum().item())
 """
     assert run(sys.executable, "-c", probe, cwd=ROOT) == "24.0"
+
+
+def test_a_warning_of_ours_is_an_error():
+    with pytest.raises(UserWarning, match="anything"):
+        warnings.warn_explicit("anything", UserWarning, "block.py", 1, "u2a_fast.block")
