@@ -60,7 +60,8 @@ def padding_of(mask: Tensor | None, on_host: Tensor | None = None, static: bool 
 
 
 def _order(mask: Tensor) -> Tensor:
-    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return (place + mask.shape[1] * ~mask).argsort(dim=1)  # of keys that all differ: ONNX knows no stable sort
 
 
 def take_rows(tokens: Tensor, order: Tensor) -> Tensor:

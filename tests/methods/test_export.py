@@ -8,7 +8,7 @@ import tiny_encoders
 import torch
 from running import on
 
-from u2a_fast import U2A
+from u2a_fast import U2A, set_backend
 
 FAMILIES = {
     "pre and post norm": {"image": "vit", "text": "bert"},
@@ -57,6 +57,32 @@ def test_a_program_of_static_shapes_takes_any_batch(families, separate_heads, de
             parity.assert_close(program(inputs, present), expected, 1e-9, "with gradients on")
         nobody = {name: {key: value[:0] for key, value in values.items()} for name, values in given[0].items()}
         assert program(nobody, given[1][:0]).shape == (0, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "families", [FAMILIES[name] for name in ("pre and post norm", "causal, RMSNorm and shared keys")]
+)
+def test_onnx_takes_the_plain_formulas_and_any_batch(families, tmp_path):
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model = U2A(tiny_encoders.build_many(families), num_labels=5, absent="where").eval()
+    batch = torch.export.Dim("batch")
+    given = parity.batch(families, 3, dtype=torch.float32), parity.random_presence(3, len(families), 0)
+    sizes = {name: {key: {0: batch} for key in values} for name, values in given[0].items()}
+    set_backend("reference")
+    program = torch.onnx.export(Logits(model), given, dynamic_shapes=(sizes, {0: batch}), dynamo=True, verbose=False)
+    program.save(tmp_path / "u2a.onnx")
+    onnx = ReferenceEvaluator(str(tmp_path / "u2a.onnx"))
+    for count in (1, 2, 7):
+        inputs = parity.batch(families, count, seed=count, padded=True, dtype=torch.float32)
+        present = parity.random_presence(count, len(families), count)
+        named = {f"inputs_{name}_{key}": t.numpy() for name, values in inputs.items() for key, t in values.items()}
+        (logits,) = onnx.run(None, {**named, "modality_mask": present.numpy()})
+        with torch.no_grad():
+            expected = model(**inputs, modality_mask=present).logits
+        parity.assert_close(torch.from_numpy(logits), expected, 1e-5, f"{count} samples")
 
 
 def on_device(inputs, present, device):
