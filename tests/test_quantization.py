@@ -143,12 +143,8 @@ def test_hidden_states_are_those_of_the_rounded_weights(mode, name, dtype, limit
     encoder = quantize_encoder(from_pretrained_model(tiny_encoders.build(name).to(dtype)), mode).to(device)
     inputs = moved(tiny_encoders.inputs(name, 3, padded=True), device)
     with torch.no_grad():
-        got, rounded = encoder(**inputs), rounded_twin(encoder)(**inputs)
-        if limit is not None:
-            assert relative(got, rounded) < limit
-        else:  # as near to the twin in fp64 as the twin in bf16 is
-            exact = rounded_twin(encoder).double()(**inputs)
-            assert relative(got, exact) < 2 * relative(rounded, exact) < 0.1
+        got, twin, exact = (run(**inputs) for run in (encoder, rounded_twin(encoder), rounded_twin(encoder).double()))
+    assert relative(got, exact) < (limit or 2 * relative(twin, exact))
 
 
 @pytest.mark.parametrize("mode, limit", [("int8", 0.04), ("int8_w8a8", 0.10)])
@@ -387,8 +383,7 @@ def test_a_model_on_what_bitsandbytes_loaded_comes_back_on_the_same_rows(saved_b
     train(model)
     model.save_pretrained(tmp_path)
     loaded = U2A.from_pretrained(tmp_path, encoders={"image": tiny_encoders.build("vit")}, **override)
-    wanted = override.get("quantization", "int8")
-    assert mode_of(loaded.encoders["text"]) == wanted
+    assert mode_of(loaded.encoders["text"]) == (wanted := override.get("quantization", "int8"))
     rows, scales = (getattr(loaded.encoders["text"].blocks[1].fc1, name) for name in ("weight", "weight_scale"))
     if wanted is None:
         assert rows.is_floating_point()
