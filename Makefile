@@ -4,15 +4,19 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest/bin
 
+# What a test starts finds compiled what another has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-gpu test-oldest fast lint docs bench gpu-report fuzz chaos clean
 
 demo: $(READY)
 	$(BIN)/u2a-fast train --data emoji --missing-rate 0.7 --epochs 10 --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
 # Most tests are one thread of Python: a process for each core, with one thread, takes half the time of one with all.
+# The last files start processes and take minutes: who is idle takes half of what the other has left.
 # All that can be skipped for want of a package is installed: a skipped test is a failed one.
 test: lint
-	U2A_FAST_NO_SKIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=15 -n logical --dist loadfile tests
+	U2A_FAST_NO_SKIPS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=15 -n logical --dist worksteal tests
 	$(BIN)/pytest -q benches --benchmark-only -k smoke
 
 # What depends on a device, on every GPU there is. Most of it is the host's time: processes share the GPU, half a GB each.
@@ -21,7 +25,7 @@ test-gpu: $(READY)
 
 # With the oldest versions that pyproject.toml allows, in an environment of their own: 3 GB, which CI does not download.
 test-oldest: .venv-oldest/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/pytest -q --durations=15 -n logical --dist loadfile tests
+	OMP_NUM_THREADS=1 $(OLDEST)/pytest -q --durations=15 -n logical --dist worksteal tests
 	$(OLDEST)/pytest -q benches --benchmark-only -k smoke
 
 # One case of every quick test. Tensors this small are slower on two threads.

@@ -212,7 +212,7 @@ def backward_triton(
         MEAN=mean,
         RSTD=rstd,
         GAMMA=None if d_h is None and d_s is None else norm_weight,
-        A=None if d_s is None else lora_a.to(d_s.dtype).contiguous(),
+        A=None if d_s is None else backend.cast(lora_a, d_s.dtype).contiguous(),
         SOURCE=sources(present, packed),
         D_TOKENS=d_tokens,
         D_LEARNED=d_learned,

@@ -235,7 +235,7 @@ def forward_triton(
         MASK=learned[2],
         GAMMA=norm_weight,
         BETA=norm_bias,
-        A=None if lora_a is None else lora_a.to(dtype).contiguous(),
+        A=None if lora_a is None else backend.cast(lora_a, dtype).contiguous(),
         ROWS=rows,
         H=h,
         Q=q,

@@ -62,8 +62,9 @@ def forward(
     y, s, mean, rstd = steps.enter_project(x, norm, qkv, dtype)
     unturned = None if turn is None else rotate(y, *turn)
     out, lse, graph = attend(y, *see, differentiable)
-    update, s_o = steps.project(out, o)
-    z, *left = add_update(x, update, scale, after)
+    joined = scale is None and x.dtype == dtype
+    update, s_o = steps.project(out, o, x if joined else None)
+    z, *left = add_update(x, update, scale, after, joined)
     kept = kept_as(x, dtype) if norm[0] is not None or qkv[2] is not None else None
     return z, (kept, mean, rstd, s, y, unturned, None if lse is None else out, lse, s_o, *left), graph
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import backend, products
 from .attention_mask import blind_rows, hidden_by_lengths, hidden_by_place
+from .chunks import in_cache
 
 MATMUL_KEYS = 768
 CHUNK_BYTES = 2**20  # of probabilities at a time for each thread: what the second-level cache of its core holds
@@ -45,8 +46,10 @@ def _pairs(t: Tensor, sharing: int = 1) -> Tensor:
 
 def _chunks(q: Tensor, k: Tensor, biases: list[Tensor]):
     """Slices of the pairs, and what is added to the scores of each."""
-    pairs, size = q.shape[0], _chunk_size(q.shape[0], q.shape[1] * k.shape[1] * q.element_size())
-    for i in range(0, pairs, size):
+    pairs = size = q.shape[0]
+    if in_cache(q):
+        size = _chunk_size(pairs, q.shape[1] * k.shape[1] * q.element_size())
+    for i in range(0, pairs, max(1, size)):
         chunk = slice(i, i + size)
         yield chunk, [_of_pairs(bias, chunk, pairs) for bias in biases]
 

@@ -9,9 +9,9 @@ result is read. Heads are views as well; backward writes the gradients of q, k a
 fewer heads, each shared by H // kv_heads heads of q (grouped-query attention); they are repeated only where a GPU has
 to mask or to compute in fp32.
 
-On a CPU ATen runs group by group, attention_rows_aten.py. On a GPU several groups are one call of a varlen function,
-flash-attn's or torch's own, which takes rows as they lie; a single one, and what these functions do not take, is a call
-of `attention`.
+On a CPU ATen runs group by group, attention_rows_aten.py. On a GPU several groups are one call that takes rows as they
+lie: within a block our own where samples are short, attention_short.py, else of a varlen function, flash-attn's or
+torch's; a single one, and what these do not take, is a call of `attention`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from .attention_rows_aten import (
     parts_of,
     recomputes,
 )
-from .attention_varlen import Ends, by_mask, by_varlen, ends_of, fits_varlen, sides_of, varlen_function
+from .attention_short import fits_short, short_backward, short_forward
+from .attention_varlen import EVERYWHERE, Ends, by_mask, by_varlen, ends_of, fits_varlen, sides_of, varlen_function
 from .backend import cast
 
 
@@ -96,6 +97,8 @@ def attend(qkv, heads, groups, lengths, suffix, causal, kv_heads, window, positi
         if uses_triton(*views[:2], *own[2:4]):
             out, lse = attention_forward(*views, *own)
             return out.transpose(1, 2).reshape(qkv.shape[0], -1), lse, None
+    if (short := _short(qkv, head_width(qkv, None, heads, kv_heads), groups, *seen)) is not None:
+        return *short_forward(*_apart(qkv, None, heads, kv_heads), heads, kv_heads, *short), None
     with torch.set_grad_enabled(differentiable):
         # Three leaves: autograd would put the gradients of views of one together in two passes, and not by rows.
         leaves = [t.detach().requires_grad_(differentiable) for t in _apart(qkv, None, heads, kv_heads)]
@@ -119,6 +122,11 @@ def attend_backward(
         d_out.addmm_(d_s, cast(lora_a, d_s.dtype))
     if graph is not None:  # whether it is needed again is not for this Function to say
         d_qkv = torch.cat(torch.autograd.grad(out, leaves, d_out, retain_graph=True), 1)
+    elif isinstance(groups, Ends) or len(groups) > 3:
+        d_qkv, seen = torch.empty_like(qkv), (lengths, suffix, causal, window, positions)
+        short = _short(qkv, head_width(qkv, None, heads, kv_heads), groups, *seen)
+        each, d_each = (_apart(t, None, heads, kv_heads) for t in (qkv, d_qkv))
+        short_backward(d_out, *each, out, lse, *d_each, heads, kv_heads, *short)
     else:
         q, k, v = by_head(qkv, None, groups, heads, kv_heads)
         d_out, own_out = (t.view(*groups[:2], *q.shape[1::2]).transpose(1, 2) for t in (d_out, out))
@@ -131,6 +139,26 @@ def attend_backward(
 def runs_on_cpu(q: Tensor, groups: Sequence | Ends) -> bool:
     """Whether attention runs as attention_rows_aten.py does it, with a backward of its own."""
     return q.is_cpu and backend.get_backend() != "triton" and not isinstance(groups, Ends)
+
+
+def _short(q, width, groups, *seen):
+    """Where samples of unequal lengths end and what a row sees; None where attention_short.py does not take them."""
+    if torch.compiler.is_compiling():
+        return None
+    if isinstance(groups, Ends):
+        _refuse_hidden(groups, *seen)
+        return (groups, EVERYWHERE) if fits_short(q, width, groups) else None
+    groups = by_three(groups)
+    if len(groups) < 2 or (sides := sides_of(groups, *seen)) is None:
+        return None
+    ends = ends_of(tuple(map(tuple, groups)), q.device)
+    return (ends, sides) if fits_short(q, width, ends) else None
+
+
+def _refuse_hidden(ends, *seen):
+    lengths, _, causal, window, _ = in_effect(ends.most_queries, ends.most_keys, *seen)
+    if lengths is not None or causal or window is not None:
+        raise ValueError("Ends say all that attention sees of a sample: leave lengths, causal and window out")
 
 
 def _apart(q, kv, heads, kv_heads):
@@ -146,9 +174,7 @@ def _each_group(q, k, v, heads, kv_heads, groups, *seen):
     lengths, suffix, causal, window, positions = seen
     width, operands = q.shape[1] // heads, (q, k, v, heads, kv_heads)
     if isinstance(groups, Ends):
-        lengths, _, causal, window, _ = in_effect(groups.most_queries, groups.most_keys, *seen)
-        if lengths is not None or causal or window is not None:
-            raise ValueError("Ends say all that attention sees of a sample: leave lengths, causal and window out")
+        _refuse_hidden(groups, *seen)
         return by_varlen(varlen_function(), *operands, groups) if fits_varlen(q, width) else by_mask(*operands, groups)
     if len(groups) > 1 and (sides := sides_of(groups, *seen)) is not None and fits_varlen(q, width):
         return by_varlen(varlen_function(), *operands, ends_of(tuple(map(tuple, groups)), q.device), sides)

@@ -32,6 +32,7 @@ MOST_AMD_STAGES = 2  # a multiprocessor of an MI300X has 64 KB of shared memory
 
 _backend = "auto"
 _recorded: list[Launch] | None = None
+_copies: dict[int, torch.Tensor] = {}  # of tensors that are there as long as these are, by id
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -154,7 +155,32 @@ def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
 
 def cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`t.to(dtype)`, which costs a call even where it changes nothing."""
-    return t if t.dtype == dtype else t.to(dtype)
+    if t.dtype == dtype:
+        return t
+    copy = _copies.get(id(t))
+    return t.to(dtype) if copy is None or copy.dtype != dtype or torch.is_grad_enabled() else copy
+
+
+@contextlib.contextmanager
+def cast_ahead(tensors: Iterable[tuple[torch.Tensor, torch.dtype]]) -> Iterator[None]:
+    """Inside a Function, `cast` of these takes copies made here, all in a launch or two: there may be hundreds.
+
+    >>> weight = torch.ones(2)
+    >>> with cast_ahead([(weight, torch.bfloat16)]), torch.no_grad():
+    ...     cast(weight, torch.bfloat16) is cast(weight, torch.bfloat16)
+    True
+    """
+    global _copies
+    given = list(tensors)
+    with torch.no_grad():
+        copies = [torch.empty_like(t, dtype=dtype) for t, dtype in given]
+        if given:
+            torch._foreach_copy_(copies, [t for t, _ in given])
+    before, _copies = _copies, {id(t): copy for (t, _), copy in zip(given, copies, strict=True)}
+    try:
+        yield
+    finally:
+        _copies = before
 
 
 def outside_autocast(function: Callable) -> Callable:

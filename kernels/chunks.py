@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 CHUNK = 1 << 19  # elements taken in fp32 at a time: more fall out of cache, fewer wait for their threads
 CHUNK_OF_CORE = 1 << 17  # elements a core takes at a time where many ops follow each other: they stay in its cache
@@ -17,7 +18,7 @@ def flat(t: Tensor | None) -> Tensor | None:
 
 
 def row_chunks(t: Tensor) -> list[slice]:
-    """Slices of the rows of t [M, N] to go through in turn; on a GPU one of all rows."""
+    """Slices of the rows of t [M, N] to go through in turn; one of all rows where no cache of a CPU is spared."""
     return _slices(t, CHUNK)
 
 
@@ -27,8 +28,13 @@ def row_chunks_by_core(t: Tensor) -> list[slice]:
 
 
 def _slices(t: Tensor, elements: int) -> list[slice]:
-    step = max(1, elements // max(1, t.shape[1])) if t.device.type == "cpu" else max(1, t.shape[0])
+    step = max(1, elements // max(1, t.shape[1]) if in_cache(t) else t.shape[0])
     return [slice(i, i + step) for i in range(0, t.shape[0], step)]
+
+
+def in_cache(t: Tensor) -> bool:
+    """Whether t lies in a CPU's memory: on a GPU a launch costs more than a pass, and a plan only counts bytes."""
+    return t.is_cpu and type(t) is not FakeTensor
 
 
 def chunk_buffer(t: Tensor, chunks: list[slice], dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,6 @@
-"""What the compile report compiles, and the budgets it checks.
+"""What the compile report compiles; the budgets that it checks are compile_budgets.py.
 
 A case calls launchers as its op does, on meta tensors of real models' sizes; whatever they launch becomes a row.
-`FLOPS` counts the multiplications and additions of a launch, ranks padded to their tile, from its arguments by name;
-its bytes are those of its tensors, each moved once.
-
 A binary depends on the dtypes, the rank and the tile, not on the sizes, so the question is what to compile for which
 target. Every target gets each kernel that multiplies matrices once, and one of the two half precisions: tiles and
 budgets are the same for both. What has room is asked for the rank that people use, what has least for the most.
@@ -21,8 +18,10 @@ from torch import Tensor
 from .assemble_aten import Leaves
 from .assemble_backward import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
+from .attention_short import short_backward, short_forward
 from .attention_small_query import backward_triton as attention_backward_triton
 from .attention_small_query import forward_triton as attention_forward_triton
+from .attention_varlen import Ends
 from .gated import backward_triton as gated_backward_triton
 from .gated import forward_triton as gated_forward_triton
 from .linear_backward import launch_input, linear_backward_triton
@@ -234,6 +233,25 @@ def attention_backward(shape: Shape, rank: int):
     attention_backward_triton(torch.empty_like(q), q, k, v, lengths, torch.empty_like(q), lse, PROMPTS)
 
 
+def _short_samples(shape: Shape):
+    """q, k and v side by side, heads twice, and where samples of at most shape.tokens rows end."""
+    ends, heads = shape.meta(shape.batch + 1, dtype=torch.int32), shape.width // HEADS
+    qkv = shape.meta(shape.rows, GROUPS * shape.width)
+    return qkv, (heads, heads, Ends(ends, ends, shape.tokens, shape.tokens))
+
+
+def short_samples_forward(shape: Shape, rank: int):
+    qkv, options = _short_samples(shape)
+    short_forward(*qkv.chunk(GROUPS, 1), *options)
+
+
+def short_samples_backward(shape: Shape, rank: int):
+    qkv, options = _short_samples(shape)
+    out, lse = shape.meta(shape.rows, shape.width), shape.meta(shape.rows, options[0], dtype=torch.float32)
+    grads = torch.empty_like(qkv).chunk(GROUPS, 1)
+    short_backward(torch.empty_like(out), *qkv.chunk(GROUPS, 1), out, lse, *grads, *options)
+
+
 def _angles_and_weight(shape: Shape):
     """Of q and k: heads, cos, sin, QK-norm's weight, eps."""
     angles = (shape.meta(shape.rows, HEADS // 2, dtype=torch.float32) for _ in range(2))
@@ -318,71 +336,10 @@ CASES = [
     Case("substitute", "backward", "bf16", substitute_backward, PLAIN),
     Case("attention", "forward", "few queries", attention_forward, **LARGER),
     Case("attention", "backward", "few queries", attention_backward, **LARGER),
+    *plain("attention", "forward", short_samples_forward),
+    *plain("attention", "backward", short_samples_backward),
     Case("rotary", "forward", "QK-norm", rotary_forward, PLAIN),
     Case("rotary", "backward", "QK-norm", rotary_backward, PLAIN),
     Case("gated", "forward", "silu", gated_forward, PLAIN, minimum_bytes=partial(gated_bytes, columns=3)),
     Case("gated", "backward", "gelu", gated_backward, PLAIN, minimum_bytes=partial(gated_bytes, columns=5)),
 ]
-
-
-def _padded(a: dict) -> int:
-    return -(-a["R"] // a["BR"]) * a["BR"] if a["R"] else 0
-
-
-def _columns(a: dict) -> int:
-    return (a["GROUPS"] + a["LEAD"] - 1) * a["WIDTH"]
-
-
-FLOPS = {
-    "linear_lowrank_forward": lambda a: 2 * a["M"] * _columns(a) * (a["K"] + _padded(a)),
-    "lora_linear_project": lambda a: 2 * a["M"] * a["K"] * _padded(a),
-    "lora_linear_backward_low_rank": lambda a: 4 * a["M"] * _columns(a) * _padded(a),
-    "lora_linear_backward_input": lambda a: 2 * a["M"] * a["K"] * (a["N"] + _padded(a)),
-    "reduce_rows": lambda a: 2 * a["M"] * a["C"] * _padded(a),
-    "sum_parts": lambda a: a["split"] * a["n"],
-    "quantize_rows_kernel": lambda a: 6 * a["N"] * a["K"],
-    "assemble_norm_project_forward": lambda a: 2 * a["M"] * a["K"] * (4 + _padded(a)),
-    "assemble_norm_project_backward": lambda a: 2 * a["M"] * a["K"] * (6 + 2 * _padded(a)),
-    "assemble_norm_project_lora_grad": lambda a: 2 * a["M"] * a["K"] * (2 + _padded(a)),
-    "substitute_forward": lambda a: 3 * a["M"] ** 2 * a["B"] * a["D"],
-    "substitute_backward": lambda a: 4 * a["M"] ** 2 * a["B"] * a["D"],
-    "attention_small_query_forward": lambda a: 4 * VIT_B.batch * a["H"] * a["BQ"] * a["S"] * a["DH"],
-    "attention_small_query_backward": lambda a: 10 * VIT_B.batch * a["H"] * a["BQ"] * a["S"] * a["DH"],
-    "rotary_forward": lambda a: 7 * a["N"] * a["HEADS"] * 2 * a["HALF"],
-    "rotary_backward": lambda a: 12 * a["N"] * a["HEADS"] * 2 * a["HALF"],
-    "gated_forward_kernel": lambda a: 6 * a["M"] * a["F"],
-    "gated_backward_kernel": lambda a: 12 * a["M"] * a["F"],
-}
-GEMMS = {"linear_lowrank_forward", "lora_linear_backward_input"}  # matrix units, wide pipelined loads, 2 blocks per SM
-MATRIX_UNITS = GEMMS | {"lora_linear_project", "lora_linear_backward_low_rank", "reduce_rows"}  # and wide loads
-MATRIX_UNITS |= {"assemble_norm_project_forward", "assemble_norm_project_lora_grad"}
-MATRIX_UNITS |= {"attention_small_query_forward", "attention_small_query_backward"}
-MINIMUM_RATIO = 1.05
-# Bytes that a thread may spill at rank 64, on cards alone.
-SPILLS = {"lora_linear_project": 16, "assemble_norm_project_backward": 16}
-SPILLING = ("sm_86", "sm_89", "sm_120")
-# And with the ptxas of Triton before 3.9, for which the tiles were chosen, (kernel, target) at any rank.
-EARLIER_SPILLS = {("lora_linear_project", "sm_100"): 16, ("assemble_norm_project_forward", "sm_120"): 8}
-
-# (what, limit, products of the library beside ours, {(function, phase, variant): how often it counts}): computed time
-# on an H100, ViT-B, r = 8, in units of the frozen q, k, v product alone; of the norm's backward only what the adapter
-# adds to it
-RATIOS = (
-    (
-        "forward of LayerNorm and q, k, v",
-        1.30,
-        0,
-        {("assemble_norm_project", "forward", "bf16"): 1, ("linear_lowrank", "forward", "bf16"): 1},
-    ),
-    (
-        "backward of LayerNorm and q, k, v",
-        1.75,
-        1,  # dX = dY W
-        {
-            ("linear_lowrank", "backward", "bf16"): 1,
-            ("assemble_norm_project", "backward", "bf16"): 1,
-            ("assemble_norm_project", "backward", "no adapter"): -1,
-        },
-    ),
-    ("backward of lora_linear", 1.75, 0, {("lora_linear", "backward", "bf16"): 1}),
-)

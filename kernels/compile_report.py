@@ -30,22 +30,8 @@ import torch
 
 from . import backend
 from .backend import triton
-from .compile_cases import (
-    CASES,
-    EARLIER_SPILLS,
-    FLOPS,
-    GEMMS,
-    MATRIX_UNITS,
-    MINIMUM_RATIO,
-    RATIOS,
-    SHAPES,
-    SPILLING,
-    SPILLS,
-    VIT_B,
-    Case,
-    Shape,
-    frozen_linear,
-)
+from .compile_budgets import EARLIER_SPILLS, FLOPS, GEMMS, MATRIX_UNITS, MINIMUM_RATIO, RATIOS, SPILLING, SPILLS
+from .compile_cases import CASES, SHAPES, VIT_B, Case, Shape, frozen_linear
 from .tiling import MOST_RANKS
 
 

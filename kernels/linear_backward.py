@@ -271,7 +271,7 @@ def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
         if wants_g:
             g = products.mm(dy, torch.block_diag(*b.chunk(groups)))
         if s is not None:
-            db = of_own_group(products.mm(s.t(), dy).t(), groups, lead).mul_(scaling)
+            db = of_own_group(products.mm(s.t(), dy).t(), groups, lead, dy.dtype).mul_(scaling)
     else:
         (n, r), m = b.shape, dy.shape[0]
         parts, b = dy.view(m, groups, n // groups).transpose(0, 1), b.view(groups, n // groups, r)
@@ -301,13 +301,14 @@ def group_widths(n: int, groups: int, lead: int) -> list[int]:
     return [lead * width] + [width] * (groups - 1)
 
 
-def of_own_group(products: Tensor, groups: int, lead: int) -> Tensor:
+def of_own_group(products: Tensor, groups: int, lead: int, dtype: torch.dtype) -> Tensor:
     """[N, groups * r] -> [N, r]: of each row the columns of its group."""
     r, width = products.shape[1] // groups, len(products) // (groups + lead - 1)
     more = (lead - 1) * width  # rows of the first group before its last block, from where on all groups are alike
     last = products[more:].view(groups, width, groups, r)
-    own = last.diagonal(dim1=0, dim2=2).permute(2, 0, 1).reshape(groups * width, r)
-    return torch.cat([products[:more, :r], own]) if more else own
+    own = last.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, width, r]
+    own = own.to(dtype, memory_format=torch.contiguous_format).reshape(groups * width, r)  # in one pass
+    return torch.cat([cast(products[:more, :r], dtype), own]) if more else own
 
 
 def a_grad(g: Tensor, h: Tensor, lora_a: Tensor, scaling: float) -> Tensor:

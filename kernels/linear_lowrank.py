@@ -56,6 +56,7 @@ def linear_lowrank_forward(
     BIAS,  # [N] or None
     S,  # [M, GROUPS * R] or None
     B,  # [N, R]
+    RESIDUAL,  # [M, N] or None
     Y,  # [M, N]
     scaling,
     M,
@@ -117,15 +118,23 @@ def linear_lowrank_forward(
             y = tl.dot(s, (b.to(WIDE) * scaling).to(s.dtype), y, out_dtype=WIDE, input_precision=PRECISION)
     if BIAS is not None:
         y += tl.load(BIAS + rn, mask=nok, other=0.0).to(WIDE)[None, :]
-    y_at = Y + rm[:, None].to(tl.int64) * (BLOCKS * WIDTH) + rn[None, :]
-    tl.store(y_at, y.to(Y.dtype.element_ty), mask=mok[:, None] & nok[None, :])
+    at, mask = rm[:, None].to(tl.int64) * (BLOCKS * WIDTH) + rn[None, :], mok[:, None] & nok[None, :]
+    if RESIDUAL is not None:
+        y += tl.load(RESIDUAL + at, mask=mask, other=0.0).to(WIDE)
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=mask)
 
 
-def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input, q, scale):
-    """h [..., K], s [..., groups * r] or None -> [..., N]; q [..., K] and scale [M]: h, quantised already."""
+def linear_lowrank_triton(
+    h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input, q, scale, residual=None
+):
+    """h [..., K], s [..., groups * r] or None -> [..., N]; q [..., K] and scale [M]: h, quantised already.
+
+    A residual [..., N] is added before anything is rounded.
+    """
     if lora_b is None and weight_scale is None:  # nothing to fuse: the library's GEMM
         low = s, lora_b, scaling, weight_scale, groups, lead
-        return linear_lowrank_aten(h, weight, bias, *low, quantize_input, q, scale)
+        y = linear_lowrank_aten(h, weight, bias, *low, quantize_input, q, scale)
+        return y if residual is None else y.add_(residual)
     rows, dtype = flat(h), h.dtype
     (m, k), n, r = rows.shape, weight.shape[0], 0 if lora_b is None else lora_b.shape[1]
     check_rows(m)
@@ -135,7 +144,7 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
     rows, h_scale, weight_scale = backend.contiguous(rows, h_scale, weight_scale)
     if weight.stride(1) != 1 or n * weight.stride(0) >= 2**31:  # a joined one has room between its rows
         weight = weight.contiguous()
-    bias, s, lora_b = backend.contiguous(bias, flat(s), lora_b)
+    bias, s, lora_b, residual = backend.contiguous(bias, flat(s), lora_b, flat(residual))
     tile, blocks = gemm_tile(rows.dtype), groups + lead - 1
     backend.launch(
         linear_lowrank_forward,
@@ -147,6 +156,7 @@ def linear_lowrank_triton(h, weight, bias, s, lora_b, scaling, weight_scale, gro
         BIAS=bias,
         S=s,
         B=lora_b,
+        RESIDUAL=residual,
         Y=y,
         scaling=scaling,
         M=m,

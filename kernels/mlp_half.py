@@ -31,8 +31,9 @@ def forward(x: Tensor, half: Half, activation: str, dtype: torch.dtype, steps: M
     """z [M, D], and what backward needs."""
     norm, fc1, fc2, scale, after = half
     u, s, mean, rstd = steps.enter_project(x, norm, fc1, dtype)
-    update, s2 = steps.project(BETWEEN[activation][0](u), fc2)
-    z, *left = add_update(x, update, scale, after)
+    joined = scale is None and x.dtype == dtype
+    update, s2 = steps.project(BETWEEN[activation][0](u), fc2, x if joined else None)
+    z, *left = add_update(x, update, scale, after, joined)
     kept = kept_as(x, dtype) if norm[0] is not None or fc1[2] is not None else None
     return z, (kept, mean, rstd, s, u, s2, *left)
 

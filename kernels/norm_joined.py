@@ -57,8 +57,8 @@ def joined_forward(x: Tensor, norm: Norm, linear: Linear):
 
 def factor_grad(dy: Tensor, s: Tensor, linear: Linear) -> Tensor:
     """dB = scaling dY^T S [N, r]: of the product with all groups, each its own."""
-    own = of_own_group(dy.t() @ s, linear.groups, linear.lead)
-    return cast(own, linear.lora_b.dtype).mul_(linear.scaling)
+    own = of_own_group(dy.t() @ s, linear.groups, linear.lead, linear.lora_b.dtype)
+    return own.mul_(linear.scaling)
 
 
 def joined_backward(dy: Tensor, dx: Tensor, x: Tensor | None, mean, rstd, s: Tensor, norm: Norm, linear: Linear, needs):

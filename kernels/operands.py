@@ -69,9 +69,12 @@ class Half(NamedTuple):
         return self.first.weight, self.first.weight_scale, self.second.weight, self.second.weight_scale, self.scale
 
 
-def add_update(x: Tensor, update: Tensor, scale: Tensor | None, norm: Norm):
-    """norm(x + scale * update); where it is normalised also the sum, its mean (None: RMSNorm) and rstd."""
-    total = x + update if scale is None else torch.addcmul(x, update, scale)
+def add_update(x: Tensor, update: Tensor, scale: Tensor | None, norm: Norm, joined: bool):
+    """norm(x + scale * update); where it is normalised also the sum, its mean (None: RMSNorm) and rstd.
+
+    joined: x is part of the update already.
+    """
+    total = update if joined else x + update if scale is None else torch.addcmul(x, update, scale)
     if norm[0] is None:
         return total, None, None, None
     y, mean, rstd = norm_aten(total, *norm)

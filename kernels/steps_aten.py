@@ -1,6 +1,6 @@
 """The steps of half a transformer block in ATen calls, for attention_half.py and mlp_half.py.
 
-    enter_project    y, S = linear(norm(x))        project    y, S = linear(h)        h [M, K], y [M, N], S = h A^T
+    enter_project    y, S = linear(norm(x))    project    y, S = linear(h) + residual    h [M, K], y [M, N], S = h A^T
 
 Straight-line code: on a small batch, a call of Python costs as much as an op.
 """
@@ -26,18 +26,18 @@ def enter_project(x: Tensor, norm: Norm, linear: Linear, dtype: torch.dtype):
     return *project(cast(h, dtype), linear), mean, rstd
 
 
-def project(h: Tensor, linear: Linear):
-    """y, and S [M, groups * r], None without an adapter."""
+def project(h: Tensor, linear: Linear, residual: Tensor | None = None):
+    """y, and S [M, groups * r], None without an adapter. A residual has the dtype of h."""
     weight, bias, a, b, weight_scale, scaling, groups, lead, int8, _ = linear
     if weight.dtype == h.dtype and (bias is None or bias.dtype == h.dtype):
         y = linear_aten(h, weight, bias)
     else:
         y = linear_lowrank_aten(h, weight, bias, None, None, 1.0, weight_scale, 1, 1, int8, None, None)
-    if a is None:
-        return y, None
-    s = products.linear(h, cast(a, h.dtype))
-    add_lowrank(y, s, cast(b, h.dtype), scaling, groups, lead)
-    return y, s
+    s = None
+    if a is not None:
+        s = products.linear(h, cast(a, h.dtype))
+        add_lowrank(y, s, cast(b, h.dtype), scaling, groups, lead)
+    return y if residual is None else y.add_(residual), s
 
 
 def project_backward(dy: Tensor, h: Tensor | None, s: Tensor | None, linear: Linear, apart: bool = False):

@@ -20,10 +20,11 @@ def enter_project(x: Tensor, norm: Norm, linear: Linear, dtype: torch.dtype):
     return forward_triton(x, *norm[:2], *linear[:5], *norm[2:], *linear[5:9], dtype)
 
 
-def project(h: Tensor, linear: Linear):
+def project(h: Tensor, linear: Linear, residual: Tensor | None = None):
     weight, bias, a, b, weight_scale, scaling, groups, lead, int8, _ = linear
     s = None if a is None else F.linear(h, cast(a, h.dtype))
-    return linear_lowrank_triton(h, weight, bias, s, b, scaling, weight_scale, groups, lead, int8, None, None), s
+    low = s, b, scaling, weight_scale, groups, lead
+    return linear_lowrank_triton(h, weight, bias, *low, int8, None, None, residual), s
 
 
 def project_backward(dy: Tensor, h: Tensor | None, s: Tensor | None, linear: Linear, apart: bool = False):

@@ -62,7 +62,7 @@ def models(families, **options):
         if "lora_b" in name or "translators" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     captured = copy.deepcopy(eager)
-    captured._steps = Steps(captured)
+    captured._steps = Steps(captured, captured._adapters_ahead)
     return eager, captured
 
 
@@ -99,6 +99,26 @@ def test_replays_of_fixed_shapes_equal_eager_bit_for_bit(families, separate_head
         assert_equal(step(captured, given, seed), step(eager, given, seed))
         assert len(replays) == before + 1
     assert len(captured._steps.steps) == 1
+
+
+def test_adapters_in_fp32_are_cast_once_a_step_for_encoders_in_bf16(replays):
+    families = FAMILIES["pre and post norm"]
+    eager, captured = models(families, absent="where", modality_dropout=0.0)
+    for model in (eager, captured):
+        model.float()
+        for p in (p for p in model.encoders.parameters() if not p.requires_grad):
+            p.data = p.data.bfloat16()
+    given = batch(families, 0)
+    given["image"]["pixel_values"] = given["image"]["pixel_values"].bfloat16()
+    ahead = captured._adapters_ahead()
+    adapters = [p for n, p in captured.encoders.named_parameters() if "lora_" in n]
+    assert len(ahead) == len(adapters) and {dtype for _, dtype in ahead} == {torch.bfloat16}
+    assert_equal(step(captured, given), step(eager, given))  # captured
+    for p in adapters:  # as an optimizer changes them
+        p.data.mul_(1.5)
+    for name, p in eager.encoders.named_parameters():
+        p.data.mul_(1.5 if "lora_" in name else 1)
+    assert_equal(step(captured, given), step(eager, given))  # replayed
 
 
 @pytest.mark.parametrize("separate_heads", [False, True])

@@ -17,7 +17,7 @@ from u2a_fast.gpu_report.cases import Draw
 from u2a_fast.gpu_report.cases_modern import CASES
 from u2a_fast.gpu_report.report import NoResult, Report
 from u2a_fast.gpu_report.steps import STEPS
-from u2a_fast.kernels.compile_cases import FLOPS
+from u2a_fast.kernels.compile_budgets import FLOPS
 
 FOREVER = 1e9
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import get_backend
+from .kernels.backend import cast_ahead
 
 Losses = tuple[Tensor, ...]  # what a step computes; its first entry is differentiated
 
@@ -43,6 +44,7 @@ class Step:
         function: tensors -> losses.
         tensors: a batch, on the GPU.
         trained: parameters that get the gradient of the first loss.
+        ahead: tensors that are cast in the beginning, and the dtypes they are cast to.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class Step:
         tensors: Sequence[Tensor],
         trained: list[Tensor],
         pool: Any,
+        ahead: Sequence[tuple[Tensor, torch.dtype]] = (),
     ):
         self.tensors, self.trained, self.replays = [t.detach().clone() for t in tensors], trained, 0
 
         def run() -> tuple[Losses, tuple[Tensor | None, ...]]:
-            losses = function(self.tensors)
-            return losses, torch.autograd.grad(losses[0], trained, allow_unused=True)
+            with cast_ahead(ahead):
+                losses = function(self.tensors)
+                return losses, torch.autograd.grad(losses[0], trained, allow_unused=True)
 
         # A copy that autocast keeps of a parameter would be the one of the capture for ever.
         cached = torch.is_autocast_cache_enabled()
@@ -108,10 +112,11 @@ class Steps:
 
     Args:
         model: whose parameters that require a gradient now get theirs; to list them takes longer than to launch a step.
+        ahead: what a step casts in the beginning, as `Step` takes it.
     """
 
-    def __init__(self, model: nn.Module):
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, model: nn.Module, ahead: Callable[[], Sequence[tuple[Tensor, torch.dtype]]] = tuple):
+        self.trained, self.ahead = [p for p in model.parameters() if p.requires_grad], ahead
         self.pool: Any = None
         self.steps: dict[Hashable, Step] = {}
 
@@ -148,7 +153,7 @@ class Steps:
                 return function(_nested(others | dict(zip(at, own, strict=True))))
 
             on_device = [t.to(self.trained[0].device) for t in tensors]
-            self.steps[key] = Step(of_tensors, on_device, self.trained, self.pool)
+            self.steps[key] = Step(of_tensors, on_device, self.trained, self.pool, self.ahead())
             self.pool = self.steps[key].pool
         return self.steps[key](tensors)
 

@@ -7,6 +7,7 @@ back without waiting.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ def in_one_copy(tensors: list[Tensor]) -> list[Tensor]:
     parts = joined.split([tensor.nbytes for tensor in tensors])
     # A copy each, since the bytes of a wide dtype must start at a multiple of its size.
     return [part.clone().view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def tensors(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays in dictionaries as tensors that share their memory."""
+    return {name: tensors(a) if isinstance(a, Mapping) else torch.from_numpy(a) for name, a in arrays.items()}
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

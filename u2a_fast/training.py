@@ -16,7 +16,7 @@ from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState
 
 from .allocator import keep_freed_memory
 from .card import write_card
-from .data import MissingPattern, MultimodalCollator, with_missing
+from .data import HostCopies, MissingPattern, MultimodalCollator, with_missing
 from .data.labels import label_names, labels_of, task_of
 from .data.presence import undecoded, warn_of_cuts
 from .data_checks import PROBLEM_TYPES, check_data, numbered_alike, warn_of_holes
@@ -143,7 +143,7 @@ def make_trainer(
         model,
         training_arguments(options, folder, workers_for(options, pool)),
         train_dataset=holed(pool, options, sources, "train"),
-        data_collator=collate,
+        data_collator=HostCopies(collate) if torch.cuda.is_available() else collate,
         optimizer_cls_and_kwargs=optimizer_for(model, options),
         **watched,
     )

@@ -11,7 +11,7 @@ from dry_driver import SHARED, dry
 
 from u2a_fast import kernels
 from u2a_fast.kernels import Attention, Half, Linear, Norm
-from u2a_fast.kernels.compile_cases import FLOPS
+from u2a_fast.kernels.compile_budgets import FLOPS
 from u2a_fast.kernels.norm_joined import joined_weight
 
 BATCH, TOKENS, WIDTH, EVEN, HEADS, RANK = 3, 37, 70, 256, 7, 5

@@ -5,8 +5,10 @@ import parity
 import pytest
 import tiny_encoders
 import torch
+from torch.utils._pytree import tree_map
 
 from u2a_fast import PMF, U2A, JointEmbedding, LateFusion, host
+from u2a_fast.data import HostCopies
 
 FAMILIES = {
     "pre and post norm": {"image": "vit", "text": "bert"},
@@ -41,6 +43,33 @@ def test_a_step_waits_once_at_most(method, options, copies, families, monkeypatc
     with on_stand_in(monkeypatch, model, batch) as stand_in:
         model(**batch).loss.backward()
     assert stand_in.waits == [] and stand_in.copies == copies
+
+
+@pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("method, options", [case[:2] for case in METHODS.values()], ids=METHODS)
+def test_copies_on_the_host_spare_a_step_its_wait_and_change_nothing(method, options, families, monkeypatch):
+    options = options | ({"modality_dropout": 0.0} if "modality_dropout" in options else {})
+    model = method({m: tiny_encoders.build(f) for m, f in families.items()}, num_labels=4, **options).train()
+    batch = {**parity.batch(families, COUNT, dtype=torch.float32), "labels": LABELS.clone()}
+    batch["modality_mask"] = parity.random_presence(COUNT, len(families), 0)
+    expected = model(**batch).loss
+    batch = HostCopies(lambda batch: batch)(batch)
+    arrays, batch = batch.pop("on_host"), tree_map(torch.clone, {k: v for k, v in batch.items() if k != "on_host"})
+    with on_stand_in(monkeypatch, model, batch) as stand_in:
+        loss = model(**batch, on_host=arrays).loss
+        loss.backward()
+    assert stand_in.waits == [] and stand_in.copies == 0
+    assert torch.equal(loss, expected)
+
+
+def test_values_are_checked_on_the_host_where_static_shapes_wait_for_nothing():
+    families = FAMILIES["pre and post norm"]
+    model = U2A({m: tiny_encoders.build(f) for m, f in families.items()}, num_labels=4, absent="where").train()
+    batch = {**parity.batch(families, COUNT, dtype=torch.float32), "labels": LABELS.clone()}
+    batch["modality_mask"] = torch.zeros(COUNT, 2, dtype=torch.bool)
+    arrays = HostCopies(lambda batch: batch)(batch)["on_host"]
+    with pytest.raises(ValueError, match="every modality absent"):
+        model(**batch, on_host=arrays)
 
 
 @pytest.mark.parametrize("padded", [slice(0, 2), slice(2, 3), slice(0)], ids=["left", "hole", "none"])

@@ -9,6 +9,7 @@ from .carriers import MissingPackageError
 from .collator import MultimodalCollator
 from .emoji import load_emoji
 from .holes import MissingDataset, with_missing
+from .host_copies import HostCopies
 from .inputs import is_absent
 from .missing import MissingPattern, import_upstream_table
 from .presence import readable
@@ -22,6 +23,7 @@ __all__ = [
     "MissingDataset",
     "MissingPackageError",
     "MissingPattern",
+    "HostCopies",
     "MultimodalCollator",
     "dinov2_folder",
     "fetch_stamps",

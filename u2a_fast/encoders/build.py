@@ -21,6 +21,7 @@ from ..quantization import warn_if_slow
 from ..rotary import rotary_of
 from .base import Encoder, Family, Origin
 from .families import FAMILIES, REFUSED
+from .patches import project_by_product
 
 SUPPORTED = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
 TOWERS = {
@@ -58,7 +59,7 @@ def from_pretrained_model(model: nn.Module, family: Family | None = None) -> Enc
     stem = nn.ModuleDict()
     for name, path in family.stem.items():
         if (module := _get(model, path)) is not None:
-            stem[name] = _share(module)
+            stem[name] = project_by_product(_share(module))
     if "final_norm" in stem:
         stem["final_norm"] = _norm(stem["final_norm"], family)
     config, layers = model.config, _get(model, family.layers)

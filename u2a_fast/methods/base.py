@@ -130,6 +130,7 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
         modality_mask: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        on_host: Mapping[str, Any] | None = None,
         **inputs: Mapping[str, Any],
     ) -> MultimodalOutput | tuple:
         """One keyword per modality holds that encoder's inputs, for example `image={"pixel_values": ...}`.
@@ -138,26 +139,30 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             modality_mask: bool `[B, M]` in the order of `config.modalities`, True = present; None: all present. A
                 modality without a keyword is absent. Inputs of absent rows may hold anything, NaN included.
             labels: `[B]` class indices, or `[B, C]` floats for multi-label and regression problems.
+            on_host: arrays that equal those of the other arguments that lie on a device, as `data.HostCopies` adds
+                them to a batch.
 
         Values are checked too (a sample with nothing present, a label out of range), and kernels are chosen by them:
         those that lie on a device come over in one copy a step, which waits for the device; those on the CPU, as the
-        collator leaves them, cost nothing. With static shapes (`absent="where"`) nothing waits, so that values on a
-        device go unchecked.
+        collator leaves them or in `on_host`, cost nothing. With static shapes (`absent="where"`) nothing waits, so that
+        values on a device go unchecked.
 
         Raises:
             ValueError: unknown modality, mask of another shape, a sample with nothing present, label out of range.
             TypeError: a mask that is not bool.
         """
-        present, padding = presence(self.config.modalities, inputs, modality_mask), None
+        copies = host.tensors(on_host or {})
+        present, padding = presence(self.config.modalities, inputs, copies.get("modality_mask", modality_mask)), None
         inputs = {name: values for name, values in inputs.items() if any(map(torch.is_tensor, values.values()))}
         if labels is not None:
             self.check_labels(labels, len(present))
         if not self.static_shapes:
-            (present, on_host), padding = self._to_host(inputs, present, labels)
+            known = {name: {**values, **copies.get(name, {})} for name, values in inputs.items()}
+            (present, checked), padding = self._to_host(known, present, copies.get("labels", labels))
             if labels is not None:
-                self.check_labels(on_host, len(present))
-        known = labels is None or self.config.problem_type is not None
-        if not known and self.training and not torch.compiler.is_compiling():
+                self.check_labels(checked, len(present))
+        settled = labels is None or self.config.problem_type is not None
+        if not settled and self.training and not torch.compiler.is_compiling():
             self.config.problem_type = self.problem_type(labels)  # or a saved model would not know
         if self.all_absent == "error" and host.readable(present):
             refuse_empty(present)

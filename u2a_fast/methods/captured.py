@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import device_table
 from ..capture import Steps
+from ..kernels.backend import compute_dtype
 from .presence import all_take_part
 
 PaddingMasks = Mapping[str, Tensor | None]
@@ -58,9 +60,18 @@ class CapturedSteps(nn.Module):
             for linear in (block.qkv, block.fc1):
                 if not device_table.own_wins(measured, linear.out_features, linear.in_features):
                     linear.join()
-        self._steps = Steps(self)
+        self._steps = Steps(self, self._adapters_ahead)
         if batch is not None:
             self(**batch)
+
+    def _adapters_ahead(self) -> list[tuple[Tensor, torch.dtype]]:
+        """Matrices that train, and what they are multiplied as where they are stored as something else."""
+        found = []
+        for encoder in self.encoders.values():
+            dtype = compute_dtype(next(encoder.parameters()).new_empty(0, dtype=encoder.dtype))
+            matrices = (p for p in encoder.parameters() if p.requires_grad and p.dim() == 2 and p.dtype != dtype)
+            found += [(matrix, dtype) for matrix in matrices]
+        return found
 
     def _apply(self, fn: Callable, recurse: bool = True) -> CapturedSteps:
         """As in `nn.Module`; graphs hold the addresses of parameters, which may move."""
