@@ -10,8 +10,8 @@ fewer heads, each shared by H // kv_heads heads of q (grouped-query attention); 
 to mask or to compute in fp32.
 
 On a CPU ATen runs group by group, attention_rows_aten.py. On a GPU several groups are one call that takes rows as they
-lie: within a block our own where samples are short, attention_short.py, else of a varlen function, flash-attn's or
-torch's; a single one, and what these do not take, is a call of `attention`.
+lie: our own where samples are short, attention_short.py, else a varlen function's, flash-attn's or torch's; a single
+one, and what these do not take, is a call of `attention`.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def attend(qkv, heads, groups, lengths, suffix, causal, kv_heads, window, positi
         if uses_triton(*views[:2], *own[2:4]):
             out, lse = attention_forward(*views, *own)
             return out.transpose(1, 2).reshape(qkv.shape[0], -1), lse, None
+    groups = groups if isinstance(groups, Ends) else by_three(groups)
     if (short := _short(qkv, head_width(qkv, None, heads, kv_heads), groups, *seen)) is not None:
         return *short_forward(*_apart(qkv, None, heads, kv_heads), heads, kv_heads, *short), None
     with torch.set_grad_enabled(differentiable):
         # Three leaves: autograd would put the gradients of views of one together in two passes, and not by rows.
         leaves = [t.detach().requires_grad_(differentiable) for t in _apart(qkv, None, heads, kv_heads)]
-        groups = groups if isinstance(groups, Ends) else by_three(groups)
         out = _each_group(*leaves, heads, kv_heads, groups, *seen)
     return out.detach(), None, (leaves, out) if differentiable else None
 
@@ -123,10 +123,10 @@ def attend_backward(
     if graph is not None:  # whether it is needed again is not for this Function to say
         d_qkv = torch.cat(torch.autograd.grad(out, leaves, d_out, retain_graph=True), 1)
     elif isinstance(groups, Ends) or len(groups) > 3:
-        d_qkv, seen = torch.empty_like(qkv), (lengths, suffix, causal, window, positions)
+        groups = groups if isinstance(groups, Ends) else by_three(groups)
+        seen = lengths, suffix, causal, window, positions
         short = _short(qkv, head_width(qkv, None, heads, kv_heads), groups, *seen)
-        each, d_each = (_apart(t, None, heads, kv_heads) for t in (qkv, d_qkv))
-        short_backward(d_out, *each, out, lse, *d_each, heads, kv_heads, *short)
+        d_qkv, _ = _short_grads(d_out, qkv, None, out, lse, heads, kv_heads, *short)
     else:
         q, k, v = by_head(qkv, None, groups, heads, kv_heads)
         d_out, own_out = (t.view(*groups[:2], *q.shape[1::2]).transpose(1, 2) for t in (d_out, out))
@@ -148,7 +148,6 @@ def _short(q, width, groups, *seen):
     if isinstance(groups, Ends):
         _refuse_hidden(groups, *seen)
         return (groups, EVERYWHERE) if fits_short(q, width, groups) else None
-    groups = by_three(groups)
     if len(groups) < 2 or (sides := sides_of(groups, *seen)) is None:
         return None
     ends = ends_of(tuple(map(tuple, groups)), q.device)
@@ -216,6 +215,32 @@ class _AttentionRows(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), *[None] * 8
 
 
+class _ShortRows(torch.autograd.Function):
+    """out [Nq, H * Dh]"""
+
+    @staticmethod
+    def forward(ctx, q, kv, heads, kv_heads, *short):
+        q, kv = backend.contiguous(q, kv)
+        out, lse = short_forward(*_apart(q, kv, heads, kv_heads), heads, kv_heads, *short)
+        ctx.options = heads, kv_heads, *short
+        ctx.save_for_backward(q, kv, out, lse)
+        return out
+
+    @staticmethod
+    @backend.outside_autocast
+    def backward(ctx, d_out):
+        q, kv, out, lse = ctx.saved_tensors
+        return *_short_grads(d_out, q, kv, out, lse, *ctx.options), *[None] * 4
+
+
+def _short_grads(d_out, q, kv, out, lse, heads, kv_heads, *short):
+    """Gradients of q, which may have k and v beside it, and of kv."""
+    d_q, d_kv = torch.empty_like(q), None if kv is None else torch.empty_like(kv)
+    each, d_each = (_apart(*given, heads, kv_heads) for given in ((q, kv), (d_q, d_kv)))
+    short_backward(d_out, *each, out, lse, *d_each, heads, kv_heads, *short)
+    return d_q, d_kv
+
+
 # -------------------------------------------------------------------------------------------------------------- public
 def attention_rows(
     q: Tensor,
@@ -275,7 +300,10 @@ def attention_rows(
             return _AttentionRows.apply(*operands)
         return attention_rows_forward(*operands)[:2]
     seen = lengths, suffix, causal, window, positions
-    out = _each_group(*_apart(q, kv, heads, kv_heads), heads, kv_heads, groups, *seen)
+    if (short := _short(q, head_width(q, kv, heads, kv_heads), groups, *seen)) is not None:
+        out = _ShortRows.apply(q, kv, heads, kv_heads, *short)
+    else:
+        out = _each_group(*_apart(q, kv, heads, kv_heads), heads, kv_heads, groups, *seen)
     return out, None if lora_a is None else F.linear(out, lora_a.to(out.dtype))
 
 

@@ -93,6 +93,13 @@ def substitute(given):
     return kernels.substitute(given.leaf(3, BATCH, WIDTH), given.leaf(3, 3, BATCH, WIDTH), present)
 
 
+def attention_of_unequal(given):
+    """Samples of several lengths, as a packed batch has them."""
+    return kernels.attention_rows(given.leaf(TOKENS, 3 * WIDTH), None, HEADS, [(1, 3, 3), (1, TOKENS - 3, TOKENS - 3)])[
+        0
+    ]
+
+
 def rotary(given):
     """With QK-norm, q and k of an odd number of heads each."""
     angles = (torch.randn(TOKENS, WIDTH // HEADS // 2) for _ in range(2))
@@ -104,7 +111,8 @@ def gated(given):
     return kernels.gated(given.leaf(TOKENS, 2 * WIDTH), "gelu"), kernels.gated(given.leaf(TOKENS, 2 * EVEN), "silu")
 
 
-EVERYTHING = transformer_block, norm_linear, lora_linear, assemble, attention, substitute, rotary, gated
+ATTENTION = attention, attention_of_unequal
+EVERYTHING = transformer_block, norm_linear, lora_linear, assemble, *ATTENTION, substitute, rotary, gated
 TYPES = {  # activations and what trains; autocast; frozen weights; the functions whose binaries differ from bf16's
     "bf16": (torch.bfloat16, None, "float", (*EVERYTHING, rms_norm_linear)),
     "fp16": (torch.float16, None, "float", (lora_linear,)),

@@ -73,7 +73,7 @@ MUTANTS = {
     "no tail mask on K": Mutant(LINEAR, "rk < K - k", "rk < K", linear(SMALL)),
     "no tail mask on N in dX": Mutant(BACKWARD, "(rn < N - n)", "(rn < N)", TILED_DROPPED),
     "store without the column mask": Mutant(
-        LINEAR, "mask=mok[:, None] & nok[None, :])\n\n", "mask=mok[:, None])\n\n", TILED
+        LINEAR, "mok[:, None] & nok[None, :]\n    if RESIDUAL", "mok[:, None]\n    if RESIDUAL", TILED
     ),
     "padding ranks of B not masked": Mutant(
         LINEAR, "mask=nok[None, :] & (rr < R)[:, None]", "mask=nok[None, :]", linear(SMALL)

@@ -70,6 +70,22 @@ def attended(kernels):
     same_as_reference(kernels, lambda which: with_gradients([which.attention(q, k, v, lengths, suffix=3)], (q, k, v)))
 
 
+def laid_end_to_end(kernels):
+    """A probe: samples of several lengths, with a window, and with few queries that see the keys before them."""
+    g = torch.Generator().manual_seed(0)
+    qkv, q, kv = (
+        torch.randn(*shape, generator=g).add_(0.3).requires_grad_() for shape in ((75, 64), (5, 32), (75, 32))
+    )
+    rows = {"heads": 4, "kv_heads": 2}
+
+    def run(k):
+        own = k.attention_rows(qkv, None, groups=[(1, 5, 5), (1, 70, 70)], window=3, **rows)[0]
+        others = k.attention_rows(q, kv, groups=[(1, 2, 5), (1, 3, 70)], causal=True, **rows)[0]
+        return with_gradients([own, others], (qkv, q, kv))
+
+    same_as_reference(kernels, run)
+
+
 def rotated(kernels):
     """A probe: five heads of 70 columns, in rows that hold more, normalised and rotated."""
     g = torch.Generator().manual_seed(0)
@@ -124,6 +140,7 @@ def _in_rows(dtype, seen, kernels):
 
 ASSEMBLE, BACKWARD = "assemble_norm_project.py", "assemble_backward.py"
 SUBSTITUTE, ATTENTION = "substitute.py", "attention_small_query.py"
+SHORT = "attention_short.py"
 ROTARY, GATED, ACTIVATIONS = "rotary.py", "gated.py", "activations.py"
 MASK, MATMUL, ROWS = "attention_mask.py", "attention_matmul.py", "attention_rows_aten.py"
 WINDOW = in_rows(torch.float32, window=2, suffix=1)
@@ -189,6 +206,17 @@ SLIPS = {
     "running sum not rescaled": (ATTENTION, "total * keep", "total", attended),
     "dS without the row sum": (ATTENTION, "(dp - delta[:, None])", "dp", attended),
     "dS not scaled": (ATTENTION, "delta[:, None]) * scale)", "delta[:, None]))", attended),
+    # short samples
+    "keys beyond the sample's last": (SHORT, "visible = key < keys", "visible = key >= 0", laid_end_to_end),
+    "a window of one key more": (SHORT, "key >= at - LEFT", "key >= at - LEFT - 1", laid_end_to_end),
+    "queries are the first rows": (SHORT, "rq + (keys - queries)", "rq", laid_end_to_end),
+    "queries are the first rows, backward": (SHORT, "(rq + before)", "rq", laid_end_to_end),
+    "every head has the first keys": (SHORT, "head // SHARE * DH + rd", "rd", laid_end_to_end),
+    "a sum of unequal tops": (SHORT, "total * keep", "total", laid_end_to_end),
+    "log-sum-exp of the first head": (SHORT, "* H + head, mask=qok", "* H, mask=qok", laid_end_to_end),
+    "dS of keys without the row sum": (SHORT, "(dp - delta[None, :])", "dp", laid_end_to_end),
+    "dQ of the last keys alone": (SHORT, "tl.dot(ds, k, dq,", "tl.dot(ds, k, dq * 0,", laid_end_to_end),
+    "dK of the last queries alone": (SHORT, "tl.dot(ds, q, dk,", "tl.dot(ds, q, dk * 0,", laid_end_to_end),
     # rotary positions and QK-norm
     "turned the wrong way": (
         ROTARY,

@@ -18,6 +18,7 @@ from ..kernels import products
 class PatchProjection(nn.Module):
     """A convolution without overlap, of any number of dimensions, as a product; it shares the parameters of `conv`.
 
+    >>> import torch
     >>> project = PatchProjection(nn.Conv2d(3, 8, kernel_size=2, stride=2))
     >>> project(torch.zeros(5, 3, 4, 7)).shape
     torch.Size([5, 8, 2, 3])
