@@ -255,8 +255,7 @@ def large(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from Linux")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["nf4", "int8"])
+@pytest.mark.parametrize("mode, dtype", [("nf4", "float32"), ("int8", "bfloat16")])
 def test_loading_takes_what_is_stored_and_one_layer(mode, dtype, large):
     """At most 1.2 x the stored bytes and a layer in the dtype that is asked for; the checkpoint would not fit.
 

@@ -128,10 +128,12 @@ def subsets(given, names):
 
 
 def check_gradients(function, given, leaves, implementation, device):
-    """gradcheck for every subset of the leaves; where a call is slow, Jacobians are only projected."""
+    """gradcheck for every subset of the leaves; where a call is slow, of one, all and all but one, and projected."""
     skip_wide_tiles(implementation, device)
     fast = implementation == "triton" or device != CPU
     for chosen, names in subsets(given, leaves):
+        if fast and 1 < len(names) < len(leaves) - 1:
+            continue
 
         def by_position(*tensors, chosen=chosen, names=names):
             return on(device, function)(**chosen | dict(zip(names, tensors, strict=True)))
@@ -144,7 +146,7 @@ def check_gradients(function, given, leaves, implementation, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("dropped, wide", [(0.0, 1), (0.0, 3), (0.4, 1)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, dropped, wide, device):
+def test_lora_linears_gradients_hold_in_float64_whichever_leaves_have_them(implementation, dropped, wide, device):
     given = operands(Case(lead=(2, 2), k=3, n=4, r=2, groups=2, wide=wide, dropout=dropped), torch.float64)
     check_gradients(lora_linear, given, ("x", "weight", "bias", "lora_a", "lora_b"), implementation, device)
 
@@ -152,7 +154,7 @@ def test_lora_linears_gradients_hold_in_float64_for_every_subset_of_leaves(imple
 @pytest.mark.slow
 @pytest.mark.parametrize("wide", [1, 3])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_linear_lowranks_gradients_hold_in_float64_for_every_subset_of_leaves(implementation, wide, device):
+def test_linear_lowranks_gradients_hold_in_float64_whichever_leaves_have_them(implementation, wide, device):
     given = lowrank_operands(Case(lead=(3,), k=3, n=4, r=2, groups=2, wide=wide), torch.float64)
     check_gradients(linear_lowrank, given, ("h", "weight", "bias", "s", "lora_b"), implementation, device)
 

@@ -162,7 +162,7 @@ def test_rows_do_not_see_each_other(separate_heads, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, separate_heads", [*((name, False) for name in PAIRS), ("three", True)])
+@pytest.mark.parametrize("name, separate_heads", [(name, name == "three") for name in PAIRS])
 def test_static_shapes_compile_as_one_graph(name, separate_heads, device):
     """`absent="where"`, in training, with gradients; aot_eager traces backward too. Heads do not see the encoders."""
     torch._dynamo.reset()
