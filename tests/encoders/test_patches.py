@@ -34,6 +34,15 @@ def test_a_product_of_patches_is_the_convolution_and_has_its_gradients(case, dty
         assert got.flatten(2).transpose(1, 2).is_contiguous()
 
 
+def test_autocast_decides_what_is_multiplied():
+    conv, shape = CONVOLUTIONS["pictures"]
+    conv, pixels = conv.float(), torch.randn(shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = PatchProjection(conv)(pixels), conv(pixels)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 3, 3, 8), (2, 3, 8)])
 def test_pixels_that_do_not_fit_are_refused(shape):
     with pytest.raises(ValueError, match="3 channels in patches of 4 x 4 pixels, not"):

@@ -13,6 +13,7 @@ import math
 from torch import Tensor, nn
 
 from ..kernels import products
+from ..kernels.backend import in_autocast_dtype
 
 
 class PatchProjection(nn.Module):
@@ -46,7 +47,8 @@ class PatchProjection(nn.Module):
         over_grid, within = range(2, pixels.dim(), 2), range(3, pixels.dim(), 2)
         windows = pixels.permute(0, *over_grid, 1, *within)  # [B, *grid, C, *patch]
         rows = windows.reshape(windows.shape[0], math.prod(grid), math.prod(self.weight.shape[1:]))
-        out = products.linear(rows, self.weight.flatten(1), self.bias)  # [B, G, D]
+        operands = rows, self.weight.flatten(1), self.bias
+        out = products.linear(*(None if t is None else in_autocast_dtype(t) for t in operands))  # [B, G, D]
         return out.transpose(1, 2).unflatten(2, grid)
 
 

@@ -68,7 +68,7 @@ class CapturedSteps(nn.Module):
         """Matrices that train, and what they are multiplied as where they are stored as something else."""
         found = []
         for encoder in self.encoders.values():
-            dtype = compute_dtype(next(encoder.parameters()).new_empty(0, dtype=encoder.dtype))
+            dtype = compute_dtype(torch.empty(0, dtype=encoder.dtype, device=self.device))
             matrices = (p for p in encoder.parameters() if p.requires_grad and p.dim() == 2 and p.dtype != dtype)
             found += [(matrix, dtype) for matrix in matrices]
         return found
