@@ -55,7 +55,7 @@ def of_queries(D_OUT, Q, OUT, LSE, start, rq, queries, head, H, DH: tl.constexpr
     return q, d_out, tl.sum(d_out.to(ACC) * out.to(ACC), 1), lse
 
 
-@jit(varying=("H",))
+@jit(varying=("H", "Q_ENDS", "K_ENDS"))  # the ends of keys lie anywhere behind those of queries
 def attention_short_forward(
     Q,  # [Nq, H * Dh], as K and V with rows STRIDE_.. apart
     K,
@@ -110,7 +110,7 @@ def attention_short_forward(
         tl.store(lse_at, top + tl.log(total), mask=rq < queries)
 
 
-@jit(varying=("KV_HEADS",))
+@jit(varying=("KV_HEADS", "Q_ENDS", "K_ENDS"))
 def attention_short_backward(
     D_OUT,  # [Nq, H * Dh], as OUT
     Q,  # as K and V with rows STRIDE_.. apart

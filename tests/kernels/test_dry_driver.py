@@ -82,7 +82,7 @@ def test_everything_is_as_before_even_after_an_error():
 
 # --------------------------------------------------------------------------------------- how many launches and binaries
 LAUNCHES = 12  # of a block, forward and backward
-BINARIES = 27  # of U2A's steps with two encoders under autocast
+BINARIES = 29  # of U2A's steps with two encoders under autocast
 
 
 def test_a_blocks_launches_are_few():
