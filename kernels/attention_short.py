@@ -7,7 +7,8 @@ A program has BLOCK rows of one head of one sample. In the backward half of them
 each computes the probabilities anew, from lse [Nq, H]: nothing is added up in memory, and the gradients are written
 where those of q, k and v lie side by side. Queries are a sample's last rows; a query sees at most `left` keys before it
 and `right` after it, -1 for all. Library functions take three launches and a copy for the backward: on an H100 66 us
-for 32 texts of 9 to 129 rows and 12 heads, where this takes 30, and 17 for the forward, where this takes 12.
+for 32 texts of 9 to 129 rows and 12 heads, and 17 for the forward. This took 30 and 12 when one program had both halves
+of the backward, 64 rows at a time; as it stands it was not timed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,21 @@ def sees(at, key, keys, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     if RIGHT >= 0:
         visible = visible & (key <= at + RIGHT)
     return visible
+
+
+@jit
+def sample_at(Q_ENDS, K_ENDS, sample):
+    """Where a sample's rows of q and of k begin, and how many they are."""
+    q_start, k_start = tl.load(Q_ENDS + sample), tl.load(K_ENDS + sample)
+    return q_start, k_start, tl.load(Q_ENDS + sample + 1) - q_start, tl.load(K_ENDS + sample + 1) - k_start
+
+
+@jit
+def of_keys(K, V, start, rk, keys, kv_head, DH: tl.constexpr, STRIDE_K, STRIDE_V, rd):
+    """k and v of rows rk of one head; zeros past the last of them."""
+    columns, mask = kv_head * DH + rd, (rk < keys)[:, None] & (rd < DH)[None, :]
+    k = tl.load(rows_of(K, start, rk, columns, STRIDE_K), mask=mask, other=0.0)
+    return k, tl.load(rows_of(V, start, rk, columns, STRIDE_V), mask=mask, other=0.0)
 
 
 @jit
@@ -80,21 +96,17 @@ def attention_short_forward(
     STEP: tl.constexpr,  # rows of the other side at a time
 ):
     """A program past the end of its sample does nothing."""
-    head, sample = tl.program_id(1), tl.program_id(2)
-    q_start, k_start = tl.load(Q_ENDS + sample), tl.load(K_ENDS + sample)
-    queries, keys = tl.load(Q_ENDS + sample + 1) - q_start, tl.load(K_ENDS + sample + 1) - k_start
+    head = tl.program_id(1)
+    q_start, k_start, queries, keys = sample_at(Q_ENDS, K_ENDS, tl.program_id(2))
     rq, rd = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
     if tl.program_id(0) * BLOCK < queries:
-        of_q, of_kv, dok = head * DH + rd, head // SHARE * DH + rd, (rd < DH)[None, :]
-        q_mask, at = (rq < queries)[:, None] & dok, rq + (keys - queries)
+        of_q, q_mask, at = head * DH + rd, (rq < queries)[:, None] & (rd < DH)[None, :], rq + (keys - queries)
         q = tl.load(rows_of(Q, q_start, rq, of_q, STRIDE_Q), mask=q_mask, other=0.0)
         top, total = tl.full((BLOCK,), -1e30, ACC), tl.zeros((BLOCK,), ACC)
         acc = tl.zeros((BLOCK, BD), ACC)
         for n in range(0, keys, STEP):
             rk = n + tl.arange(0, STEP)
-            mask = (rk < keys)[:, None] & dok
-            k = tl.load(rows_of(K, k_start, rk, of_kv, STRIDE_K), mask=mask, other=0.0)
-            v = tl.load(rows_of(V, k_start, rk, of_kv, STRIDE_V), mask=mask, other=0.0)
+            k, v = of_keys(K, V, k_start, rk, keys, head // SHARE, DH, STRIDE_K, STRIDE_V, rd)
             visible = sees(at[:, None], rk[None, :], keys, LEFT, RIGHT)
             scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * scale
             new_top = tl.maximum(top, tl.max(tl.where(visible, scores, -1e30), 1))
@@ -139,15 +151,13 @@ def attention_short_backward(
     STEP: tl.constexpr,  # rows of the other side at a time
 ):
     """Programs of keys have [BLOCK keys, STEP queries] at a time, those of queries, the odd ones, its transpose."""
-    kv_head, sample, first = tl.program_id(1), tl.program_id(2), tl.program_id(0) // 2 * BLOCK
-    q_start, k_start = tl.load(Q_ENDS + sample), tl.load(K_ENDS + sample)
-    queries, keys = tl.load(Q_ENDS + sample + 1) - q_start, tl.load(K_ENDS + sample + 1) - k_start
-    own, rd = first + tl.arange(0, BLOCK), tl.arange(0, BD)
-    dok, of_kv, before, H = (rd < DH)[None, :], kv_head * DH + rd, keys - queries, KV_HEADS * SHARE
+    kv_head, first, H = tl.program_id(1), tl.program_id(0) // 2 * BLOCK, KV_HEADS * SHARE
+    q_start, k_start, queries, keys = sample_at(Q_ENDS, K_ENDS, tl.program_id(2))
+    own, rd, before = first + tl.arange(0, BLOCK), tl.arange(0, BD), keys - queries
+    dok = (rd < DH)[None, :]
     if tl.program_id(0) % 2 == 0 and first < keys:
-        mask = (own < keys)[:, None] & dok
-        k = tl.load(rows_of(K, k_start, own, of_kv, STRIDE_K), mask=mask, other=0.0)
-        v = tl.load(rows_of(V, k_start, own, of_kv, STRIDE_V), mask=mask, other=0.0)
+        of_kv, mask = kv_head * DH + rd, (own < keys)[:, None] & dok
+        k, v = of_keys(K, V, k_start, own, keys, kv_head, DH, STRIDE_K, STRIDE_V, rd)
         dk, dv = tl.zeros((BLOCK, BD), ACC), tl.zeros((BLOCK, BD), ACC)
         for turn in range(SHARE * tl.cdiv(queries, STEP)):
             head, rq = kv_head * SHARE + turn % SHARE, turn // SHARE * STEP + tl.arange(0, STEP)
@@ -167,9 +177,7 @@ def attention_short_backward(
             dq = tl.zeros((BLOCK, BD), ACC)
             for n in range(0, keys, STEP):
                 rk = n + tl.arange(0, STEP)
-                mask = (rk < keys)[:, None] & dok
-                k = tl.load(rows_of(K, k_start, rk, of_kv, STRIDE_K), mask=mask, other=0.0)
-                v = tl.load(rows_of(V, k_start, rk, of_kv, STRIDE_V), mask=mask, other=0.0)
+                k, v = of_keys(K, V, k_start, rk, keys, kv_head, DH, STRIDE_K, STRIDE_V, rd)
                 visible = sees((own + before)[:, None], rk[None, :], keys, LEFT, RIGHT)
                 scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * scale
                 p = tl.exp(tl.where(visible, scores - lse[:, None], -1e30))

@@ -29,9 +29,8 @@ METHODS = {
 }
 # What each of the two ranks lacks in one step after another; "-" before a name: the keyword itself is left out.
 LACKING = [("image", ""), ("", "-text"), ("-image", "text"), ("-text", "-text"), ("", "")]
-INTEGERS_SHARD = pytest.mark.skipif(
-    torch.__version__.startswith("2.11."), reason="its shards all require gradients; integers cannot"
-)
+NO_INTEGERS = torch.__version__.startswith("2.11.")
+INTEGERS_SHARD = pytest.mark.skipif(NO_INTEGERS, reason="its shards all require gradients; integers cannot")
 STATIC = ("u2a", {"static_graph": True})
 STORED = ("int8", "int8_w8a8", "nf4")
 STEP = 0.1
@@ -191,10 +190,7 @@ RUNS = {"ddp": run_ddp, "fsdp": run_every_fsdp, "traffic": run_traffic}
 @pytest.fixture(scope="module")
 def ended():
     """The runs that came to their end on both ranks; to start two processes takes as long as one of them."""
-    if torch.__version__.startswith("2.11."):  # its shards all require gradients; integers cannot
-        runs = ["ddp"]
-    else:
-        runs = list(RUNS)
+    runs = ["ddp"] if NO_INTEGERS else list(RUNS)
     said = run_ranks(__file__, *runs, timeout=900)
     return [run for run in runs if all(f"{run} ended" in each for each in said)]
 

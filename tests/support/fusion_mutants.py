@@ -211,7 +211,7 @@ SLIPS = {
     "a window of one key more": (SHORT, "key >= at - LEFT", "key >= at - LEFT - 1", laid_end_to_end),
     "queries are the first rows": (SHORT, "rq + (keys - queries)", "rq", laid_end_to_end),
     "queries are the first rows, backward": (SHORT, "(rq + before)", "rq", laid_end_to_end),
-    "every head has the first keys": (SHORT, "head // SHARE * DH + rd", "rd", laid_end_to_end),
+    "every head has the first keys": (SHORT, "head // SHARE, DH,", "0, DH,", laid_end_to_end),
     "a sum of unequal tops": (SHORT, "total * keep", "total", laid_end_to_end),
     "log-sum-exp of the first head": (SHORT, "* H + head, mask=qok", "* H, mask=qok", laid_end_to_end),
     "dS of keys without the row sum": (SHORT, "(dp - delta[None, :])", "dp", laid_end_to_end),

@@ -2,8 +2,8 @@
 
     Y[b, :, i, j] = W vec(X[b, :, i p : (i + 1) p, j q : (j + 1) q]) + bias        X [B, C, H, W], Y [B, D, ..]
 
-A convolution whose windows do not overlap is this product; libraries of convolutions take 1.3 times its time on a CPU
-and 10 times in bf16 on an H100, where they bring pixels into an order of their own first.
+A convolution whose windows do not overlap is this product; a library's convolution takes 1.3 times its time on a CPU,
+and on an H100, in bf16, 154 us for 21 pictures and 62 more for an order of pixels of its own.
 """
 
 from __future__ import annotations
