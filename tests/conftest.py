@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(config, items):
     chosen = set(first.values())
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
+
+
+def pytest_collection_finish():
+    """What was imported is no garbage: to look through it takes half a second, and every Trainer asks for that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

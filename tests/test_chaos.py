@@ -8,7 +8,7 @@ from pathlib import Path
 
 import chaos
 import pytest
-from ranks import run_command
+from forks import run_forks
 from transformers import Trainer
 
 from u2a_fast import cli, training
@@ -19,7 +19,8 @@ from u2a_fast.runs import RUN_FILE, check_directory, claim_directory
 @pytest.mark.slow
 def test_runs_that_are_killed_end_as_if_they_had_not_been():
     """`make chaos` kills fifty times."""
-    assert "5 of 5" in run_command([sys.executable, chaos.__file__, "5", "1"], timeout=480)
+    (said,) = run_forks([lambda: chaos.chaos(5, seed=1)], within=480)
+    assert "5 of 5" in said
 
 
 def test_how_a_run_ended_before_it_could_be_killed_is_told():
@@ -32,7 +33,7 @@ def test_how_a_run_ended_before_it_could_be_killed_is_told():
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     """Files end at 30 kB, in the middle of the weights, or at 100 kB, in the middle of the optimizer's state."""
     chaos.prepare(tmp_path)
-    run_command([sys.executable, __file__, str(tmp_path), *chaos.arguments(tmp_path, "u2a")], timeout=480)
+    run_forks([lambda: fill_disks(tmp_path, chaos.arguments(tmp_path, "u2a"))], within=480)
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert found == {"30000": [["checkpoint-2"], True], "100000": [["checkpoint-2"], True]}
 
@@ -117,7 +118,3 @@ def fill_disks(root, given):
         cli.main([*given, "--output-dir", str(folder), "--resume"])
         found[limit] = whole, chaos.outcome(folder)["weights"] == chaos.outcome(root / "whole")["weights"]
     (root / "found.json").write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    fill_disks(Path(sys.argv[1]), sys.argv[2:])

@@ -1,7 +1,6 @@
 """DDP and FSDP2, two ranks on the CPU: whoever lacks a modality takes part all the same, and gradients are the mean."""
 
 import copy
-import sys
 from datetime import timedelta
 
 import pytest
@@ -184,39 +183,27 @@ def run_traffic(rank):
     assert found == expected, (found, expected)
 
 
-RUNS = {"ddp": run_ddp, "fsdp": run_every_fsdp, "traffic": run_traffic}
+def on_two_ranks(run):
+    def joined():
+        distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+        run(distributed.get_rank())
+        distributed.destroy_process_group()
 
-
-@pytest.fixture(scope="module")
-def ended():
-    """The runs that came to their end on both ranks; to start two processes takes as long as one of them."""
-    runs = ["ddp"] if NO_INTEGERS else list(RUNS)
-    said = run_ranks(__file__, *runs, timeout=900)
-    return [run for run in runs if all(f"{run} ended" in each for each in said)]
+    run_ranks(joined, timeout=300)
 
 
 @pytest.mark.slow
-def test_ddp_needs_no_unused_parameters_and_has_the_mean_of_the_ranks(ended):
-    assert "ddp" in ended
+def test_ddp_needs_no_unused_parameters_and_has_the_mean_of_the_ranks():
+    on_two_ranks(run_ddp)
 
 
 @pytest.mark.slow
 @INTEGERS_SHARD
-def test_fsdp2_shards_every_storage_and_has_the_mean_of_the_ranks(ended):
-    assert "fsdp" in ended
+def test_fsdp2_shards_every_storage_and_has_the_mean_of_the_ranks():
+    on_two_ranks(run_every_fsdp)
 
 
 @pytest.mark.slow
 @INTEGERS_SHARD
-def test_a_step_sends_what_the_page_on_scaling_computes(ended):
-    assert "traffic" in ended
-
-
-if __name__ == "__main__":
-    this, *runs = int(sys.argv[1]), *sys.argv[2:]
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for run in runs:
-        RUNS[run](this)
-        print(f"{run} ended")
-    distributed.destroy_process_group()
+def test_a_step_sends_what_the_page_on_scaling_computes():
+    on_two_ranks(run_traffic)

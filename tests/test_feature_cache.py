@@ -1,15 +1,13 @@
 """Cached features are the computed ones; every change that matters is a miss, and no file can do harm."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import tiny_encoders
 import torch
+from forks import run_forks
 from safetensors.torch import load_file, save_file
 
 from u2a_fast import LoraConfig
@@ -235,18 +233,8 @@ def test_a_copy_shares_the_files(copied, tmp_path):
 
 @pytest.mark.slow
 def test_concurrent_writers_agree(tmp_path):
-    support = str(Path(tiny_encoders.__file__).parent)
-    command = [sys.executable, __file__, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": support, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, start], env=environment, **pipes) for start in ("0", "5", "9")]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
-    misses = [int(out) for out, _ in outputs]
+    outputs = run_forks([partial(look_up, tmp_path, start) for start in (0, 5, 9)], within=120)
+    misses = [int(out) for out in outputs]
     assert max(misses) <= 12 <= sum(misses)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 12
     assert not list(tmp_path.rglob("*.part"))
-
-
-if __name__ == "__main__":
-    look_up(sys.argv[1], int(sys.argv[2]))

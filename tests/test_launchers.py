@@ -11,7 +11,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from launches import EXAMPLES, SCRIPT, example, losses
-from ranks import launched, run_command
+from ranks import launched, run_command, run_ranks, settings
 from safetensors.torch import load_file
 
 from u2a_fast import processes
@@ -37,7 +37,7 @@ def test_the_example_resumes_with_more_and_with_fewer_processes(common, tmp_path
     steps = [*common, "--steps", "8", "--save-steps", "3"]
     one, two = tmp_path / "one", tmp_path / "two"
     example(*steps, "--output-dir", str(one))
-    run_command(launched("accelerate", [str(SCRIPT), *steps, "--output-dir", str(two)], DDP))
+    run_ranks(lambda: example(*steps, "--output-dir", str(two)), **settings(DDP["config_file"], 2))
     states = {folder: folder / "checkpoint-8" / "rng_state_1.pth" for folder in (one, two)}
     assert states[two].exists() and not states[one].exists()
     before = {folder: losses(folder) for folder in (one, two)}

@@ -4,7 +4,6 @@ accelerate itself shards on GPUs alone; tests/support/shard_on_cpus.py lifts tha
 """
 
 import shutil
-import sys
 
 import launches
 import pytest
@@ -12,7 +11,7 @@ import ranks
 import shard_on_cpus
 import torch
 from accelerate import Accelerator, DistributedType
-from launches import SCRIPT, losses
+from launches import losses
 from safetensors.torch import load_file
 
 from u2a_fast.cli import main
@@ -22,9 +21,14 @@ STORED = ("pytorch_model_fsdp.bin", "optimizer.bin")  # by accelerate, where it 
 pytestmark = pytest.mark.slow
 
 
-def sharded(script, *given, world=2):
-    """What `script` prints in processes that share the model."""
-    return ranks.run_command(ranks.launched("accelerate", [shard_on_cpus.__file__, script, *given], FSDP2, world))
+def told(run, world):
+    """`run()` in forks that are told what `accelerate launch` tells its processes."""
+    ranks.run_ranks(run, world, **ranks.settings(FSDP2["config_file"], world))
+
+
+def sharded(*given):
+    shard_on_cpus.shard_on_cpus()
+    launches.example(*given)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +47,14 @@ def alone(common, tmp_path_factory):
 
 def test_the_example_is_the_run_of_one_process_and_goes_on_in_more_and_in_fewer(common, alone, tmp_path):
     given = [*common, "--output-dir", str(tmp_path)]
-    sharded(str(SCRIPT), *given, world=1)
+    told(lambda: sharded(*given), world=1)
     for kept, world in ((2, 2), (4, 1)):
         assert losses(tmp_path) == pytest.approx(alone, rel=1e-4)
         assert all((tmp_path / f"checkpoint-{kept}" / name).exists() for name in STORED)
         for step in range(kept + 2, 8, 2):
             shutil.rmtree(tmp_path / f"checkpoint-{step}")
         (tmp_path / "model.safetensors").unlink()
-        sharded(str(SCRIPT), *given, "--resume", world=world)
+        told(lambda: sharded(*given, "--resume"), world)
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-4)
     for step, world in ((2, 1), (4, 2), (6, 1)):  # nobody began anew
         assert len([*(tmp_path / f"checkpoint-{step}").glob("rng_state*.pth")]) == world
@@ -60,7 +64,8 @@ def test_the_example_is_the_run_of_one_process_and_goes_on_in_more_and_in_fewer(
 def test_two_processes_of_the_command_line_write_one_run(common, tmp_path):
     given = ["train", *common[:-4], "--dtype", "float32", "--max-steps", "4"]
     main([*given, "--output-dir", str(tmp_path / "one")])
-    said = sharded(launches.__file__, *given, "--output-dir", str(tmp_path / "two"))
+    script = [shard_on_cpus.__file__, launches.__file__, *given, "--output-dir", str(tmp_path / "two")]
+    said = ranks.run_command(ranks.launched("accelerate", script, FSDP2))
     assert said.count("trainable params:") == 1 and said.count("majority") == 1
     assert "rank 1 wrote nothing" in said and "rank 0 wrote report.csv" in said
     one, two = ({str(p.relative_to(tmp_path / n)) for p in (tmp_path / n).rglob("*")} for n in ("one", "two"))
@@ -74,15 +79,14 @@ def test_two_processes_of_the_command_line_write_one_run(common, tmp_path):
 
 def test_where_accelerate_would_not_shard_nothing_is_trained(common, tmp_path):
     """As it is on CPUs: `Accelerator(cpu=True)` under this file is that of DDP."""
-    given = [__file__, str(tmp_path), *common]
-    ranks.run_command(ranks.launched("accelerate", given, FSDP2, world=1))
+
+    def refused():
+        with pytest.raises(SystemExit, match="accelerate shards models on GPUs only"):
+            launches.example(*common, "--output-dir", str(tmp_path / "example"))
+        cure = "accelerate shards this model on GPUs only, with fsdp_version: 2 in its file"
+        with pytest.raises(SystemExit, match=cure):
+            main(["train", *common[:-4], "--output-dir", str(tmp_path / "run")])
+        assert Accelerator().distributed_type == DistributedType.MULTI_CPU
+
+    told(refused, world=1)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-if __name__ == "__main__":
-    folder, *given = sys.argv[1:]
-    with pytest.raises(SystemExit, match="accelerate shards models on GPUs only"):
-        launches.example(*given, "--output-dir", f"{folder}/example")
-    with pytest.raises(SystemExit, match="accelerate shards this model on GPUs only, with fsdp_version: 2 in its file"):
-        main(["train", *given[:-4], "--output-dir", f"{folder}/run"])
-    assert Accelerator().distributed_type == DistributedType.MULTI_CPU

@@ -118,7 +118,7 @@ def test_each_task_is_trained_reported_and_answered(name, more, columns, run, ro
 
 @pytest.mark.slow
 def test_answers_may_be_a_table_and_files_are_found_beside_the_input(run, root, capsys):
-    folder = run("classes", "--metric-for-best", "macro_f1")
+    folder = run("classes", "--metric-for-best", "macro_f1", folder="best by F1")
     state = json.loads(next(folder.glob("checkpoint-*/trainer_state.json")).read_text())
     assert any("eval_macro_f1" in entry for entry in state["log_history"]) and state["best_metric"] is not None
     predict(folder, root, capsys, "--output", str(root / "answers.csv"), "--top-k", "2")
@@ -201,9 +201,7 @@ def test_texts_that_are_cut_are_counted_before_training(root, encoders, tmp_path
 
 
 def test_encoders_that_moved_are_named_on_the_command_line(run, root, encoders, capsys):
-    folder = root / "out" / "classes"
-    if not folder.exists():
-        run("classes")
+    folder = run("classes")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "encoders": {**encoders, "text": "/moved/away"}}))
     try:

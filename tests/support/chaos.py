@@ -5,20 +5,19 @@ that the undisturbed run took. It is then resumed, and killed again, until it is
 its report have to be those of the run that nobody disturbed, bit for bit.
 """
 
-import contextlib
 import itertools
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import forks
 import tiny_data
 import torch
+from forks import finish
 from transformers import TrainingArguments
 
 from u2a_fast import training
@@ -44,41 +43,19 @@ def prepare(root: Path) -> None:
 
 
 def start(given: list[str], log: Path) -> int:
-    """The id of a process that runs the command line with these arguments and ends with its exit code."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    with contextlib.suppress(BaseException), open(log, "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        torch.set_num_threads(1)  # makes the pool anew that the fork has lost, before two threads ask for it at once
-        training.TrainingArguments = every_loss
-        training.fitting_batch = lambda batch_size: batch_size  # whatever memory a start finds free
-        try:
-            main(given)
-            code = 0
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
-    os._exit(code)
+    """The id of a process that runs the command line with these arguments."""
+    return forks.start(lambda: run(given), log)
+
+
+def run(given: list[str]) -> None:
+    training.TrainingArguments = every_loss
+    training.fitting_batch = lambda batch_size: batch_size  # whatever memory a start finds free
+    main(given)
 
 
 def every_loss(*given: object, **options: object) -> TrainingArguments:
     """Trainer's arguments, but that each step's loss is logged: a mean over several is begun anew on resuming."""
     return TrainingArguments(*given, **{**options, "logging_steps": 1})
-
-
-def finish(child: int, within: float) -> int | None:
-    """The exit code of a process, or None where it had to be killed after `within` seconds."""
-    end = time.monotonic() + within
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return None if code == -signal.SIGKILL else code  # it may have ended by itself just before
 
 
 def outcome(folder: Path) -> dict[str, object]:

@@ -1,12 +1,18 @@
-"""Several processes on this machine that talk over gloo: a test file runs itself once for each rank."""
+"""Several processes on this machine that talk over gloo: forks of this one, or what a launcher starts."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_multi_gpu_env
+from forks import run_forks
 
 SUPPORT = Path(__file__).parent
 
@@ -23,32 +29,28 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def run_ranks(file: str, *arguments: str, world: int = 2, timeout: float = 240) -> list[str]:
-    """`python file rank arguments` for each rank, under torchrun's variables: what each printed.
+def run_ranks(run: Callable[[], None], world: int = 2, timeout: float = 240, **settings: str) -> list[str]:
+    """What `run()` prints in a fork of this process for each rank, under torchrun's variables and `settings`.
 
-    AssertionError with the output of all where one failed, or where the time is up: a collective that hangs.
+    AssertionError where one failed, or where the time is up: a collective that hangs.
     """
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    processes = []
-    for rank in range(world):
-        own = environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen([sys.executable, file, str(rank), *arguments], env=own, **pipes))
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    except subprocess.TimeoutExpired as error:
-        outputs = [_killed(process) for process in processes]
-        raise AssertionError(f"no end after {timeout} s\n" + "\n".join(outputs)) from error
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
-    return outputs
+
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), **settings}
+
+    def as_rank(rank: int) -> None:
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        AcceleratorState._reset_state(reset_partial_state=True)  # of runs that this process has seen
+        run()
+
+    return run_forks([partial(as_rank, rank) for rank in range(world)], timeout)
 
 
-def _killed(process: subprocess.Popen) -> str:
-    process.kill()
-    return process.communicate()[0]
+def settings(config_file: str, world: int) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file` sets for its processes, besides torchrun's."""
+    given = ["--config_file", config_file, "--num_processes", str(world), "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    told = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in told.items() if os.environ.get(name) != value}
 
 
 def run_command(command: Sequence[str], timeout: float = 240, **more: str) -> str:
