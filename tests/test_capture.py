@@ -121,6 +121,7 @@ def test_adapters_in_fp32_are_cast_once_a_step_for_encoders_in_bf16(replays):
     assert_equal(step(captured, given), step(eager, given))  # replayed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
 def test_packed_samples_of_a_few_sizes_give_what_eager_gives(families, separate_heads, replays):

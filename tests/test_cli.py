@@ -141,6 +141,7 @@ def test_evaluate_splits_the_table_of_the_run_as_the_run_did(common, root, tmp_p
     assert "may have trained on" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["table", "stdin"])
 def test_columns_and_separator_of_the_run_are_those_of_evaluate_and_predict(
     source, common, tmp_path, capsys, monkeypatch

@@ -127,6 +127,7 @@ def messages():
                 yield node.value
 
 
+@pytest.mark.slow
 def test_quoted_messages_are_ours():
     quoted = re.findall(r"^### `(.*)`$", PAGES["faq"].read_text(encoding="utf-8"), re.M)
     said = [message.replace("`", "") for message in messages()]
@@ -158,6 +159,7 @@ def test_figures_of_the_readme_stand_in_the_pages_they_come_from():
     assert len(figures) > 8 and [figure for figure in figures if figure not in pages] == []
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]

@@ -75,6 +75,7 @@ def test_every_scenario_equals_a_pass_of_its_own(model):
         assert row["macro_f1"] == pytest.approx(f1_score(labels[counted], predicted, average="macro"))
 
 
+@pytest.mark.slow
 def test_report_files(model, tmp_path):
     report = evaluate(model, tiny_data.samples(6), output_dir=tmp_path)
     with open(tmp_path / "report.csv", encoding="utf-8") as file:

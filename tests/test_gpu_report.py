@@ -118,6 +118,7 @@ def test_doctor_runs_step_c_and_passes_its_verdict_on(monkeypatch, capsys):
     assert "no GPU" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_kernel_has_a_case_and_every_function_one_for_the_sanitizer():
     with dry("sm_90", compiles=False) as device:
         for case in CASES:

@@ -73,6 +73,7 @@ def right(chances, draw, common=None):
     return (found if common is None else found | common).astype(float)[:, None]
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     """Two models of 0.75 and 0.70 on five test splits of 100; seeds move a model by 0.03."""
     draw, held, runs = np.random.default_rng(0), 0, 100

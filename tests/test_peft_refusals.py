@@ -176,6 +176,7 @@ def test_a_damaged_config_is_refused(folder, text):
     refused(folder, "damaged|peft_type")
 
 
+@pytest.mark.slow
 def test_bytes_that_change_anywhere_are_refused_or_load(folder):
     generator = torch.Generator().manual_seed(0)
     outcomes = set()

@@ -200,6 +200,7 @@ def test_texts_that_are_cut_are_counted_before_training(root, encoders, tmp_path
     assert len(cut) == 2 and cut[0].endswith("text cells are cut to 16 tokens (the longest has 30 tokens)")
 
 
+@pytest.mark.slow
 def test_encoders_that_moved_are_named_on_the_command_line(run, root, encoders, capsys):
     folder = run("classes")
     config = json.loads((folder / "config.json").read_text())
@@ -215,6 +216,7 @@ def test_encoders_that_moved_are_named_on_the_command_line(run, root, encoders, 
         (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_a_stream_is_trained_on(root, encoders, tmp_path):
     splits = load_table(root / "classes.csv")
     streams = {name: splits[name].to_iterable_dataset() for name in ("train", "test")}
@@ -228,6 +230,7 @@ def test_a_stream_is_trained_on(root, encoders, tmp_path):
         train(TrainOptions(**common, output_dir=str(tmp_path / "b"), baselines=True), streams)
 
 
+@pytest.mark.slow
 def test_splits_that_cannot_be_read_whole_are_trained_on(root, encoders, tmp_path, caplog):
     part = load_table(root / "classes.csv")["train"]
     rows = list(part)
@@ -242,6 +245,7 @@ def test_splits_that_cannot_be_read_whole_are_trained_on(root, encoders, tmp_pat
     assert "the train split: 1 rows have nothing that can be read (rows 3)" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_trained_with_its_broken_pictures(root, encoders, tmp_path, capsys, caplog):
     films = tmp_path / "films"
     (films / "dataset").mkdir(parents=True)

@@ -62,6 +62,7 @@ def test_trainer_gets_workers_and_data_cache(data, tmp_path):
     assert 0 < len(list((tmp_path / "cache").rglob("*.safetensors"))) <= pictures
 
 
+@pytest.mark.slow
 def test_the_bar_shows_the_loss(data, tmp_path, capsys):
     asked = options.TrainOptions(data="squares", max_steps=10, batch_size=4)
     make_trainer(U2A, asked, *data, tmp_path / "out").train()
@@ -123,6 +124,7 @@ def test_a_run_goes_on_with_another_cache_and_other_workers(changed, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- data from other places
+@pytest.mark.slow
 def test_columns_that_nobody_learns_from_neither_end_a_run_nor_enter_its_hash(data, tmp_path):
     plain, encoders = data
     others = {"day": datetime.date(2026, 1, 1), "blob": b"\0", "record": {"a": 1}}
@@ -166,6 +168,7 @@ def test_a_stream_that_cannot_be_trained_on_is_refused_in_a_sentence(changed, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [{}, {"data": "mmimdb:/films"}, {"data": "mine"}])
 def test_splits_that_are_given_are_ones_own_data(named, data, tmp_path, capsys):
     plain, encoders = data
@@ -231,6 +234,7 @@ def test_splits_that_are_not_there_are_named(data):
 
 
 # ---------------------------------------------------------------------------------------------------------- measures
+@pytest.mark.slow
 def test_a_baseline_with_nothing_to_learn_from_is_left_out(data, tmp_path, caplog):
     plain, encoders = data
     splits = {name: part.filter(lambda row: row["text"] and row["image"]) for name, part in plain.items()}

@@ -47,6 +47,7 @@ def test_there_is_no_difference_where_nobody_learnt_from_what_is_left():
     assert np.isnan(found.over("a", None, "text missing")).all() and "text only" in markdown(found)
 
 
+@pytest.mark.slow
 def test_where_no_sample_counts_nobody_is_best_or_to_be_beaten():
     found = verdicts({"a": (150, 150, 150), "b": (120, 149, 170)}, {"image only": 90, "text only": 140})
     for name in found.methods:
@@ -58,6 +59,7 @@ def test_where_no_sample_counts_nobody_is_best_or_to_be_beaten():
     assert "nan" not in markdown(found) and markdown(found).count("| - |") == 2
 
 
+@pytest.mark.slow
 def test_the_tables_have_a_column_for_each_method_but_the_rival():
     right = {"a": (150, 150, 150), "late fusion": (120, 149, 170)}
     text = markdown(verdicts(right, {"image only": 90, "text only": 140}))

@@ -205,6 +205,7 @@ CELLS = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @MANY
 @given(st.lists(CELLS, min_size=1, max_size=6), st.sampled_from([None, "classification", "multi_label", "regression"]),
        st.sampled_from([None, "|"]))  # fmt: skip

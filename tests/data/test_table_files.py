@@ -372,6 +372,7 @@ NAMES = st.sampled_from(["image", "text", "audio", "label", "Text", " label", "s
 )
 
 
+@pytest.mark.slow
 @FEW
 @given(st.lists(st.dictionaries(NAMES, VALUES, max_size=4), max_size=4))
 def test_any_rows_load_or_are_refused_in_a_sentence(tmp_path, rows):
@@ -384,6 +385,7 @@ def test_any_rows_load_or_are_refused_in_a_sentence(tmp_path, rows):
         assert all(row.get("text") or row.get("image") or row.get("audio") for row in all_rows(splits))
 
 
+@pytest.mark.slow
 @FEW
 @given(st.lists(st.lists(st.text(max_size=6) | st.sampled_from(['"', ";", "a\nb", "1"]), max_size=4), max_size=5),
        st.sampled_from(["text,label", "Text;label", "\ufefftext\tlabel", "text", '"text,label']))  # fmt: skip

@@ -141,6 +141,7 @@ def test_gradcheck(case, device):
     assert torch.autograd.gradcheck(f, [t for t in (q, kv, a) if t is not None], fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case",
@@ -329,6 +330,7 @@ def test_a_varlen_function_is_called_only_where_there_is_one(monkeypatch):
         assert varlen.fits_varlen(q, 64) == (function is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "torch"])
 def test_an_exported_program_takes_any_number_of_samples(implementation):
     class Module(torch.nn.Module):

@@ -112,6 +112,7 @@ def test_gradcheck(activation, device):
     assert torch.autograd.gradcheck(lambda h: on(device, gated)(h, activation), h)
 
 
+@pytest.mark.slow
 def test_opcheck(device):
     set_backend("torch")
     h, dy = operands((2, 5, 7), torch.float32)

@@ -262,6 +262,7 @@ def test_opcheck_passes_for_the_backward(without, lead, device):
     on(device, torch.library.opcheck)(OPS.linear_backward, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q, k, v", "q twice as wide", "dropout", "w8a8"])
 def test_compiles_as_one_graph_forward_and_backward(name, device):
     given = operands(CASES[name], torch.float32)

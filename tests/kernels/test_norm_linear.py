@@ -95,6 +95,7 @@ def test_gradcheck(case, device):
     assert torch.autograd.gradcheck(f, [given[n] for n in names], fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case, device):
     given = moved(operands(case, torch.float32), device)

@@ -233,6 +233,7 @@ def test_gradcheck(kind, device):
     assert torch.autograd.gradcheck(lambda rows: on(device, on_a_copy)(rows, *rest), rows.requires_grad_())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind, device):
     set_backend("torch")

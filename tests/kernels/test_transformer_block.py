@@ -201,6 +201,7 @@ def _in(part, dtype):
     return type(part)(*(t.detach().to(dtype) if torch.is_tensor(t) else t for t in part)) if part is not None else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend, options", [("aot_eager", {}), ("inductor", {}), ("inductor", {"rms": True, "gated": True})]
 )
