@@ -342,3 +342,9 @@ def test_numbers_of_a_regression_may_be_whole_and_any(folders):
     model = U2A(folders, num_labels=1, problem_type="regression", processors=tiny_data.processors())
     (row,) = evaluate(model, [{"text": "red", "label": label} for label in (-100, 0, 7)], scenarios=["full"])
     assert row["n"] == 3
+
+
+def test_rows_with_nothing_in_them_are_told(model, caplog):
+    rows = evaluate(model, [*tiny_data.samples(6), {"text": " ", "label": 0}], ["full"])
+    assert rows[0]["n"] == 6
+    assert "1 of 7 rows have nothing that can be read and do not count (rows 7)" in caplog.messages

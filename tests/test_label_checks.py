@@ -92,6 +92,8 @@ def test_classes_that_the_train_split_lacks_are_named(form, caplog):
         (datasets.ClassLabel(names=["a", "b"]), [None, 1], "has no label in row 1"),
         (datasets.Value("float64"), [-1.0, None], "has no label in row 2"),
         (datasets.List(datasets.Value("float32")), [[0.0, None]], "has no label in row 1"),
+        (datasets.Value("float32"), [1.0, float("nan")], "has the label nan in row 2: fill it in or leave the row out"),
+        (datasets.List(datasets.Value("float32")), [[0.0, float("inf")]], r"has the label \[0\.0, inf\] in row 1"),
     ],
 )
 def test_labels_that_do_not_say_what_they_mean_are_refused(feature, labels, message, form):

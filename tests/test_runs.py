@@ -70,3 +70,18 @@ def test_folders_of_earlier_versions_do_not_say_their_recipe(tmp_path):
     asked = TrainOptions(output_dir=str(tmp_path), resume=True)
     claim_directory(asked)
     assert as_begun(asked) == asked
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "- a\n", "a: [\n"])
+def test_what_holds_no_options_of_a_run_is_refused(content, tmp_path):
+    (tmp_path / RUN_FILE).write_text(content)
+    for look in (seed_of, lambda folder: check_directory(TrainOptions(output_dir=str(folder)))):
+        with pytest.raises(ValueError, match=r"run\.yaml (holds no options of a run|is no YAML that can be read)"):
+            look(tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["mine", "out/mine"])
+def test_options_that_somebody_keeps_above_a_model_are_not_its_own(inside, tmp_path):
+    (tmp_path / inside).mkdir(parents=True)
+    (tmp_path / RUN_FILE).write_text("seed: 3\n")
+    assert seed_of(tmp_path / inside) == 0

@@ -255,3 +255,8 @@ def test_numbers_are_watched_in_their_own_units(data, tmp_path):
     assert scale.deviation > 20
     error = (torch.from_numpy(said.predictions) - torch.from_numpy(said.label_ids)).abs().mean() * scale.deviation
     assert said.metrics["test_mae"] == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_rows_that_are_in_no_split_are_refused():
+    with pytest.raises(TypeError, match=r"splits are .* not a list: name each"):
+        train(options.TrainOptions(), [{"text": "a", "label": 0}])

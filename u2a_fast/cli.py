@@ -213,7 +213,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse and run; a mistake of the user is one sentence and exit code 1, not a traceback."""
     transformers.logging.set_verbosity_error()  # no report of the poolers that we drop on purpose
     transformers.logging.disable_progress_bar()
-    parsed = build_parser().parse_args(arguments)
+    try:
+        parsed = build_parser().parse_args(arguments)
+    except UnicodeDecodeError:  # which jsonargparse lets through
+        sys.exit("u2a-fast: the file of --config is not UTF-8: save it as UTF-8")
     options, run, _ = COMMANDS[parsed.command]
     values: Namespace = parsed[parsed.command]
     try:

@@ -20,7 +20,7 @@ from .data.collator import LABELS
 from .data.holes import leave
 from .data.inputs import is_absent
 from .data.labels import Classes, label_names
-from .data.presence import batches_of, samples_of, warn_of_losses
+from .data.presence import batches_of, rows_named, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
 from .metrics import NOT_FINITE, refuse_not_finite, score
 from .paired import TALLIES, tally
@@ -120,6 +120,10 @@ def evaluate(
     logits, natural, labels = scenario_logits(model, dataset, scenarios, batch_size, seed)
     for name, values in logits.items():
         refuse_not_finite(f"the logits of {name!r}", values, NOT_FINITE)
+    empty = (~natural.any(dim=1)).nonzero().flatten().tolist()
+    if empty and model.all_absent == "error":
+        told = "%d of %d rows have nothing that can be read and do not count (rows %s)"
+        logger.warning(told, len(empty), len(natural), rows_named(empty))
     problem_type, rows, tallies = model.problem_type(labels), [], {}
     for scenario in scenarios:
         counted = _counted(model, scenario_mask(scenario, natural, modalities, seed), labels)

@@ -40,6 +40,9 @@ def refuse_labels(data: str, splits: Mapping[str, Any]) -> None:
         for row, label in enumerate(labels_of(part) if hasattr(part, "__len__") else ()):
             if label is None or (classes and label < 0) or (isinstance(label, list) and None in label):
                 raise ValueError(f"the {name} split of {data} has no label in row {row + 1}: leave the row out")
+            if not all(map(math.isfinite, label if isinstance(label, list) else [label])):
+                told = f"the label {label} in row {row + 1}: fill it in or leave the row out"
+                raise ValueError(f"the {name} split of {data} has {told}")
 
 
 def refuse_alike(data: str, train: Any) -> None:

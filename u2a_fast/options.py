@@ -290,6 +290,8 @@ def load_sources(options: TrainOptions) -> tuple[Mapping[str, Any], dict[str, st
 
 def check_splits(data: str, splits: Mapping[str, Any], needed: Sequence[str] = ("train", "test")) -> None:
     """ValueError where a split that is needed is not there, or one does not say what its columns are."""
+    if not isinstance(splits, Mapping):
+        raise TypeError(f'splits are {{"train": .., "test": ..}}, not a {type(splits).__name__}: name each')
     for name in needed:
         if name not in splits:
             found = f"only {' and '.join(splits)}" if splits else "nor any other"

@@ -19,7 +19,7 @@ from .data.cells import is_bare
 from .data.presence import refuse_misspelt, rows_named
 from .data.splits import MODALITIES
 from .data.table_files import parse_json_lines
-from .data.tables import NO_MODALITY, read_lines, read_samples
+from .data.tables import NO_MODALITY, read_lines, read_samples, short_name
 from .methods.base import MultimodalModel
 from .metrics import NOT_FINITE, refuse_not_finite
 
@@ -58,19 +58,19 @@ def _renamed(
 ) -> list[dict[str, Any]]:
     """Rows of the standard input, our modalities as a table's are read, files by their paths, the rest as it is."""
     found = list(dict.fromkeys(name for row in rows for name in row))
-    short = [name.strip().casefold() for name in found]
+    short = [short_name(name) for name in found]
     for ours, theirs in columns.items():
-        if rows and theirs.strip().casefold() not in short:
+        if rows and short_name(theirs) not in short:
             raise ValueError(
                 f"columns says {ours!r}: {theirs!r}, but the standard input has {', '.join(sorted(found)) or 'none'}: "
                 "correct the name"
             )
-    columns = {ours: theirs for ours, theirs in usual.items() if theirs.strip().casefold() in short} | dict(columns)
-    ours_of = {theirs.strip().casefold(): ours for ours, theirs in columns.items() if ours not in NO_MODALITY}
+    columns = {ours: theirs for ours, theirs in usual.items() if short_name(theirs) in short} | dict(columns)
+    ours_of = {short_name(theirs): ours for ours, theirs in columns.items() if ours not in NO_MODALITY}
     renamed = []
     for row in rows:
-        asked = {ours_of[key]: cell for name, cell in row.items() if (key := name.strip().casefold()) in ours_of}
-        renamed.append({name: row[name] for name in row if name.strip().casefold() not in ours_of} | asked)
+        asked = {ours_of[key]: cell for name, cell in row.items() if (key := short_name(name)) in ours_of}
+        renamed.append({name: row[name] for name in row if short_name(name) not in ours_of} | asked)
     read = [
         {name: cell["path"] if is_bare(cell) else cell for name, cell in cells.items()}
         for cells in read_lines(renamed, STDIN, modalities)

@@ -81,14 +81,14 @@ class PatchRotary(_Rotary):
 
     def forward(self, tokens: int, rows: int, like: Tensor) -> Rotation:
         """As `TextRotary`; tokens: of a picture, prefix and patches."""
-        side = math.isqrt(max(0, tokens - self.prefix))
-        # Nobody's picture has no patch, and there are no angles of none.
-        height, width = (max(1, side) * size for size in self.patch)
-        cos, sin = self.angles(like.new_empty(1, 0, height, width))
+        patches = max(0, tokens - self.prefix)
+        # The pixels of a square. Nobody's picture has no patch, and there are no angles of none.
+        side = max(math.isqrt(patches * self.patch[0] * self.patch[1]), *self.patch)
+        cos, sin = self.angles(like.new_empty(1, 0, side, side))
         turned = slice(self.prefix, tokens)
         table = Rotation(like.new_ones(rows, cos.shape[-1] // 2), like.new_zeros(rows, cos.shape[-1] // 2))
         for part, own in zip(table, (cos, sin), strict=True):
-            part[turned] = own[: side * side, : part.shape[1]]
+            part[turned] = own[:patches, : part.shape[1]]
         return table
 
 

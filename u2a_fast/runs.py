@@ -18,6 +18,7 @@ from .tensor_files import check_folder
 
 RUN_FILE = "run.yaml"
 CHOSEN = "chosen"  # in it, the recipe of what was not asked for
+BESIDE = "baselines"  # in it, the folders of models beside the run's own
 DATA_FILE = "data.sha256"  # of the tables that the rows were split out of
 # Bear on nothing that comes out.
 ELSEWHERE = ("output_dir", "resume", "data_cache", "num_workers", "capture", "save_steps")
@@ -29,8 +30,8 @@ def check_directory(options: TrainOptions) -> str | None:
     folder = Path(options.output_dir)
     check_folder(folder, "a run")
     if (folder / RUN_FILE).exists():
-        found, asked = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8")), _run(options)
-        changed = sorted(name for name in asked if found.get(name) != asked[name])
+        before, asked = read_run(folder / RUN_FILE), _run(options)
+        changed = sorted(name for name in asked if before.get(name) != asked[name])
         if changed:
             raise ValueError(f"{folder} holds another run ({', '.join(changed)} differ): choose another output_dir")
         if not options.resume:
@@ -94,7 +95,7 @@ def claim_directory(options: TrainOptions, chosen: TrainOptions | None = None) -
 def as_begun(options: TrainOptions) -> TrainOptions:
     """The options with what was chosen when the run of their folder began: another version might choose otherwise."""
     file = Path(options.output_dir) / RUN_FILE
-    chosen = yaml.safe_load(file.read_text(encoding="utf-8")).get(CHOSEN, {}) if file.exists() else {}
+    chosen = read_run(file).get(CHOSEN, {}) if file.exists() else {}
     return replace(options, **{name: chosen[name] for name in unsettled(options) if name in chosen})
 
 
@@ -109,7 +110,18 @@ def seed_of(folder: str | Path) -> int:
 def run_of(folder: str | Path) -> dict[str, Any]:
     """The options of the run that a folder belongs to; none where there is no run."""
     file = _file_of(folder, RUN_FILE)
-    return {} if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {} if file is None else read_run(file)
+
+
+def read_run(file: Path) -> dict[str, Any]:
+    """The options in a file that `claim_directory` wrote; ValueError where it holds something else."""
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML that can be read: restore it, or choose another folder") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no options of a run: restore it, or choose another folder")
+    return found
 
 
 def modalities_of(folder: str | Path) -> tuple[str, ...]:
@@ -129,8 +141,11 @@ def data_of(folder: str | Path) -> str | None:
 def _file_of(folder: str | Path, name: str) -> Path | None:
     """The file of the run that a model, baseline or checkpoint belongs to."""
     own = Path(folder).resolve()
-    files = (place / name for place in (own, *own.parents[:2]) if own.exists())  # not of a name on the hub
-    return next((file for file in files if file.exists()), None)
+    if not own.exists():  # a name on the hub
+        return None
+    above = [own.parent] if own.name.startswith("checkpoint-") else []
+    above += [place.parent for place in own.parents[:2] if place.name == BESIDE]
+    return next((place / name for place in (own, *above) if (place / name).exists()), None)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -43,7 +43,7 @@ from .options import (
 from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
 from .quantization import read_quantization
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
-from .runs import as_begun, check_directory, claim_directory, split_before
+from .runs import BESIDE, as_begun, check_directory, claim_directory, split_before
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def run_once(options: TrainOptions, splits: Mapping[str, Any], sources: Mapping[
     model = run_trainer(trainer, checkpoint)
     rows = evaluate(model, splits["test"], seed=options.seed, output_dir=for_main(options.output_dir))
     for name, baseline in BASELINES.items() if options.baselines else ():
-        within = replace(chosen, capture=False, output_dir=str(Path(options.output_dir) / "baselines"))
+        within = replace(chosen, capture=False, output_dir=str(Path(options.output_dir) / BESIDE))
         rows += with_baseline(baseline(within, splits, sources), name)
     if is_main():
         write_report(rows, options.output_dir)

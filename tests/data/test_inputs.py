@@ -285,3 +285,11 @@ def test_without_soundfile_there_is_a_sentence_and_no_absent_clip(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'u2a-fast\[demo\]'"):
         to_audio("a.ogg", 16000)
+
+
+def test_the_transparent_shade_of_sixteen_bits_is_white():
+    shades, file = np.full((8, 8), 0xC800, np.uint16), io.BytesIO()
+    shades[0] = 0x1000
+    Image.fromarray(shades).save(file, "PNG", transparency=0xC800)
+    picture = np.asarray(to_image(file.getvalue()))
+    assert (picture[1:] == 255).all() and (picture[0] == 0x1000 // 257).all()

@@ -48,6 +48,8 @@ def settled(labels, **options):
         (["[0, 10]", "[10, 20]"],) * 3,
         (["[18-25]", "[26-35]"],) * 3,
         (["4.4", "5.0", "5.1", "Q"],) * 3,
+        (["dog", "\u202adog\u202c", "\u2066dog\u2069", "\u061cdog", "dog\x7f", "dog\0"], ["dog"], ["dog"] * 6),
+        ([1, 1.0, "other"], ["1", "other"], ["1", "1", "other"]),
     ],
 )
 def test_spellings_of_one_label_are_one_class(labels, names, result):
@@ -175,6 +177,8 @@ def test_commas_that_are_no_list_of_rising_numbers_are_decimal(labels):
         (["0.5", "n/a", "1,5", "2"], {}, r"row 2 has the label 'n/a', but most labels are numbers"),
         (["1,200,000", "950", "2,500"], {}, r"row 1 has the label '1,200,000', but most labels are numbers"),
         (["950.25", "1,200.50", "2,500"], {}, r"row 2 has the label '1,200\.50', but most"),
+        (["1,5", "2,5", "1.200,50"], {}, r"row 3 has the label '1\.200,50', but most"),
+        (["950,5", "1.234", "12,25"], {}, r"row 2 has the label '1\.234', which may be 1\.234 or 1234: write numbers"),
         (["950.25", "1 200.50", "2\u00a0500"], {}, r"row 2 has the label '1 200\.50', but most"),
         (["a"], {"task": "ranking"}, "task must be one of classification, multi_label, regression"),
     ],
@@ -259,3 +263,7 @@ def test_features_carry_names_and_task_through_selecting_and_saving(tmp_path):
         feature = datasets.load_from_disk(tmp_path / task).features["label"]
         assert (task_of(feature), label_names(feature)) == (task, names)
     assert task_of(label_feature(None, True)) == "regression" and task_of(None) is None
+
+
+def test_marks_may_be_written_as_real_numbers():
+    assert settled(["[1.0, 0.0]", "[0.0, 1.]"]) == settled(["[1, 0]", "[0, 1]"])

@@ -190,3 +190,8 @@ def test_pictures_of_one_channel_reach_an_encoder_of_one_channel(tokenizer):
     for processor, channels in ((grey, 1), (colour, 3)):
         pixels = MultimodalCollator({"image": processor})([{"image": form} for form in forms])["image"]["pixel_values"]
         assert pixels.shape == (5, channels, 8, 8) and (pixels == pixels[:1]).all()
+
+
+def test_a_sample_that_is_no_row_is_refused():
+    with pytest.raises(TypeError, match=r"row 1 is 'a': write it as \{\"image\": \.\., \"text\": \.\.\}"):
+        with_missing(["a", "b"], MissingPattern(), ("image", "text"))

@@ -234,7 +234,7 @@ def test_all_files_missing_is_a_mistake(tmp_path):
         ("picture,label\na.png,x\n", "needs at least one of image, text, audio"),
         ("text,label\na,x\nb,\n", "row 2 has no label"),
         ("text,label\na,x\nb,c,d\n", "row 2 has more cells than the header"),
-        ("text,label\n" + "a" * 200_000 + ",x\n", "safer as .jsonl"),
+        ("text,label\n" + '"' + "a" * 200_000 + ",x\n", "safer as .jsonl"),
     ],
 )
 def test_tables_that_cannot_be_used_say_why(tmp_path, text, message):
@@ -310,3 +310,37 @@ def test_several_labels_of_a_row_become_a_vector(tmp_path):
     assert train["label"][:] == [[1, 1], [0, 1]] and label_names(train.features["label"]) == ["x", "y"]
     write(tmp_path, "train.csv", "text,label\na,1\nb,2\n")
     assert load_table(tmp_path, task="regression")["train"]["label"][:] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["text", "\u200btext", "\ufeff\ufefftext", " Te\u00adxt\u00a0"])
+def test_what_nobody_sees_in_a_header_hides_no_column(name, tmp_path):
+    table = write(tmp_path, text=f"\n{name},label\na,x\nb,y\nc,x\n")
+    assert {row["text"] for row in rows(load_table(table))} == {"a", "b", "c"}
+    with pytest.raises(ValueError, match=r"row 2 has more cells"):
+        load_table(write(tmp_path, text=f"\n{name},label\na,x\nb,y,z\n"))
+
+
+def test_a_name_in_another_form_of_unicode_is_that_column(tmp_path):
+    table = write(tmp_path, text="U\u0308ber,label\na,x\nb,y\n")
+    assert {row["text"] for row in rows(load_table(table, columns={"text": "\u00dcber"}))} == {"a", "b"}
+    with pytest.raises(ValueError, match="columns says 'text': 0, but"):
+        load_table(table, columns={"text": 0})
+
+
+def test_a_cell_may_be_as_long_as_a_picture(tmp_path):
+    long = "a" * 200_000
+    assert long in {row["text"] for row in rows(load_table(write(tmp_path, text=f"text,label\n{long},x\nb,y\n")))}
+
+
+def test_a_single_name_of_a_file_that_is_not_there_ends_nothing(tmp_path, caplog):
+    lines = "".join(f"t{i},{'gone.png' if i == 3 else ''},{i % 2}\n" for i in range(20))
+    splits = load_table(write(tmp_path, text="text,image,label\n" + lines), decode=True)
+    assert sum(map(len, splits.values())) == 20 and "1 of 1 image files do not exist" in caplog.text
+
+
+@pytest.mark.parametrize("one, other", [("Jose\u0301", "Jos\u00e9"), ("a  b", "a b")])
+def test_groups_are_one_in_any_spelling(one, other, tmp_path):
+    lines = "".join(f"t{i},{i % 2},{(one, other)[i % 2]}\n" for i in range(8))
+    splits = load_table(write(tmp_path, text="text,label,group\n" + lines + "u,0,c\nv,1,d\nw,0,e\nx,1,f\n"))
+    (home,) = (part["text"] for part in splits.values() if "t0" in part["text"])
+    assert {f"t{i}" for i in range(8)} <= {*home}

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from operator import attrgetter
 
+import peft
 import pytest
 import tiny_encoders
 import torch
@@ -67,6 +68,20 @@ def with_foreign_norms():
     return model
 
 
+def in_fp8():
+    model = tiny_encoders.build("bert")
+    model.encoder.layer[1].output.dense.weight.data = torch.zeros(32, 45).to(torch.float8_e4m3fn)
+    return model
+
+
+def packed():
+    return torch.ao.quantization.quantize_dynamic(tiny_encoders.build("bert"), {torch.nn.Linear})
+
+
+def wrapped_by_peft():
+    return peft.get_peft_model(tiny_encoders.build("bert"), peft.LoraConfig(target_modules=["query"])).base_model
+
+
 ESM_POSITIONS = "EsmModel with position_embedding_type='relative_key' .* our block takes 'absolute' or 'rotary'"
 
 
@@ -93,6 +108,17 @@ ESM_POSITIONS = "EsmModel with position_embedding_type='relative_key' .* our blo
         (lambda: tiny_encoders.build("qwen3", rope_parameters=LONG_ROPE), "'longrope'"),
         (lambda: tiny_encoders.build("esm", position_embedding_type="relative_key"), ESM_POSITIONS),
         (with_foreign_norms, "a FusedLayerNorm is not read"),
+        (in_fp8, r"a Linear of torch\.float8_e4m3fn is not taken: load the encoder in floating point"),
+        (packed, "a Linear of packed weights is not taken: load the encoder in floating point"),
+        (wrapped_by_peft, r"LoraModel wraps an encoder: pass model\.merge_and_unload\(\), or the plain encoder"),
+        (
+            lambda: torch.compile(tiny_encoders.build("bert")),
+            r"wraps an encoder: pass model\._orig_mod",
+        ),
+        (
+            lambda: torch.nn.DataParallel(tiny_encoders.build("bert")),
+            r"wraps an encoder: pass model\.module",
+        ),
     ],
 )
 def test_unsupported_models_are_refused_in_one_sentence(build, message):
@@ -175,3 +201,12 @@ def test_a_family_that_lacks_a_product_is_refused():
     family = replace(BERT, roles={role: path for role, path in BERT_ROLES.items() if role != "k"})
     with pytest.raises(ValueError, match=r"roles of the family BERT.* must name qkv or q, k, v, not just q, v, o"):
         from_pretrained_model(tiny_encoders.build("bert"), family=family)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 9), (1, 7), (4, 7)])
+def test_a_mask_of_other_samples_or_tokens_is_refused(shape):
+    """Rows are laid end to end by it: those of one sample would be another's."""
+    encoder, given = from_pretrained_model(tiny_encoders.build("bert")), torch.ones(shape, dtype=torch.long)
+    given[-1, -2:] = 0
+    with pytest.raises(ValueError, match=r"a mask of \[\d, \d\] is not one of \[3, 7\] \(samples, tokens\)"):
+        encoder(input_ids=torch.full((3, 7), 5), attention_mask=given)

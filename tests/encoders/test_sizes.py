@@ -33,6 +33,7 @@ SIZES = [
     ("dinov2_registers", dict(use_swiglu_ffn=True, num_register_tokens=1, hidden_size=40)),
     ("dinov3", dict(hidden_size=36, num_attention_heads=3, num_register_tokens=4, key_bias=True, mlp_bias=False)),
     ("dinov3_gated", dict(num_attention_heads=4, num_register_tokens=0, query_bias=False, value_bias=False)),
+    ("dinov3", dict(image_size=8, patch_size=(4, 2), num_register_tokens=1)),
     ("videomae", dict(use_mean_pooling=True, num_frames=4, tubelet_size=1)),
 ]
 

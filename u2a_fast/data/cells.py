@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from .inputs import DecodeError, given_rate, to_audio
+from .spelling import tidy
 from .splits import Row
 
 FILES = ("image", "audio", "video")  # columns of paths, bytes or records
@@ -41,7 +42,7 @@ def _group_cell(cell: Any, column: str, folder: Path) -> str:
     """The name of a group: 1, 1.0 and " 1" are one, as of labels."""
     if isinstance(cell, float):
         return str(int(cell)) if cell.is_integer() else str(cell)
-    name = _text_cell(cell, column, folder).strip()
+    name = tidy(_text_cell(cell, column, folder))
     return name.rstrip("0").removesuffix(".") if WHOLE.fullmatch(name) else name
 
 

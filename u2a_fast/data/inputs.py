@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from .spelling import UNSEEN
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -39,15 +41,15 @@ class DecodeError(ValueError):
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN, a blank string, or a file record with neither path nor content.
+    """Whether a cell holds nothing: None, NaN, a string of nothing visible, or a record with neither path nor content.
 
     >>> [is_absent(value) for value in (None, float("nan"), " ", {"path": None, "bytes": None}, "a.png", 0)]
     [True, True, True, True, False, False]
     """
     if isinstance(value, str):
-        return not value.strip()
+        return not UNSEEN.sub("", value).strip()
     if isinstance(value, Mapping):
-        return all(value[key] is None for key in value if key != "sampling_rate")
+        return not value.get("path") and all(value[key] is None for key in value.keys() - {"path", "sampling_rate"})
     if isinstance(value, float | np.floating):
         return bool(np.isnan(value))
     return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, without importing it
@@ -160,9 +162,11 @@ def _on_white(image: Image.Image, square: bool) -> Image.Image:
         raise DecodeError("mode F does not say which number is white; convert it to 8 bits (0 to 255)")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Sixteen bits: Pillow's own conversion would clip all but the darkest pixels to white. "I" may hold eight too.
-        shades = np.asarray(image)
+        shades, clear = np.asarray(image), image.info.get("transparency")
         scale = 1 if image.mode == "I" and shades.max() <= 255 else 257
         image = Image.fromarray((shades // scale).clip(0, 255).astype(np.uint8))
+        if isinstance(clear, int):  # the one shade that is transparent
+            image.putalpha(Image.fromarray(np.where(shades == clear, 0, 255).astype(np.uint8)))
     transparent = image.has_transparency_data
     if image.mode == "La":
         image = image.convert("LA")

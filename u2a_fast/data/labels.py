@@ -7,12 +7,12 @@ import contextlib
 import json
 import logging
 import re
-import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 from .inputs import is_absent
+from .spelling import tidy
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +22,18 @@ COMMA = re.compile(r"[+\-\N{MINUS SIGN}]?(\d+[.,]?\d*|[.,]\d+)", re.ASCII)
 THOUSANDS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2},\d{3}", re.ASCII)
 GROUPED = re.compile(r"[1-9]\d{0,2}(,\d{3})+", re.ASCII)
 IDS = re.compile(r"\d{1,9}(, ?\d{1,9})*", re.ASCII)  # of several labels
-# A number as people write it: 1.5, 1,5, 1,200,000.5.
+# A number as people write it: 1.5, 1,5, 1,200,000.5, 1.200.000,5.
 MEASURED = re.compile(
-    r"[+\-\N{MINUS SIGN}]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([, ]\d{3})+([.,]\d+)?)([eE][+-]?\d{1,3})?", re.ASCII
+    r"[+\-\N{MINUS SIGN}]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([, ']\d{3})+([.,]\d+)?|\d{1,3}(\.\d{3})+(,\d+)?)"
+    r"([eE][+-]?\d{1,3})?",
+    re.ASCII,
 )
+POINTS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2}\.\d{3}", re.ASCII)  # thousands, where commas are decimal
 JOINED = re.compile(r"['\"]\s+['\"]")  # NumPy's 'a' 'b', which Python reads as one
 NAMES = re.compile(r"\[\s*['\"]")  # how a list of names begins
 LIST = re.compile(r"\[(\s*['\"].*)?\]", re.DOTALL)  # of names or of nothing
-MARKS = re.compile(r"\[[01](, ?[01])+\]")  # other numbers between brackets may be an interval
+MARKS = re.compile(r"\[[01](\.0*)?(, ?[01](\.0*)?)+\]")  # other numbers between brackets may be an interval
 BLANKS = ("na", "n/a", "n.a.", "none", "null", "?", "-", "--", ".")
-# Marks of width nothing and of direction; joiners, which shape emoji and the letter before them, in front alone.
-UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]|^[\u200c\u200d]+")
 TRUTH = {"false": "0", "true": "1"}
 FP32_STEP = 2.0**-24  # what rounding loses of a number, at most
 LONGEST_NUMBER = 100  # characters; a longer label is a name
@@ -128,11 +129,11 @@ class Classes:
 
     def __init__(self, names: Sequence[str]):
         self.names = names
-        self.numbers = {meaning(_tidy(name)): i for i, name in enumerate(names)}  # a model's may be from before `_tidy`
+        self.numbers = {meaning(tidy(name)): i for i, name in enumerate(names)}  # a model's may be from before `tidy`
         self.numbers |= {name: i for i, name in enumerate(names)}
 
     def find(self, name: str) -> int | None:
-        return self.numbers.get(name, self.numbers.get(meaning(_tidy(name))))
+        return self.numbers.get(name, self.numbers.get(meaning(tidy(name))))
 
     def number(self, name: str) -> int:
         found = self.find(name)
@@ -144,10 +145,10 @@ class Classes:
 def _cell(label: Any, place: str, separator: str | None) -> Any:
     """A name, a number or a list of either, tidied."""
     if isinstance(label, str) and separator:
-        label = [part for part in label.split(separator) if _tidy(part)]
+        label = [part for part in label.split(separator) if tidy(part)]
     if isinstance(label, list | tuple) and not any(isinstance(part, list | tuple) for part in label):
         return [_cell(part, place, None) for part in label]
-    label = _tidy(label) if isinstance(label, str) else label
+    label = tidy(label) if isinstance(label, str) else label
     if is_absent(label):
         raise ValueError(f"{place} has no label; fill it in or leave the row out")
     if isinstance(label, str):
@@ -157,10 +158,6 @@ def _cell(label: Any, place: str, separator: str | None) -> Any:
     if isinstance(label, bool | int | float | Decimal):
         return label
     raise ValueError(f"{place} has a {type(label).__name__} as its label: write a name, a number, or a list of them")
-
-
-def _tidy(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", UNSEEN.sub("", name)).split())
 
 
 def _written_list(label: str, place: str) -> Any:
@@ -239,6 +236,10 @@ def _settle_single(rows: Sequence[Row], task: str | None) -> list[str] | None:
         return None
     if numbers is not None and any(number.is_nan() for number in numbers):
         numbers = None  # a class of that name: it has no place among numbers
+    labels = [row["label"] for row in rows]
+    if numbers is None:  # among names JSON's 1.0 is 1
+        whole = [isinstance(label, float) and label.is_integer() for label in labels]
+        texts = [str(int(label)) if one else text for label, one, text in zip(labels, whole, texts, strict=True)]
     texts = _one_spelling(texts)
     for row, text in zip(rows, texts, strict=True):
         row["label"] = text
@@ -259,12 +260,19 @@ def _with_points(texts: list[str], rows: Sequence[Row]) -> list[str]:
         return texts
     commas = [(text, row["place"]) for text, row in zip(texts, rows, strict=True) if "," in text]
     if commas and all(THOUSANDS.fullmatch(text) for text, _ in commas):
-        text, place = commas[0]
-        raise ValueError(
-            f"{place} has the label {text!r}, which may be {text.replace(',', '.')} or {text.replace(',', '')}: write "
-            "numbers with a point, or say that they are names with --task classification"
-        )
+        raise _two_numbers(*commas[0], ",")
+    if commas:
+        for text, row in zip(texts, rows, strict=True):
+            if POINTS.fullmatch(text):
+                raise _two_numbers(text, row["place"], ".")
     return written
+
+
+def _two_numbers(text: str, place: str, mark: str) -> ValueError:
+    return ValueError(
+        f"{place} has the label {text!r}, which may be {text.replace(mark, '.')} or {text.replace(mark, '')}: write "
+        "numbers with a point, or say that they are names with --task classification"
+    )
 
 
 def _numbers(texts: Sequence[str]) -> list[Decimal] | None:
@@ -322,7 +330,7 @@ def _refuse_mixed(texts: Sequence[str], rows: Sequence[Row]) -> None:
     names = [text for text, _ in others if text.casefold() not in BLANKS and not MEASURED.fullmatch(text)]
     if names or not measured or 2 * sum(written) <= len(texts):
         return
-    text, place = others[0]
+    text, place = next((other for other in others if not COMMA.fullmatch(other[0])), others[0])
     raise ValueError(
         f"{place} has the label {text!r:.100}, but most labels are numbers: write it as one, such as 1200.5, leave the "
         "row out, or say that all are names with --task classification"

@@ -48,6 +48,10 @@ def readable(dataset: Any, modalities: Modalities, decode: bool = True, source: 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in tqdm(starts, desc=f"reading {source}", unit="chunk", disable=not decode or len(starts) < 2):
             samples = [dataset[i] for i in range(start, min(start + CHUNK, len(dataset)))]
+            for row, sample in enumerate(samples, start):
+                if not isinstance(sample, Mapping):
+                    names = ", ".join(f'"{name}": ..' for name in kinds)
+                    raise TypeError(f"{source}, row {row + 1} is {sample!r:.40}: write it as {{{names}}}")
             columns.update(*samples)
             for column, (name, kind) in enumerate(kinds.items()):
                 cells = [sample.get(name) for sample in samples]

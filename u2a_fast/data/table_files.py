@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -9,7 +10,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,20 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
 def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     text = _text(path.read_bytes(), path)
     told = FOR_EXCEL.match(text)
-    body = text[told.end() if told else 0 :]
+    whole = text[told.end() if told else 0 :]
+    body = whole.lstrip("\r\n")
+    above = whole[: len(whole) - len(body)].count("\n") + bool(told)  # lines without a cell
     delimiter = told["delimiter"] if told else _delimiter_of(body)
     # strict, because otherwise a quote that is never closed swallows the rest of the file.
     reader = csv.DictReader(io.StringIO(body, newline=""), delimiter=delimiter, strict=True)
     try:
-        rows = list(reader)
+        with _cells_of_any_length():
+            rows = list(reader)
     except csv.Error as error:
         if delimiter == "\t" and (plain := _without_quoting(body)):
             return plain
         # The line where the row starts, which is where a quote may have been left open.
-        line = reader.line_num + 1 + bool(told)
+        line = reader.line_num + 1 + above
         raise ValueError(f"{path}, line {line}: {error}; such a table is safer as .jsonl") from error
     for number, row in enumerate(rows, start=1):
         if any(cell.strip() for cell in row.pop(None, ())):  # blank ones hold nothing
@@ -135,13 +139,24 @@ def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     return list(reader.fieldnames or ()), rows
 
 
+@contextlib.contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Pictures written into a cell are longer than csv expects of one."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _delimiter_of(text: str) -> str:
     """What parts the cells of a header that most of the first rows fit, and parts it into the most of them."""
     lines = list(itertools.islice(io.StringIO(text.lstrip("\r\n"), newline=None), SNIFFED))
     fits = {}
     for delimiter in DELIMITERS:
         try:
-            widths = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+            with _cells_of_any_length():
+                widths = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
         except csv.Error:
             continue
         if widths and widths[0] > 1:
@@ -153,7 +168,8 @@ def _without_quoting(text: str) -> tuple[list[str], list[Row]] | None:
     """A table of tabs in which a quote is a letter, as programs write that quote nothing; None where a row misfits."""
     reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
-        rows = list(reader)
+        with _cells_of_any_length():
+            rows = list(reader)
     except csv.Error:
         return None
     return None if any(None in row or None in row.values() for row in rows) else (list(reader.fieldnames or ()), rows)
@@ -210,13 +226,17 @@ def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
         # Only a table of `datasets` names classes; columns of others it may not know.
         named = b"huggingface" in (table.schema.metadata or {})
         features = datasets.Features.from_arrow_schema(table.schema) if named else {}
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
         raise ValueError(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
     for name, feature in features.items():
         one = getattr(feature, "feature", feature)  # of a list of classes, as of each alone
         if isinstance(one, datasets.ClassLabel) and one.names:
-            for row in rows:
-                row[name] = _class_names(row[name], one.names)
+            for number, row in enumerate(rows, start=1):
+                try:
+                    row[name] = _class_names(row[name], one.names)
+                except IndexError:
+                    told = f"class {row[name]}, but its table names {len(one.names)} of them, from 0 on: correct it"
+                    raise ValueError(f"{path}, row {number}, column {name} has {told}") from None
     return table.column_names, rows
 
 

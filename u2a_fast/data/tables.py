@@ -12,6 +12,7 @@ from .cells import READERS, is_bare
 from .inputs import is_absent
 from .labels import settle_labels
 from .presence import readable, rows_named
+from .spelling import tidy
 from .splits import MODALITIES, Row, make_dataset, split_rows, warn_of_leaks
 from .table_files import SPLITS, find_tables, read_rows
 
@@ -127,7 +128,7 @@ def read_samples(
 
 def read_lines(rows: Sequence[Row], source: str, modalities: Collection[str]) -> list[Row]:
     """The modalities of rows that lie in no file, read as those of a table in the working directory."""
-    names = list(dict.fromkeys(name.strip().casefold() for row in rows for name in row))
+    names = list(dict.fromkeys(short_name(name) for row in rows for name in row))
     chosen = _choose_columns(names, rows, {}, {}, Path(source), modalities)
     return [{name: row[name] for name in chosen} for row in _cells(rows, chosen, Path(source), Path())]
 
@@ -170,6 +171,11 @@ def _only_there(rows: list[Row], table: Path, decode: bool) -> list[Row]:
     return rows
 
 
+def short_name(column: str) -> str:
+    """A column's name by which another spelling of it is found: of any case, without blanks and what nobody sees."""
+    return tidy(column).casefold()
+
+
 def _is_blank(row: Row) -> bool:
     """Whether a row of a table with labels has not even one: spreadsheets write them below their last."""
     return "label" in row and all(cell is None for name, cell in row.items() if name != "place")
@@ -178,7 +184,7 @@ def _is_blank(row: Row) -> bool:
 def _lower_case(row: Row, used: set[str], path: Path, number: int) -> Row:
     lowered: Row = {}
     for name, cell in row.items():
-        short = name.strip().casefold()
+        short = short_name(name)
         if short in lowered and short in used:
             raise ValueError(f"{path}, row {number} has the column {short!r} in two spellings: keep one of them")
         lowered[short] = cell
@@ -195,15 +201,15 @@ def _choose_columns(
 ) -> dict[str, str]:
     """{our column: the table's, in lower case}, of those that are needed."""
     aliases = {**COLUMNS, (kind := _kind_of_files(rows)): (*COLUMNS[kind], FILE_NAME)}
-    found = [name.strip().casefold() for name in names]
-    wanted = [theirs.strip().casefold() for theirs in asked.values()]
-    named = {ours: theirs.strip().casefold() for ours, theirs in usual.items()}
+    found = [short_name(name) for name in names]
+    wanted = [short_name(theirs) for theirs in asked.values() if isinstance(theirs, str)]
+    named = {ours: short_name(theirs) for ours, theirs in usual.items()}
     chosen = {ours: theirs for ours, theirs in named.items() if theirs in found and theirs not in wanted}
     for ours, theirs in asked.items():
-        if ours not in COLUMNS or theirs.strip().casefold() not in found:
+        if ours not in COLUMNS or not isinstance(theirs, str) or short_name(theirs) not in found:
             known = f"{path} has {list(names)}; ours are {', '.join(COLUMNS)}"
             raise ValueError(f"columns says {ours!r}: {theirs!r}, but {known}")
-        chosen[ours] = theirs.strip().casefold()
+        chosen[ours] = short_name(theirs)
     # What somebody gave a name is not guessed at again: a label that is read as text too tells itself. Any column may
     # say what belongs together besides: `group` takes none away.
     taken = [theirs for ours, theirs in chosen.items() if ours != "group"]
@@ -231,20 +237,20 @@ def _choose_columns(
 
 def _kind_of_files(rows: Sequence[Row]) -> str:
     """What the files of a column `file_name` are: recordings or videos where all end so, else images."""
-    cells = [cell for row in rows for name, cell in row.items() if name.strip().casefold() == FILE_NAME]
+    cells = [cell for row in rows for name, cell in row.items() if short_name(name) == FILE_NAME]
     paths = [cell.strip().casefold() for cell in cells if isinstance(cell, str) and cell.strip()]
     return next((kind for kind, ends in ENDINGS.items() if paths and all(p.endswith(ends) for p in paths)), "image")
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
 def drop_missing_files(rows: Sequence[Row], column: str, table: Path) -> None:
-    """A file that does not exist is absent; all of them missing is a mistake."""
+    """A file that does not exist is absent; all of them missing is a mistake, but where hardly any row names one."""
     named = [(number, row) for number, row in enumerate(rows) if is_bare(row.get(column))]
     missing = [(number, row) for number, row in named if not os.path.isfile(row[column]["path"])]
     if not missing:
         return
     first = missing[0][1][column]["path"]
-    if len(missing) == len(named):
+    if len(missing) == len(named) and 10 * len(named) > len(rows):
         raise FileNotFoundError(
             f"none of the {len(named)} files of the column {column} of {table} exists, {first!r:.300} for one; "
             "paths are relative to the table"
@@ -312,7 +318,7 @@ def _by_own_splits(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
 def _warn_of_unread_splits(names: Sequence[str], rows: Sequence[Row], read: Collection[str], path: Path) -> None:
     """Say it where a column that nobody reads seems to tell rows to train on from rows to test."""
     for name in names:
-        short = name.strip().casefold()
+        short = short_name(name)
         if short in SPLITS_TOO and short not in read and any(_split_of(row.get(name)) for row in rows):
             choice = f'--columns \'{{"split": "{short}"}}\''
             logger.warning("%s: the column %s is not read, and rows are split without it: pass %s", path, name, choice)

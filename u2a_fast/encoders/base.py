@@ -200,7 +200,7 @@ class Encoder(nn.Module):
         """Hugging Face's inputs -> tokens `[B, S, D]`, padding_mask bool `[B, S]` (True = a real token) or None.
 
         Raises:
-            ValueError: they are those of another kind of encoder.
+            ValueError: they are those of another kind of encoder, or a mask of other samples or tokens.
         """
         self._check_names(inputs)
         inputs = {
@@ -208,7 +208,10 @@ class Encoder(nn.Module):
             for name, value in inputs.items()
             if name != "token_type_ids" or self.knows_types  # BERT's tokenizer says them to DistilBERT as well
         }
-        return self.family.embed(self, **inputs)
+        tokens, mask = self.family.embed(self, **inputs)
+        if mask is not None and mask.shape != tokens.shape[:2]:
+            raise ValueError(f"a mask of {list(mask.shape)} is not one of {list(tokens.shape[:2])} (samples, tokens)")
+        return tokens, mask
 
     def padding_mask(self, **inputs: torch.Tensor) -> torch.Tensor | None:
         """The mask that `embed` will give, bool `[B, S]`; None where there is none, or none is known before."""

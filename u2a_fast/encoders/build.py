@@ -146,6 +146,13 @@ def class_for(name_or_path: str, modality: str) -> tuple[Any, dict[str, Any]]:
     return model_class if isinstance(model_class, type) else AutoModel, options  # of two classes it knows which
 
 
+WRAPPED = {  # by what only such a wrapper has
+    "peft_config": "pass model.merge_and_unload(), or the plain encoder and then load_adapter(folder, modality=...)",
+    "_orig_mod": "pass model._orig_mod, and compile what is built of it",
+    "device_ids": "pass model.module, and wrap what is built of it",
+}
+
+
 def family_of(model: nn.Module) -> Family:
     """The spec that reads a model; ValueError where there is none."""
     name = type(model).__name__
@@ -159,6 +166,9 @@ def family_of(model: nn.Module) -> Family:
         raise ValueError(
             f"{name} with {attribute}={getattr(model.config, attribute)!r} is not supported: our block takes {taken}"
         )
+    for wrapped, cure in WRAPPED.items():
+        if hasattr(model, wrapped):
+            raise ValueError(f"{name} wraps an encoder: {cure}")
     if "For" in name:
         raise ValueError(f"{name} carries a task head: pass the encoder below it, model.base_model")
     if all(hasattr(model, tower) for tower in ("text_model", "vision_model")):
@@ -324,11 +334,20 @@ def stack_linears(
     return LoraLinear(weight, torch.cat(filled), roles, scale, widths)
 
 
+TAKEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)  # others have scales of their own
+
+
 def _stored(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A linear's weight `[N, K]`, and its scales `[N]` where bitsandbytes has made it int8 already."""
-    weight = linear.weight.detach().as_subclass(torch.Tensor)
-    if weight.dtype == torch.uint8:
+    held = linear.weight.dtype if torch.is_tensor(linear.weight) else None
+    if held == torch.uint8:
         raise ValueError("encoders loaded in 4 bit are not taken: load in floating point and pass quantization='nf4'")
+    if held not in TAKEN:
+        raise ValueError(
+            f"a {type(linear).__name__} of {held or 'packed weights'} is not taken: load the encoder in floating point "
+            "and pass quantization='int8'"
+        )
+    weight = linear.weight.detach().as_subclass(torch.Tensor)
     if weight.dtype != torch.int8:
         return weight, None
     scb = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB  # it moves in the first forward

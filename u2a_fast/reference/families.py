@@ -34,7 +34,9 @@ def text_angles(angles: nn.Module, config: Any, kind: str | None, tokens: Tensor
 def picture_angles(angles: nn.Module, config: Any, kind: str | None, tokens: Tensor, places: Tensor) -> Rotation:
     """DINOv3: patches of a square picture turn by their places in it; class, register and learned rows do not."""
     first = 1 + config.num_register_tokens
-    side = math.isqrt(tokens.shape[1] - first) * config.patch_size
+    patch = config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    side = math.isqrt((tokens.shape[1] - first) * height * width)
     of_patches = angles(tokens.new_empty(1, 3, side, side))  # cos, sin [patches, Dh]
     shape = *places.shape, of_patches[0].shape[1]
     cos, sin = tokens.new_ones(shape), tokens.new_zeros(shape)
