@@ -28,9 +28,9 @@ test-oldest: .venv-oldest/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/pytest -q --durations=15 -n logical --dist worksteal tests
 	$(OLDEST)/pytest -q benches --benchmark-only -k smoke
 
-# One case of every quick test. Tensors this small are slower on two threads.
+# One case of every quick test.
 fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --one-case -m "not slow and not real" tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --one-case -m "not slow and not real" -n logical --dist worksteal tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -61,6 +61,7 @@ def left():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["within", "behind an inner one"])
 def test_freed_memory_is_kept_until_the_outermost_ends(where, left):
     assert left[where] > 48

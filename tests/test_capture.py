@@ -89,6 +89,7 @@ def assert_equal(got, expected, limit=0.0):
         torch.testing.assert_close(got[name], exact, rtol=limit, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
 def test_replays_of_fixed_shapes_equal_eager_bit_for_bit(families, separate_heads, replays):
@@ -101,6 +102,7 @@ def test_replays_of_fixed_shapes_equal_eager_bit_for_bit(families, separate_head
     assert len(captured._steps.steps) == 1
 
 
+@pytest.mark.slow
 def test_adapters_in_fp32_are_cast_once_a_step_for_encoders_in_bf16(replays):
     families = FAMILIES["pre and post norm"]
     eager, captured = models(families, absent="where", modality_dropout=0.0)
@@ -143,6 +145,7 @@ def test_a_modality_that_nobody_has_gets_no_gradient(replays):
     assert_equal(got, expected, limit=1e-9)
 
 
+@pytest.mark.slow
 def test_the_same_packed_step_is_bitwise_the_one_that_was_captured(replays):
     families = FAMILIES["pre and post norm"]
     _, captured = models(families, modality_dropout=0.0)
@@ -152,6 +155,7 @@ def test_the_same_packed_step_is_bitwise_the_one_that_was_captured(replays):
     assert_equal(step(captured, given[0]), first)
 
 
+@pytest.mark.slow
 def test_what_a_processor_gives_is_a_batch(replays):
     """Its result is a mapping of its own, whose values count and not what it prints."""
     families = FAMILIES["pre and post norm"]
@@ -163,6 +167,7 @@ def test_what_a_processor_gives_is_a_batch(replays):
     assert len(captured._steps.steps) == 1
 
 
+@pytest.mark.slow
 def test_gradients_accumulate(replays):
     families = FAMILIES["pre and post norm"]
     eager, captured = models(families, absent="where", modality_dropout=0.0)

@@ -100,6 +100,7 @@ def started(monkeypatch):
     return started
 
 
+@pytest.mark.slow
 def test_every_folder_split_and_method_is_looked_at_before_the_first_run(arguments, started, tmp_path, monkeypatch):
     given = [*arguments[0][:-3], "--output-dir", str(tmp_path)]
     with pytest.raises(SystemExit, match='all_absent must be "error", since nothing present gives no logits'):

@@ -56,6 +56,7 @@ def test_logits_of_nothing_make_no_report_and_no_answer(folders):
         predict_answers(broken, [{"text": "red"}])
 
 
+@pytest.mark.slow
 def test_every_scenario_equals_a_pass_of_its_own(model):
     rows = rows_with_holes()
     report = {row["scenario"]: row for row in evaluate(model, rows, batch_size=8)}
@@ -169,6 +170,7 @@ def test_numbers_are_not_scored_against_places_among_classes(folders):
         evaluate(model, rows, scenarios=["full"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_regression_scores(folders, outputs, tmp_path):
     model = U2A(folders, num_labels=outputs, problem_type="regression", processors=tiny_data.processors())
@@ -195,6 +197,7 @@ def test_two_classes_have_an_auroc(folders):
     assert math.isnan(row["auroc"]) and row["majority"] == 1
 
 
+@pytest.mark.slow
 def test_a_stream_is_scored_as_its_rows_are(model):
     rows = rows_with_holes()
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))

@@ -182,6 +182,7 @@ def test_peft_and_transformers_read_what_we_write(name, tmp_path):
         assert_equal(theirs.double().eval(), encoder, name, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_encoders.FAMILIES)
 def test_what_came_from_peft_goes_back_to_peft(name, tmp_path):
     theirs, encoder, inputs = both(tmp_path / "in", name, ("q", "v", "o", "fc1"), **unlike(tiny_encoders.build(name)))

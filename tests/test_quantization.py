@@ -261,6 +261,7 @@ def test_frozen_tensors_stay_bitwise_the_same_through_training(mode, dtype, devi
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_learn_beside_quantised_weights(mode, device):
     losses = train(build(mode, device=device), steps=8, lr=3e-2, batches=1)
@@ -280,6 +281,7 @@ def test_changing_the_dtype_changes_neither_int8_nor_scales(mode, move, device):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_deepcopy_state_dict_and_files_are_exact(mode, tmp_path, device):
     model = build(mode, device=device)

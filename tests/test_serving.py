@@ -50,6 +50,7 @@ def cost(model, sample):
     return {name: count for name, count in seen.items() if count}, counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_request_costs_only_what_is_in_it(method, folders):
     model = make(method, folders).requires_grad_(False)  # the counter hooks gradients
@@ -83,6 +84,7 @@ def test_a_handler_is_two_lines(folders, tmp_path):
     assert predict() == {} and predict(image=b"no picture") == {}
 
 
+@pytest.mark.slow
 def test_requests_in_threads_are_answered_as_alone(folders, monkeypatch):
     """Frameworks run a handler in as many threads as there are requests."""
     model = make(U2A, folders)
@@ -139,6 +141,7 @@ class Hub:
         return str(self.root / source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_goes_to_the_hub_and_comes_back_with_its_processors(method, folders, tmp_path, monkeypatch):
     hub = Hub(tmp_path, monkeypatch)
@@ -157,6 +160,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_with_its_processors(method, fold
     assert torch.equal(again.predict(rows), model.predict(rows))
 
 
+@pytest.mark.slow
 def test_a_shard_of_the_hub_is_asked_for_by_name(folders, tmp_path, monkeypatch):
     hub, model = Hub(tmp_path, monkeypatch), make(U2A, folders)
     with pytest.warns(UserWarning):

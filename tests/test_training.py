@@ -54,6 +54,7 @@ def data(tmp_path_factory):
     return load_table(tiny_data.write_table(root / "data", 30)), tiny_data.encoder_folders(root)
 
 
+@pytest.mark.slow
 def test_trainer_gets_workers_and_data_cache(data, tmp_path):
     asked = options.TrainOptions(data="squares", data_cache=str(tmp_path / "cache"), num_workers=1, batch_size=4)
     trainer = make_trainer(U2A, asked, *data, tmp_path / "out")
@@ -99,6 +100,7 @@ def test_what_cannot_be_captured_is_refused_before_anything_is_written(data, tmp
     assert not list((tmp_path / "out").rglob("*"))
 
 
+@pytest.mark.slow
 def test_what_diverged_is_not_saved(data, tmp_path):
     asked = options.TrainOptions(
         data="squares", epochs=1, batch_size=4, learning_rate=1e30, head_learning_rate=1e30, dtype="float32"

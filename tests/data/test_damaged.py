@@ -68,6 +68,7 @@ def damaged(draw, files):
     return bytes(content)
 
 
+@pytest.mark.slow
 @FEW
 @given(damaged(PICTURES) | st.binary(max_size=200))
 def test_a_damaged_picture_is_decoded_or_a_decode_error(content):
@@ -81,6 +82,7 @@ def test_a_damaged_picture_is_decoded_or_a_decode_error(content):
             assert image.mode == "RGB" and image.width == image.height
 
 
+@pytest.mark.slow
 @FEW
 @given(damaged(CLIPS) | st.binary(max_size=200))
 def test_a_damaged_recording_is_decoded_or_a_decode_error(content):

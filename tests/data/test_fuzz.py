@@ -12,6 +12,7 @@ def given(tmp_path_factory):
     return fuzz_models.world(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(fuzz.CASES)), ids=[case.__name__ for case in fuzz.CASES])
 def test_malformed_input_is_used_or_refused_in_a_sentence(case, given):
     outcomes = [fuzz.attempt(number, given) for number in range(case, 600, len(fuzz.CASES))]

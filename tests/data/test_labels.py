@@ -232,6 +232,7 @@ def test_any_labels_are_settled_or_refused_in_a_sentence(labels, task, separator
 SPELL = [lambda name: name, lambda name: f" {name}\t", lambda name: unicodedata.normalize("NFD", name)]
 
 
+@pytest.mark.slow
 @MANY
 @given(st.lists(st.tuples(st.sampled_from(["a", "é", "Ångström", "b c", "犬"]), st.sampled_from(SPELL)), min_size=1))
 def test_a_name_means_the_same_however_it_is_spelled(drawn):
@@ -239,6 +240,7 @@ def test_a_name_means_the_same_however_it_is_spelled(drawn):
     assert result == [name for name, _ in drawn]
 
 
+@pytest.mark.slow
 @MANY
 @given(
     st.lists(

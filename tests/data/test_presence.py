@@ -101,6 +101,7 @@ def test_a_value_that_no_column_should_hold_is_named_with_its_row(rows):
 
 
 # ------------------------------------------------------------------------------------------------------------ streams
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0, 0.4, 1])
 def test_a_stream_gets_its_holes_as_it_comes_by(rows, rate):
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows * 20))

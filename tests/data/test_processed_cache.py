@@ -229,6 +229,7 @@ def test_texts_are_not_kept(tokenizer, tmp_path):
     assert not stored(tmp_path)
 
 
+@pytest.mark.slow
 def test_workers_that_write_the_same_files_at_once_agree(tmp_path):
     """Every worker starts with the same cells, in the same order."""
     samples = pictures(*range(6)) * 4

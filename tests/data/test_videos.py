@@ -261,6 +261,7 @@ def test_predict_takes_videos_and_says_what_the_encoder_says(tmp_path):
     assert torch.equal(model.predict([path]), model.predict([{"video": CLIP}]))
 
 
+@pytest.mark.slow
 def test_a_video_encoder_and_its_processor_load_from_folders_and_train(tmp_path):
     folders = tiny_data.encoder_folders(tmp_path)
     folders["video"] = str(tmp_path / "encoders" / "video")
@@ -289,6 +290,7 @@ def write_table(folder, rows):
     return folder / "all.jsonl"
 
 
+@pytest.mark.slow
 def test_a_table_may_have_a_column_of_videos(tmp_path, caplog):
     rows = [{"video": CLIP, "text": f"red {i}", "label": "ab"[i % 2]} for i in range(12)]
     rows[3]["video"], rows[5]["video"], rows[7]["video"] = b"no", "", "clips/gone.mp4"

@@ -136,6 +136,7 @@ def test_names_of_an_earlier_transformers_are_found(name, modality, whole):
     assert not whole
 
 
+@pytest.mark.slow
 def test_a_model_of_names_streams_built_saved_and_loaded(tmp_path, whole):
     folders = encoder_folders(tmp_path)
     model = U2A(folders, num_labels=3, lora=LoraConfig(r=2), quantization={"text": "nf4", "image": "int8"})

@@ -73,6 +73,7 @@ def exact(case, q, kv, d_out):
     return out.detach(), *torch.autograd.grad(out, (q, kv), d_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_launch_each_way_is_attention_sample_by_sample(case):
     given = operands(case, torch.float64)
@@ -83,6 +84,7 @@ def test_a_launch_each_way_is_attention_sample_by_sample(case):
         torch.testing.assert_close(t, true, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_half_precision_is_as_exact_as_the_formula_in_it(case, device):
     given = operands(case, torch.bfloat16)

@@ -37,6 +37,7 @@ def square(X, Y, K, SIZE: tl.constexpr):
     tl.store(Y + i[:, None] * SIZE + i[None, :], acc)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_a_kernel_is_compiled_once_for_each_specialisation_and_counted_at_every_launch(target):
     x = torch.ones(64)

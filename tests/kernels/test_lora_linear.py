@@ -250,6 +250,7 @@ def test_opcheck_passes_for_linear_lowrank(name, device):
         opcheck(OPS.linear_lowrank, (*(given[n] for n in names), q.view(given["h"].shape), scale))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lead", [1, 2])
 @pytest.mark.parametrize("without", [(), ("x",), ("weight",), ("s",), ("x", "weight", "lora_a")])
 def test_opcheck_passes_for_the_backward(without, lead, device):
@@ -351,6 +352,7 @@ def test_linear_lowrank_refuses_an_s_of_other_rows():
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
+@pytest.mark.slow
 def test_triton_makes_g_and_db_in_one_pass_and_launches_nothing_that_is_not_needed(device):
     def launches(function, given, backward=True):
         with running("triton", device, ()) as launched:

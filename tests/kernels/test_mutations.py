@@ -119,6 +119,7 @@ def test_the_unchanged_kernels_pass_every_probe():
             probe(kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a mutant may overflow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_slip_is_noticed(name):

@@ -92,6 +92,7 @@ def test_nothing_returned_carries_a_gradient(device):
     assert not on(device, dequantize_rows)(q, scale.requires_grad_(), torch.float32).requires_grad
 
 
+@pytest.mark.slow
 def test_opcheck_passes(device):
     opcheck = on(device, torch.library.opcheck)
     opcheck(OPS.quantize_rows, (torch.randn(5, 7),))
@@ -100,6 +101,7 @@ def test_opcheck_passes(device):
     opcheck(OPS.dequantize_rows, (q, scale, torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(device):
     w, compiled = torch.randn(5, 7), torch.compile(quantize_rows, fullgraph=True, backend="aot_eager")
     for got, expected in zip(on(device, compiled)(w), quantize_rows(w), strict=True):

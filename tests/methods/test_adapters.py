@@ -60,6 +60,7 @@ def states(model):
         return {name: encoder(**values[name]) for name, encoder in model.encoders.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_with_a_loaded_adapter_comes_back_bit_by_bit(folders, tmp_path, method):
     model = make_model(folders, method).eval()
@@ -79,6 +80,7 @@ def test_a_model_with_a_loaded_adapter_comes_back_bit_by_bit(folders, tmp_path, 
     assert torch.equal(load_model(tmp_path / "twice")(**batch()).logits, after)
 
 
+@pytest.mark.slow
 def test_every_modality_is_a_folder_of_its_own(folders, tmp_path):
     model = make_model(folders).eval()
     model.save_adapters(tmp_path / "out")
@@ -124,6 +126,7 @@ def test_a_refusal_leaves_the_model_as_it_was(folders, tmp_path, method):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_damaged_description_in_the_config_is_refused(folders, tmp_path):
     model = make_model(folders)
     save_peft(tmp_path / "peft", "bert")
@@ -176,6 +179,7 @@ def test_a_run_with_loaded_adapters_resumes_where_it_was(folders, tmp_path):
     assert torch.equal(again(**batch()).logits, whole.model.eval()(**batch()).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_adapters_are_off_within_the_context_and_on_after_it(folders, quantization):
     torch.manual_seed(0)
@@ -214,6 +218,7 @@ def test_captured_steps_know_of_other_adapters_and_of_none(folders, tmp_path):
     assert graphs.forgotten == 1
 
 
+@pytest.mark.slow
 def test_merged_encoders_are_plain_and_the_model_is_as_it_was(folders):
     model = make_model(folders).eval()
     before = copy.deepcopy(model.state_dict())
@@ -236,6 +241,7 @@ def test_merged_encoders_are_plain_and_the_model_is_as_it_was(folders):
     assert U2A(merged, num_labels=3)  # and they are encoders again
 
 
+@pytest.mark.slow
 def test_fused_linears_gated_ones_and_unequal_heads_go_out_come_in_and_are_merged(tmp_path):
     names = {"text": "modernbert", "image": "dinov3_gated", "answer": "qwen3"}
 

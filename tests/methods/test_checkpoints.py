@@ -33,6 +33,7 @@ def batch(count=4):
     return MultimodalCollator(tiny_data.processors())(tiny_data.samples(count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [U2A, LateFusion])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reloaded_logits_are_bitwise_equal(folders, tmp_path, method, dtype):
@@ -46,6 +47,7 @@ def test_reloaded_logits_are_bitwise_equal(folders, tmp_path, method, dtype):
     assert torch.equal(model(**batch()).logits, again(**batch()).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
 def test_what_was_cast_after_it_was_quantised_has_the_same_integers_once_reloaded(folders, tmp_path, mode):
     model = U2A(folders, num_labels=3, quantization=mode).eval()
@@ -60,6 +62,7 @@ def test_what_was_cast_after_it_was_quantised_has_the_same_integers_once_reloade
     assert [config["quantized_from"] for config in said] == [dict.fromkeys(folders, "float32")] * 2
 
 
+@pytest.mark.slow
 def test_a_model_of_a_cast_encoder_computes_the_same_once_reloaded(folders, tmp_path):
     """At 512 tokens, where rounded frequencies would turn by other angles."""
     text = tiny_encoders.build("qwen3", max_position_embeddings=600)
@@ -83,6 +86,7 @@ def test_the_file_holds_what_was_trained_and_nothing_else(folders, tmp_path):
     assert not [path for path in (tmp_path / "b").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
+@pytest.mark.slow
 def test_encoders_come_back_in_the_dtype_they_were_given_last(folders, tmp_path):
     model = make_model(folders).eval().bfloat16()
     model.save_pretrained(tmp_path / "saved")
@@ -90,6 +94,7 @@ def test_encoders_come_back_in_the_dtype_they_were_given_last(folders, tmp_path)
     assert {encoder.dtype for encoder in loaded.encoders.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "label_scale", [3, {"mean": [0.0]}, {"mean": [1.0], "deviation": [float("nan")]}, {"mean": "x"}]
 )
@@ -101,6 +106,7 @@ def test_a_damaged_scale_of_labels_is_refused(folders, tmp_path, label_scale):
         load_model(tmp_path / "saved")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("translate_all", [False, True])
 def test_translators_and_heads_come_back_as_they_were_saved(folders, tmp_path, translate_all, separate_heads):
@@ -111,6 +117,7 @@ def test_translators_and_heads_come_back_as_they_were_saved(folders, tmp_path, t
     assert torch.equal(model(**batch()).logits, load_model(tmp_path / "saved")(**batch()).logits)
 
 
+@pytest.mark.slow
 def test_a_model_saved_before_there_were_translators_and_heads_loads(folders, tmp_path):
     model = U2A(folders, num_labels=3).eval()
     model.save_pretrained(tmp_path / "saved")
@@ -120,6 +127,7 @@ def test_a_model_saved_before_there_were_translators_and_heads_loads(folders, tm
     assert torch.equal(model(**batch()).logits, load_model(tmp_path / "saved")(**batch()).logits)
 
 
+@pytest.mark.slow
 def test_a_model_saved_in_several_files_loads(folders, tmp_path):
     model = make_model(folders).eval()
     model.save_pretrained(tmp_path / "saved", max_shard_size="2KB")
@@ -150,6 +158,7 @@ def test_an_encoder_without_a_name_is_asked_for(tmp_path):
     assert torch.equal(model(**batch()).logits, again(**batch()).logits)
 
 
+@pytest.mark.slow
 def test_merged_encoders_are_asked_for_and_not_read_as_they_were_before(folders, tmp_path):
     merged = make_model(folders).merge_and_unload()
     model = U2A(merged, num_labels=3).eval()
@@ -204,6 +213,7 @@ def test_a_constructor_that_hands_its_arguments_on_takes_those_of_its_base(folde
         Mine.from_pretrained(tmp_path / "saved", lr=1)
 
 
+@pytest.mark.slow
 def test_what_the_constructor_takes_can_be_changed_while_loading(folders, tmp_path):
     make_model(folders).save_pretrained(tmp_path / "saved")
     own = tiny_data.tokenizer()
@@ -283,6 +293,7 @@ def test_dropped_columns_are_explained(folders, tmp_path):
         make_model(folders)(labels=torch.tensor([0]))
 
 
+@pytest.mark.slow
 def test_processors_come_back_whatever_a_modality_is_called(folders, tmp_path):
     names = {"caption": "text", "photo": "image"}
     processors = {name: tiny_data.processors()[kind] for name, kind in names.items()}
@@ -304,6 +315,7 @@ def test_only_what_the_samples_have_needs_a_processor():
     torch.testing.assert_close(model.predict([{"text": "red"}, *tiny_data.samples(1)])[:1], alone)
 
 
+@pytest.mark.slow
 def test_a_modality_nobody_knows_is_refused_by_name(folders, tmp_path):
     for wrong in ({"imgae": tiny_data.image_processor()}, {"phto": folders["image"]}):
         name = next(iter(wrong))
@@ -317,6 +329,7 @@ def test_a_modality_nobody_knows_is_refused_by_name(folders, tmp_path):
             U2A.from_pretrained(tmp_path / "saved", encoders=wrong)
 
 
+@pytest.mark.slow
 def test_an_encoder_object_serves_several_models(folders):
     """Each model has adapters, biases and storage of its own; the object stays as it was given."""
     given = {n: from_pretrained_model(tiny_encoders.build(f)) for n, f in (("text", "bert"), ("image", "vit"))}

@@ -25,6 +25,7 @@ def test_bitfit_trains_every_bias_of_the_blocks_and_nothing_else_of_the_encoders
     assert {name.split(".")[0] for name in rest} == {"prompts", "predictor", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["bitfit", LoraConfig(r=2)], ids=["bitfit", "lora"])
 def test_bf16_encoders_train_in_fp32_and_weights_stay_bitwise_as_they_were(tuning, device):
     built = {name: tiny_encoders.build(f).bfloat16() for name, f in THREE.items()}
@@ -78,6 +79,7 @@ def test_evaluate_reports_every_scenario():
     assert model.predict([{"text": "red thing"}, {"image": tiny_data.samples(1)[0]["image"]}]).shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["bitfit", LoraConfig(r=2, target_modules=("q", "fc1"))], ids=["bitfit", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_reloaded(tmp_path, tuning, dtype):

@@ -25,6 +25,7 @@ def folders(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values())
 def test_what_is_set_later_is_saved_and_loaded(method, folders, tmp_path):
     model = method(folders, num_labels=3)

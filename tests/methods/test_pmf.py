@@ -66,6 +66,7 @@ def assert_parity(fast, reference, names, inputs, present, device):
             parity.assert_close(own, oracle, 1e-9, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unequal", [False, True])
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES.keys())
 def test_forward_loss_and_gradients_equal_the_reference(families, unequal, device):
@@ -117,6 +118,7 @@ def test_padding_anywhere(family, kind, device):
     assert_parity(fast, reference, names, inputs, torch.ones(COUNT, 2, dtype=torch.bool), device)
 
 
+@pytest.mark.slow
 def test_what_stands_in_absent_rows_never_matters(device):
     families = FAMILIES["three"]
     fast, _, _ = models(families, device)
@@ -152,6 +154,7 @@ def test_a_modality_absent_in_the_whole_batch(lost, device):
     assert prompt.grad.any() and not fast.head[name].weight.grad.any()
 
 
+@pytest.mark.slow
 def test_rows_do_not_see_each_other(device):
     families = FAMILIES["three"]
     fast, _, _ = models(families, device)
@@ -165,6 +168,7 @@ def test_rows_do_not_see_each_other(device):
     parity.assert_close(run(**single, modality_mask=present[2:3]).logits, logits[2:3], 1e-12, "alone")
 
 
+@pytest.mark.slow
 def test_one_encoding_serves_every_scenario(device):
     families = FAMILIES["three"]
     fast, _, _ = models(families, device, unequal=True)
@@ -286,6 +290,7 @@ def test_train_mode_has_no_dropout(device):
     assert torch.equal(trained, evaluated)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(device):
     fast, _, _ = models(PAIR, device)
     inputs, present = moved(parity.batch(PAIR, COUNT), device), parity.random_presence(COUNT, 2, 0)
@@ -301,6 +306,7 @@ def test_gradient_checkpointing_changes_nothing(device):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_bf16_encoders_train_in_fp32_and_stay_bitwise_as_they_were(device):
     families = FAMILIES["three"]
     model = PMF({name: tiny_encoders.build(f).bfloat16() for name, f in families.items()}, num_labels=5).to(device)

@@ -17,6 +17,7 @@ def test_evaluate_reports_every_scenario():
     assert model.predict([{"text": "red thing"}, {"image": tiny_data.samples(1)[0]["image"]}]).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_saved_and_reloaded(tmp_path):
     folders = tiny_data.encoder_folders(tmp_path)
     model = PMF(folders, num_labels=3, fusion_layers=1, query_prompts=3, train_fusion_context=False).eval()

@@ -51,6 +51,7 @@ def logits(name, inputs, present):
         return model(name)(**inputs, modality_mask=present).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=15, deadline=None)
 @given(batch=batches(), seed=st.integers(0, 99))
@@ -61,6 +62,7 @@ def test_permuting_rows_permutes_answers(name, batch, seed):
     parity.assert_close(moved, logits(name, inputs, present)[order], 1e-12, "permuted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=15, deadline=None)
 @given(batch=batches(fewest=2), kept=st.integers(1, 4))
@@ -72,6 +74,7 @@ def test_rows_that_are_added_change_no_other(name, batch, kept):
     parity.assert_close(alone, logits(name, inputs, present)[rows], 1e-12, "beside others")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=15, deadline=None)
 @given(batch=batches(), junk=st.sampled_from([float("nan"), float("inf"), -1e30]))

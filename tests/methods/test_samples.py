@@ -26,6 +26,7 @@ def model(folders):
     return U2A(folders, num_labels=3, processors=tiny_data.processors()).eval()
 
 
+@pytest.mark.slow
 def test_predict_takes_every_form_of_samples(model):
     pandas = pytest.importorskip("pandas")
     expected = model.predict(ROWS, batch_size=2)
@@ -94,6 +95,7 @@ def test_relatives_of_roberta_are_read_by_its_spec(name):
     torch.testing.assert_close(ours[real], theirs(**inputs).last_hidden_state[real], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [U2A, PMF, JointEmbedding, LateFusion])
 def test_a_loss_of_ones_own_keeps_the_alignment_loss(method, folders, tmp_path):
     model = method(folders, num_labels=3, processors=tiny_data.processors()).eval()
@@ -112,6 +114,7 @@ def test_a_loss_of_ones_own_keeps_the_alignment_loss(method, folders, tmp_path):
     assert other(**batch).task_loss == 0
 
 
+@pytest.mark.slow
 def test_a_moved_encoder_is_named_with_the_cure(folders, tmp_path):
     model = U2A(folders, num_labels=3, processors=tiny_data.processors())
     model.config.encoders = {**folders, "image": "/gone/vit"}

@@ -34,6 +34,7 @@ def on_stand_in(monkeypatch, model, batch):
     return stand_in
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("families", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("method, options, copies", METHODS.values(), ids=METHODS)
 def test_a_step_waits_once_at_most(method, options, copies, families, monkeypatch):

@@ -34,6 +34,7 @@ def refused(saved, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["saved/processors/text", "encoders/text"])
 def test_code_in_a_folder_is_never_run(saved, place):
     folder = saved.parent / place
@@ -55,12 +56,14 @@ def test_a_pickle_of_an_encoder_is_refused_by_name(saved):
     refused(saved, r"pytorch_model\.bin is not read, since a pickle can run code")
 
 
+@pytest.mark.slow
 def test_a_pickle_of_a_model_is_not_looked_for(saved):
     (saved / WEIGHTS).rename(saved / "pytorch_model.bin")
     with pytest.raises(OSError, match=INDEX):
         load_model(saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "x.bin", "..", 3])
 def test_an_index_names_files_beside_it_alone(saved, name):
     save_file({"head.weight": torch.zeros(3, 32)}, saved.parent / "outside.safetensors")
@@ -103,11 +106,13 @@ def test_a_config_that_is_no_dictionary_is_refused(saved, text):
     refused(saved, "is no folder of a trained model|holds a nan model")
 
 
+@pytest.mark.slow
 def test_torn_weights_are_refused_by_name(saved):
     (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-5])
     refused(saved, rf"{WEIGHTS} in .* cannot be read: ")
 
 
+@pytest.mark.slow
 def test_what_an_older_config_does_not_say_has_its_default(saved):
     config = json.loads((saved / CONFIG).read_text())
     del config["encoders_in_8bit"]

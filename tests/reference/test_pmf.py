@@ -116,6 +116,7 @@ def test_missing_modality_by_hand():
     torch.testing.assert_close(out.logits[[0, 3]], model(inputs).logits[[0, 3]], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_three_modalities_of_unequal_width():
     names = {"image": "vit", "text": "bert", "audio": "wav2vec2"}
     model = build(encoders=tiny_encoders.build_many(names, widths={"text": 48, "audio": 24}))
