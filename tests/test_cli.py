@@ -359,12 +359,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common,
     places = {"{out}": tmp_path / "out", "{tables}": tables, "{encoders}": root / "encoders"}
     for place, path in places.items():
         arguments = [argument.replace(place, str(path)) for argument in arguments]
-    defaults = (
-        [*common, "--output-dir", str(tmp_path / "out")]
-        if arguments[0] in ("train", "compare")
-        else ["--data", common[1]]
-    )
-    given = defaults if arguments[0] != "predict" else []
+    own = [*common, "--output-dir", str(tmp_path / "out")]
+    given = {"train": own, "compare": own, "predict": []}.get(arguments[0], ["--data", common[1]])
     with pytest.raises(SystemExit, match=message) as caught:
         main([arguments[0], *given, *arguments[1:]])
     assert "\n" not in str(caught.value)

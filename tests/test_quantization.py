@@ -276,9 +276,7 @@ def test_changing_the_dtype_changes_neither_int8_nor_scales(mode, move, device):
     before = {n: t.clone() for n, t in encoder.state_dict().items() if "weight_scale" in n or t.itemsize == 1}
     after = move(encoder).state_dict()
     assert len(before) == 16
-    assert all(
-        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
-    )
+    assert all(torch.equal(after[n], t) and after[n].dtype == t.dtype for n, t in before.items())
 
 
 @pytest.mark.slow

@@ -29,13 +29,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def run_ranks(run: Callable[[], None], world: int = 2, timeout: float = 240, **settings: str) -> list[str]:
-    """What `run()` prints in a fork of this process for each rank, under torchrun's variables and `settings`.
+def run_ranks(run: Callable[[], None], world: int = 2, timeout: float = 240, **told: str) -> list[str]:
+    """What `run()` prints in a fork of this process for each rank, under torchrun's variables and those of `settings`.
 
     AssertionError where one failed, or where the time is up: a collective that hangs.
     """
-
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), **settings}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), **told}
 
     def as_rank(rank: int) -> None:
         os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))

@@ -5,7 +5,6 @@ frames of a video.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import math
 import numbers
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from .packages import DecodeError, needed, optional
 from .spelling import UNSEEN
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ FRAMES = 16  # of a video, for processors that state no number: VideoMAE's
 KINDS = ("image", "text", "audio", "video")
 RECORDINGS = "recordings are read with soundfile and SciPy"
 ORIENTATION = 0x0112  # the EXIF tag
-
-
-class DecodeError(ValueError):
-    """A file, or its content, cannot be decoded."""
 
 
 def is_absent(value: Any) -> bool:
@@ -119,7 +115,7 @@ def _open_image(source: str | Path | io.BytesIO) -> Image.Image:
     except UnidentifiedImageError:
         if _start(source)[4:8] != b"ftyp":
             raise DecodeError("this is no picture in a format that Pillow reads") from None
-        return _optional("pillow_heif", "pillow-heif", "a HEIC picture").open_heif(source).to_pillow()
+        return optional("pillow_heif", "pillow-heif", "a HEIC picture").open_heif(source).to_pillow()
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
@@ -217,7 +213,7 @@ def _mono(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
     if source_rate != rate:
         _check_size(samples.size, 1, source_rate, rate)
         divisor = math.gcd(source_rate, rate)
-        resample_poly = _needed("scipy.signal", RECORDINGS, "demo").resample_poly
+        resample_poly = needed("scipy.signal", RECORDINGS, "demo").resample_poly
         samples = resample_poly(samples, rate // divisor, source_rate // divisor)
     peak = np.abs(samples).max()
     return (samples / peak if peak > 0 else samples).astype(np.float32)
@@ -225,7 +221,7 @@ def _mono(samples: np.ndarray, source_rate: int, rate: int) -> np.ndarray:
 
 def _read_clip(source: str | Path | io.BytesIO, rate: int) -> tuple[np.ndarray, int]:
     """A file's samples, mono, and their rate."""
-    soundfile = _needed("soundfile", RECORDINGS, "demo")
+    soundfile = needed("soundfile", RECORDINGS, "demo")
     try:
         with soundfile.SoundFile(source) as file:
             _check_size(file.frames, file.channels, file.samplerate, rate)
@@ -236,7 +232,7 @@ def _read_clip(source: str | Path | io.BytesIO, rate: int) -> tuple[np.ndarray, 
         start = _start(source)
         if start[4:8] != b"ftyp" and start[:2] not in (b"\xff\xf1", b"\xff\xf9"):
             raise
-        return _read_aac(_optional("av", "av", "an AAC or M4A recording"), source, rate), rate
+        return _read_aac(optional("av", "av", "an AAC or M4A recording"), source, rate), rate
 
 
 def _read_aac(av: ModuleType, source: str | Path | io.BytesIO, rate: int) -> np.ndarray:
@@ -314,7 +310,7 @@ def evenly(count: int, frames: int) -> list[int]:
 
 
 def _read_video(source: str | Path | io.BytesIO, frames: int) -> list[Image.Image]:
-    av = _needed("av", "videos are read with PyAV (the package `av`)", "media")
+    av = needed("av", "videos are read with PyAV (the package `av`)", "media")
     try:
         # Opened here and not by its name, which libav may take for an address.
         with source if isinstance(source, io.BytesIO) else open(source, "rb") as file:
@@ -386,19 +382,3 @@ def _start(source: str | Path | io.BytesIO) -> bytes:
         return start
     with open(source, "rb") as file:
         return file.read(12)
-
-
-def _needed(module: str, what: str, extra: str) -> ModuleType:
-    """A package without which no file of a kind can be read."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{what}; get it with `pip install 'u2a-fast[{extra}]'`", name=error.name) from error
-
-
-def _optional(module: str, package: str, what: str) -> ModuleType:
-    """A package that only some files need; without it they count as absent, and the message says what to do."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise DecodeError(f"{what} is read with {package}: `pip install {package}`, or u2a-fast[media]") from error

@@ -113,6 +113,17 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
+@contextlib.contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Pictures written into a cell are longer than csv expects of one."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+@_cells_of_any_length()
 def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     text = _text(path.read_bytes(), path)
     told = FOR_EXCEL.match(text)
@@ -123,8 +134,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     # strict, because otherwise a quote that is never closed swallows the rest of the file.
     reader = csv.DictReader(io.StringIO(body, newline=""), delimiter=delimiter, strict=True)
     try:
-        with _cells_of_any_length():
-            rows = list(reader)
+        rows = list(reader)
     except csv.Error as error:
         if delimiter == "\t" and (plain := _without_quoting(body)):
             return plain
@@ -139,24 +149,13 @@ def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     return list(reader.fieldnames or ()), rows
 
 
-@contextlib.contextmanager
-def _cells_of_any_length() -> Iterator[None]:
-    """Pictures written into a cell are longer than csv expects of one."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
 def _delimiter_of(text: str) -> str:
     """What parts the cells of a header that most of the first rows fit, and parts it into the most of them."""
-    lines = list(itertools.islice(io.StringIO(text.lstrip("\r\n"), newline=None), SNIFFED))
+    lines = list(itertools.islice(io.StringIO(text, newline=None), SNIFFED))
     fits = {}
     for delimiter in DELIMITERS:
         try:
-            with _cells_of_any_length():
-                widths = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+            widths = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
         except csv.Error:
             continue
         if widths and widths[0] > 1:
@@ -168,8 +167,7 @@ def _without_quoting(text: str) -> tuple[list[str], list[Row]] | None:
     """A table of tabs in which a quote is a letter, as programs write that quote nothing; None where a row misfits."""
     reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
-        with _cells_of_any_length():
-            rows = list(reader)
+        rows = list(reader)
     except csv.Error:
         return None
     return None if any(None in row or None in row.values() for row in rows) else (list(reader.fieldnames or ()), rows)
