@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .backend import jit, tl
 
@@ -22,9 +23,24 @@ gelu_backward = torch.ops.aten.gelu_backward.default
 silu_backward = torch.ops.aten.silu_backward.default
 threshold_backward = torch.ops.aten.threshold_backward.default
 
+SMALL = 2**13  # numbers up to which a CPU computes GELU sooner than oneDNN, which takes all but views, has prepared it
+
+
+def _is_small(u: Tensor) -> bool:
+    return u.is_cpu and not torch.compiler.is_compiling() and u.dim() == 2 and u.numel() <= SMALL
+
+
+def _gelu(u: Tensor) -> Tensor:
+    return F.gelu(u.t()).t() if _is_small(u) else F.gelu(u)
+
+
+def _gelu_backward(d: Tensor, u: Tensor) -> Tensor:
+    return gelu_backward(d.t(), u.t()).t() if _is_small(u) else gelu_backward(d, u)
+
+
 # name: (act(u), the gradient of u from that of act(u))
 ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
-    "gelu": (F.gelu, gelu_backward),
+    "gelu": (_gelu, _gelu_backward),
     "gelu_tanh": (
         lambda u: F.gelu(u, approximate="tanh"),
         lambda d, u: gelu_backward(d, u, approximate="tanh"),

@@ -1,0 +1,26 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from u2a_fast.kernels.activations import ACTIVATIONS, SMALL
+
+HUGGING_FACE = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "quick_gelu": lambda u: u * torch.sigmoid(1.702 * u),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+@pytest.mark.parametrize("rows", [1, SMALL // 64, SMALL // 64 + 1])  # on either side of what a CPU calls small
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values_and_slopes_are_autograds(name, rows):
+    act, backward = ACTIVATIONS[name]
+    u, d = torch.randn(rows, 64), torch.randn(rows, 64)
+    exact = u.double().requires_grad_()
+    expected = HUGGING_FACE[name](exact)
+    (slope,) = torch.autograd.grad(expected, exact, d.double())
+    for ours, theirs in ((act(u), expected.detach()), (backward(d, u), slope)):
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=2e-6)
