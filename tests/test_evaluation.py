@@ -278,8 +278,10 @@ def test_what_cannot_be_decoded_counts_as_absent_in_every_scenario(model):
 def test_labels_that_do_not_fit_are_named(model):
     rows = tiny_data.samples(3)
     for label in (7, -1):
-        with pytest.raises(ValueError, match=f"label {label} is out of range"):
-            evaluate(model, [*rows, {**rows[0], "label": label}])
+        with pytest.raises(ValueError, match=f"rows 3 to 4: label {label} is out of range"):
+            evaluate(model, [*rows, {**rows[0], "label": label}], batch_size=2)
+    with pytest.raises(TypeError, match=r"rows 3 to 4: the column text holds the float 1\.5; a text must"):
+        evaluate(model, [*rows, {"text": 1.5, "label": 0}], batch_size=2)
     with pytest.raises(ValueError, match="this data set is empty"):
         evaluate(model, [])
     with pytest.raises(ValueError, match="needs a label in every sample"):

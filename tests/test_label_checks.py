@@ -102,6 +102,15 @@ def test_labels_that_do_not_say_what_they_mean_are_refused(feature, labels, mess
         refuse_labels("my data", {"test": part})
 
 
+def test_the_first_row_of_a_stream_is_looked_at():
+    empty = datasets.IterableDataset.from_generator(lambda: iter(()), features=split("many", [0]).features)
+    unlabelled = split("many", [-1, 0]).to_iterable_dataset()
+    for stream, message in ((unlabelled, "no label in row 1"), (empty, "split of my data has no rows")):
+        with pytest.raises(ValueError, match=message):
+            refuse_labels("my data", {"train": stream})
+    refuse_labels("my data", {"train": split("many", [0, -1]).to_iterable_dataset().with_format("torch")})
+
+
 @pytest.mark.parametrize("form", [None, "torch", "numpy"])
 @pytest.mark.parametrize("kind", list(FEATURES))
 def test_labels_as_tables_have_them_are_taken(kind, form):

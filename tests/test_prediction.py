@@ -78,7 +78,7 @@ def test_a_line_is_read_as_the_row_of_a_table(row, read, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": ["a"]}, "row 1, column text: holds a list, and text needs a string"),
+        ({"text": ["a"]}, r"row 1, column text: holds the list \['a'\], and text needs a string"),
         ({"image": {"bytes": "/a/b.png"}}, "row 1, column image: holds a record of NoneType and str, not path and"),
         ({"image": "https://a.b/c.png"}, "row 1, column image: holds the address"),
         ({"text": "a", "Text": "b"}, "row 1 has the column 'text' in two spellings"),
@@ -95,7 +95,20 @@ def test_a_column_that_was_renamed_on_the_standard_input_is_read_as_nothing_else
     type_in(monkeypatch, {"Title": "a.png", "id": 1})
     assert samples_from("-", {"image": "title"}) == [{"image": "a.png", "id": 1}]
     type_in(monkeypatch, {"photo": "a.png"})
-    assert samples_from("-", {"front": "photo"}) == [{"front": "a.png"}]
+    assert samples_from("-", {"front": "photo"}, modalities=["front"]) == [{"front": "a.png"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"front": "photo"}, "columns says 'front': 'photo', but ours are image, text, audio, video, label"),
+        ({"image": "photo", "text": "Photo"}, "columns says that 'photo' is image and text: name another column"),
+    ],
+)
+def test_columns_that_mean_nothing_are_refused_on_the_standard_input_too(columns, message, monkeypatch):
+    type_in(monkeypatch, {"photo": "a.png"})
+    with pytest.raises(ValueError, match=message):
+        samples_from("-", columns)
 
 
 def test_samples_without_any_column_of_the_model_are_a_mistake():

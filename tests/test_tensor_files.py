@@ -53,6 +53,11 @@ def test_a_folder_that_cannot_be_made_is_refused_and_one_that_may_be_read_is_not
     assert TensorFiles(tmp_path).read(digest("a")) is not None
 
 
+def test_a_name_that_no_tensor_file_can_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no name in UTF-8, which files of tensors need: choose another folder"):
+        TensorFiles(tmp_path / "d\udcff" / "cache")
+
+
 @pytest.mark.parametrize("other", [("y", torch.ones(2)), ("x", torch.ones(2, 1)), ("x", torch.ones(2).double())])
 def test_names_shapes_and_dtypes_are_part_of_a_digest(other):
     assert digest("", ("x", torch.ones(2))) == digest("", ("x", torch.ones(2)))

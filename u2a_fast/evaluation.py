@@ -20,7 +20,7 @@ from .data.collator import LABELS
 from .data.holes import leave
 from .data.inputs import is_absent
 from .data.labels import Classes, label_names
-from .data.presence import batches_of, rows_named, samples_of, warn_of_losses
+from .data.presence import batches_of, in_rows, rows_named, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
 from .metrics import NOT_FINITE, refuse_not_finite, score
 from .paired import TALLIES, tally
@@ -149,7 +149,8 @@ def scenario_logits(
     """`({scenario: logits [n, C]}, natural presence [n, M], labels [n])`; rows with nothing present hold zeros."""
     modalities, collate, was_training = model.config.modalities, MultimodalCollator(model.processors), model.training
     batches = batches_of(samples_of(dataset), batch_size)
-    natural, labels = [], []
+    natural: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
     logits: dict[str, list[torch.Tensor]] = {name: [] for name in scenarios}
     count = len(dataset) if hasattr(dataset, "__len__") else None
     tables = {name: scenario_rows(name, count, modalities, seed) for name in scenarios}
@@ -159,13 +160,14 @@ def scenario_logits(
     model.eval()
     try:
         for samples in tqdm(batches, desc="evaluating", unit="batch", total=total, disable=not is_main()):
-            batch = collate([_numbered(sample, known) for sample in samples])
-            present, target = batch.pop("modality_mask"), batch.pop("labels", None)
-            if target is None:
-                raise ValueError("evaluate needs a label in every sample: this data set has none")
+            with in_rows(sum(len(part) for part in labels), len(samples)):
+                batch = collate([_numbered(sample, known) for sample in samples])
+                present, target = batch.pop("modality_mask"), batch.pop("labels", None)
+                if target is None:
+                    raise ValueError("evaluate needs a label in every sample: this data set has none")
+                target = _as_the_model_counts(target, classes, model.config.num_labels)
+                model.check_labels(target, len(present))
             named = named or any(isinstance(sample.get(name), str) for sample in samples for name in LABELS)
-            target = _as_the_model_counts(target, classes, model.config.num_labels)
-            model.check_labels(target, len(present))
             encoded = model.encode(to_device(batch, model.device), present)
             for name in scenarios:
                 mask = _left(name, present, torch.stack([*itertools.islice(tables[name], len(samples))]))

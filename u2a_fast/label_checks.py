@@ -37,12 +37,22 @@ def refuse_labels(data: str, splits: Mapping[str, Any]) -> None:
                 f"the {name} split of {data} has labels that are {kind}: make classes a "
                 "ClassLabel column and what was measured floats; load_table reads lists of names"
             )
-        for row, label in enumerate(labels_of(part) if hasattr(part, "__len__") else ()):
+        labels = _known_labels(part)
+        if not len(labels):
+            raise ValueError(f"the {name} split of {data} has no rows: give it some")
+        for row, label in enumerate(labels):
             if label is None or (classes and label < 0) or (isinstance(label, list) and None in label):
                 raise ValueError(f"the {name} split of {data} has no label in row {row + 1}: leave the row out")
             if not all(map(math.isfinite, label if isinstance(label, list) else [label])):
                 told = f"the label {label} in row {row + 1}: fill it in or leave the row out"
                 raise ValueError(f"the {name} split of {data} has {told}")
+
+
+def _known_labels(part: Any) -> Any:
+    """The labels of a split as `labels_of` gives them; of a stream the first, since reading on may take hours."""
+    if hasattr(part, "__len__"):
+        return labels_of(part)
+    return [row["label"] for row in part.select_columns(["label"]).with_format(None).take(1)]
 
 
 def refuse_alike(data: str, train: Any) -> None:

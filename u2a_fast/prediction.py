@@ -19,7 +19,7 @@ from .data.cells import is_bare
 from .data.presence import refuse_misspelt, rows_named
 from .data.splits import MODALITIES
 from .data.table_files import parse_json_lines
-from .data.tables import NO_MODALITY, read_lines, read_samples, short_name
+from .data.tables import COLUMNS, NO_MODALITY, read_lines, read_samples, short_name
 from .methods.base import MultimodalModel
 from .metrics import NOT_FINITE, refuse_not_finite
 
@@ -58,13 +58,19 @@ def _renamed(
 ) -> list[dict[str, Any]]:
     """Rows of the standard input, our modalities as a table's are read, files by their paths, the rest as it is."""
     found = list(dict.fromkeys(name for row in rows for name in row))
-    short = [short_name(name) for name in found]
+    short, known = [short_name(name) for name in found], dict.fromkeys((*modalities, *COLUMNS))
     for ours, theirs in columns.items():
+        if ours not in known:
+            raise ValueError(f"columns says {ours!r}: {theirs!r}, but ours are {', '.join(known)}: correct the name")
         if rows and short_name(theirs) not in short:
             raise ValueError(
                 f"columns says {ours!r}: {theirs!r}, but the standard input has {', '.join(sorted(found)) or 'none'}: "
                 "correct the name"
             )
+    taken = [short_name(theirs) for ours, theirs in columns.items() if ours not in NO_MODALITY]
+    if (double := next((name for name in taken if taken.count(name) > 1), None)) is not None:
+        both = " and ".join(ours for ours, theirs in columns.items() if short_name(theirs) == double)
+        raise ValueError(f"columns says that {double!r} is {both}: name another column for one of them")
     columns = {ours: theirs for ours, theirs in usual.items() if short_name(theirs) in short} | dict(columns)
     ours_of = {short_name(theirs): ours for ours, theirs in columns.items() if ours not in NO_MODALITY}
     renamed = []

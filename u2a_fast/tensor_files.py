@@ -21,6 +21,8 @@ from torch import Tensor
 def check_folder(folder: str | os.PathLike, what: str) -> None:
     """ValueError where `folder`, which `what` needs, is a file or lies in one, or is not there and cannot be made."""
     place = Path(folder)
+    if (name := os.fspath(folder)) != name.encode(errors="replace").decode():
+        raise ValueError(f"{name!r} is no name in UTF-8, which files of tensors need: choose another folder")
     there = next(place for place in (place, *place.absolute().parents) if place.exists())
     if not there.is_dir():
         raise ValueError(f"{folder} cannot be used, since {there} is a file: {what} needs a folder")

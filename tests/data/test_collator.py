@@ -202,7 +202,7 @@ def test_other_columns_are_ignored(collate, sample):
 
 
 def test_a_text_that_is_no_string_is_a_mistake(collate):
-    with pytest.raises(TypeError, match="column text holds a int"):
+    with pytest.raises(TypeError, match="column text holds the int"):
         collate([{"text": 3}])
 
 

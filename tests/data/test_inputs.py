@@ -184,7 +184,7 @@ def test_what_is_no_picture_at_all_is_a_mistake_of_the_caller(value):
 def test_what_stands_under_bytes_is_never_opened(read, content, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
-    message = 'holds a string under "bytes": write the content itself' if content == "path" else "column holds a dict"
+    message = 'holds a string under "bytes": write the content itself' if content == "path" else "column holds the dict"
     with pytest.raises(TypeError, match=message):
         read({"path": path, "bytes": path if content == "path" else content})
 

@@ -105,6 +105,7 @@ def test_spellings_of_one_label_are_one_class_in_sets_too():
         (["['red','blue']", str(["it's", 'a "b"'])], [["red", "blue"], ["it's", 'a "b"']]),
         (["[0, 1]", " [1, 0] "], [[0, 1], [1, 0]]),
         (["['red']", "blue"], [["red"], "blue"]),
+        (["('red', 'blue')", "('blue',)", "()", "{'red'}", "set()"], [["red", "blue"], ["blue"], [], ["red"], []]),
     ],
 )
 def test_a_list_may_be_written_as_text(labels, lists):
@@ -118,6 +119,7 @@ def test_classes_of_an_earlier_version_are_found_however_blank():
 
 def test_brackets_around_a_name_are_letters():
     assert settled(["[NSFW]", "[cat]"])[1] == ["[NSFW]", "[cat]"]
+    assert settled(["('Heroes')", "{'x': 1}"])[1] == ["('Heroes')", "{'x': 1}"]
     assert settled(["[1]|[2]", "[1]"], separator="|")[0] == ["[1]", "[2]"]
 
 

@@ -199,7 +199,7 @@ def test_what_cannot_be_decoded_is_never_kept(broken, tmp_path):
 
 
 def test_a_cell_of_no_known_kind_is_still_a_mistake(tmp_path):
-    with pytest.raises(TypeError, match="the image column holds a int"):
+    with pytest.raises(TypeError, match="the image column holds the int 3"):
         MultimodalCollator({"image": image_processor()}, cache=tmp_path)([{"image": 3}])
 
 

@@ -70,7 +70,17 @@ def test_a_table_that_is_no_split_is_not_ignored_in_silence(tmp_path, caplog):
         write(tmp_path, f"{stem}.csv")
     with caplog.at_level(logging.WARNING):
         load_table(tmp_path)
-    assert "extra.csv is no split by its name and is not read" in caplog.text
+    assert "not read, since no split has that name: extra.csv" in caplog.text
+    for name in ("more.csv", "validation.json", "Dev.csv.gz", "notes.txt"):
+        write(tmp_path, name)
+    with caplog.at_level(logging.WARNING):
+        load_table(tmp_path)
+    assert "no split has that name: extra.csv, more.csv" in caplog.text
+    assert "not read, since tables end in .csv, .tsv, .jsonl, .parquet: Dev.csv.gz, validation.json" in caplog.text
+    for name in ("train", "test", "extra", "more"):
+        (tmp_path / f"{name}.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"0 tables, beside Dev\.csv\.gz, validation\.json; it should hold one"):
+        load_table(tmp_path)
 
 
 @pytest.mark.parametrize("below", ["", "data/"])
@@ -154,6 +164,25 @@ def test_a_quote_is_a_letter_where_nothing_is_quoted(tmp_path):
     write(tmp_path, "train.tsv", 'text\tlabel\n"Yes" he said\tx\n"two\nlines"\ty\n')  # some are
     with pytest.raises(ValueError, match=r"train\.tsv, line 2: "):
         load_table(tmp_path)
+    write(tmp_path, "train.tsv", 'text\tlabel\n"Yes\tx\nno"\ty\n"a"\ty\n')  # balanced, but a cell in each line
+    assert load_table(tmp_path)["train"]["text"][:] == ['"Yes', 'no"', '"a"']
+
+
+def test_a_blank_may_stand_in_front_of_a_quote(tmp_path):
+    write(tmp_path, "train.csv", 'label, text\nx, "a, ""b"""\ny, c\n')
+    assert load_table(tmp_path)["train"]["text"][:] == ['a, "b"', "c"]
+    write(tmp_path, "train.csv", 'label, text\nx, "a" she said\ny, "c"\n')  # a letter
+    assert [text.strip() for text in load_table(tmp_path)["train"]["text"]] == ['"a" she said', '"c"']
+
+
+def test_blank_lines_of_a_single_column_are_said_to_be_no_rows(tmp_path, caplog):
+    write(tmp_path, "t.csv", 'text\na\n""\nb\n\nc\n\n')
+    with caplog.at_level(logging.WARNING):
+        assert [row["text"] for row in read_samples(tmp_path)] == ["a", None, "b", "c"]
+    assert 'blank lines, the one below row 3 for one, are no rows: write ""' in caplog.text
+    caplog.clear()
+    write(tmp_path, "t.csv", "text\na\n\n\n")
+    assert len(read_samples(tmp_path)) == 1 and not caplog.records
 
 
 def test_blank_cells_beyond_the_header_hold_nothing(tmp_path):
@@ -295,12 +324,12 @@ def test_a_column_is_not_asked_for_twice(tmp_path, names):
         ("t.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", r"line 1 is not JSON"),
         ("t.jsonl", '{"text": "\\ud800", "label": 1}', r"row 1, column text: holds half of a surrogate pair"),
         ("t.parquet", b"PAR1 nonsense PAR1", r"t\.parquet is no Parquet file that can be read"),
-        ("t.jsonl", json_lines({"text": ["a", "b"]}), r"row 1, column text: holds a list, and text needs a string"),
-        ("t.jsonl", json_lines({"text": {"de": "a"}}), r"row 1, column text: holds a dict"),
-        ("t.jsonl", json_lines({"text": 1.5}), r"row 1, column text: holds a float"),
-        ("t.jsonl", json_lines({"image": 3}), r"row 1, column image: holds a int: write a path"),
+        ("t.jsonl", json_lines({"text": ["a", "b"]}), r"row 1, column text: holds the list \['a', 'b'\], and text"),
+        ("t.jsonl", json_lines({"text": {"de": "a"}}), r"row 1, column text: holds the dict {'de': 'a'}"),
+        ("t.jsonl", json_lines({"text": 1.5}), r"row 1, column text: holds the float 1.5"),
+        ("t.jsonl", json_lines({"image": 3}), r"row 1, column image: holds the int 3: write a path"),
         ("t.jsonl", json_lines({"image": ["a", "b"]}), r"row 1, column image: holds 2 files: write one a row"),
-        ("t.jsonl", json_lines({"image": {"file": "a"}}), r"row 1, column image: holds a NoneType|record"),
+        ("t.jsonl", json_lines({"image": {"file": "a"}}), r"row 1, column image: holds the NoneType|record"),
         ("t.jsonl", json_lines({"image": "https://a.org/b.png"}), r"holds the address https://a.org/b.png: download"),
         ("t.jsonl", json_lines({"image": [[[1, 2, 3]]]}), r"column image: holds a list of numbers"),
         ("t.jsonl", json_lines({"audio": [0.1, 0.2]}), r'holds a list of numbers: write a path, or a clip as {"array"'),
@@ -316,8 +345,16 @@ def test_what_cannot_be_used_is_named_with_file_place_and_cure(tmp_path, name, c
 
 
 def test_bytes_in_a_text_column_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="row 1, column text: holds a bytes, and text needs a string"):
+    with pytest.raises(ValueError, match=r"row 1, column text: holds the bytes b'.*', and text needs a string"):
         load_table(parquet(tmp_path, "t.parquet", [{"text": b"abc", "label": 1}]))
+
+
+def test_files_are_named_in_utf_8(tmp_path):
+    folder = tmp_path / "d\udcff"
+    folder.mkdir()
+    write(folder, "t.csv", "text,image,label\na,b.png,x\n")
+    with pytest.raises(ValueError, match=r"row 1, column image: names '.*', which is no name in UTF-8: rename"):
+        load_table(folder)
 
 
 def test_json_lines_end_at_line_feeds_alone():

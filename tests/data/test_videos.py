@@ -180,7 +180,7 @@ def test_a_picture_too_large_is_not_decoded(monkeypatch):
 @pytest.mark.parametrize(("value", "error", "message"), [
     (np.zeros((4, 8, 8), np.uint8), ValueError, r"a video array must be \[frames, H, W, channels\], not \[4, 8, 8\]"),
     (np.zeros((4, 8, 8, 3), np.float32), TypeError, "must be uint8"),
-    (3, TypeError, r"the video column holds a int; .*Video\(decode=False\)"),
+    (3, TypeError, r"the video column holds the int 3; .*Video\(decode=False\)"),
 ])  # fmt: skip
 def test_what_is_no_video_at_all_is_a_mistake_of_the_caller(value, error, message):
     with pytest.raises(error, match=message):

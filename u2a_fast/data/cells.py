@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from .inputs import DecodeError, given_rate, to_audio
+from .inputs import DecodeError, described, given_rate, to_audio
 from .spelling import tidy
 from .splits import Row
 
@@ -28,7 +28,7 @@ def _text_cell(cell: Any, column: str, folder: Path) -> str:
     if isinstance(cell, int) and not isinstance(cell, bool):
         return str(cell)
     if not isinstance(cell, str):
-        raise ValueError(f"holds a {type(cell).__name__}, and {column} needs a string: write it as one")
+        raise ValueError(f"holds {described(cell)}, and {column} needs a string: write it as one")
     try:
         cell.encode()
     except UnicodeEncodeError as error:
@@ -62,7 +62,7 @@ def _file_cell(cell: Any, column: str, folder: Path) -> Row | None:
     if isinstance(cell, Mapping):
         return _record_cell(cell, column, folder)
     if not isinstance(cell, str):
-        raise ValueError(f"holds a {type(cell).__name__}: write a path, bytes, or a record of path and bytes")
+        raise ValueError(f"holds {described(cell)}: write a path, bytes, or a record of path and bytes")
     cell = cell.strip()
     inline = INLINE.match(cell)
     if inline:
@@ -90,7 +90,10 @@ def _place(cell: str, folder: Path) -> str:
     if not name.isascii() and not os.path.exists(folder / name):  # macOS takes accented letters apart
         forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
         name = next((form for form in forms if os.path.exists(folder / form)), name)
-    return os.path.normpath(folder / name)
+    place = os.path.normpath(folder / name)
+    if place != place.encode(errors="replace").decode():
+        raise ValueError(f"names {place!r}, which is no name in UTF-8: rename what is not")
+    return place
 
 
 def is_bare(cell: Any) -> bool:

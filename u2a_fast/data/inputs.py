@@ -8,6 +8,7 @@ import contextlib
 import io
 import math
 import numbers
+import reprlib
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -51,6 +52,11 @@ def is_absent(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas' own, without importing it
 
 
+def described(value: Any) -> str:
+    """A cell for a message: what it is, and its beginning."""
+    return f"the {type(value).__name__} {reprlib.repr(value)}"
+
+
 def read_cell(kind: str, value: Any, rate: int = 16_000, square: bool = True, frames: int = FRAMES) -> Any:
     """What a processor takes of a cell of this kind (image, text, audio or video); None where the cell is absent.
 
@@ -70,7 +76,7 @@ def read_cell(kind: str, value: Any, rate: int = 16_000, square: bool = True, fr
     if kind == "video":
         return to_video(value, frames)
     if not isinstance(value, str):
-        raise TypeError(f"holds a {type(value).__name__}; a text must be a string")
+        raise TypeError(f"holds {described(value)}; a text must be a string")
     # Half of a surrogate pair is no character; tokenizers raise on it.
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -368,7 +374,7 @@ def _source(value: Any, kind: str) -> str | Path | io.BytesIO:
     if isinstance(source, str | Path):
         return source
     raise TypeError(
-        f"the {kind} column holds a {type(value).__name__}; paths, bytes, arrays and undecoded files are understood "
+        f"the {kind} column holds {described(value)}; paths, bytes, arrays and undecoded files are understood "
         f"(in a data set: cast_column(name, {kind.title()}(decode=False)))"
     )
 

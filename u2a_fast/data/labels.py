@@ -31,6 +31,8 @@ MEASURED = re.compile(
 POINTS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2}\.\d{3}", re.ASCII)  # thousands, where commas are decimal
 JOINED = re.compile(r"['\"]\s+['\"]")  # NumPy's 'a' 'b', which Python reads as one
 NAMES = re.compile(r"\[\s*['\"]")  # how a list of names begins
+TUPLE = re.compile(r"[({]\s*['\"].*[)}]", re.DOTALL)  # or set
+NOTHING = ("()", "set()")
 LIST = re.compile(r"\[(\s*['\"].*)?\]", re.DOTALL)  # of names or of nothing
 MARKS = re.compile(r"\[[01](\.0*)?(, ?[01](\.0*)?)+\]")  # other numbers between brackets may be an interval
 BLANKS = ("na", "n/a", "n.a.", "none", "null", "?", "-", "--", ".")
@@ -53,7 +55,8 @@ def settle_labels(rows: Sequence[Row], task: str | None = None, separator: str |
 
     Spellings of one label are one class: blanks of any kind and length, what nobody sees, the two ways to write an
     accented letter in Unicode; and where all labels are numbers or truth values, 1 and 1.0, true and True and 1. Names
-    that differ in their case alone are kept apart, with a warning. Lists may be written as Python or JSON writes them.
+    that differ in their case alone are kept apart, with a warning. Lists may be written as Python or JSON writes them,
+    and as Python writes tuples and sets.
 
     Raises:
         ValueError: a cell that does not fit the task, vectors of different length, or what may mean two things.
@@ -65,7 +68,7 @@ def settle_labels(rows: Sequence[Row], task: str | None = None, separator: str |
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
     texts = [row["label"].strip() if isinstance(row["label"], str) else "" for row in rows]
-    lists = any(NAMES.match(text) for text in texts) or all(MARKS.fullmatch(text) for text in texts)
+    lists = any(NAMES.match(text) or _tuple(text) for text in texts) or all(MARKS.fullmatch(text) for text in texts)
     spelled = lists and not separator and task != "classification"
     for row, text in zip(rows, texts, strict=True):
         label = _written_list(text, row["place"]) if spelled and text else row["label"]
@@ -162,6 +165,8 @@ def _cell(label: Any, place: str, separator: str | None) -> Any:
 
 def _written_list(label: str, place: str) -> Any:
     """The list that a cell spells as Python or JSON writes it, which is what pandas makes of one; else the cell."""
+    if label in NOTHING or (names := _tuple(label)):
+        return [] if label in NOTHING else names
     if not LIST.fullmatch(label) and not MARKS.fullmatch(label):
         return label
     for read in (json.loads, ast.literal_eval):
@@ -173,6 +178,16 @@ def _written_list(label: str, place: str) -> Any:
         f"{place} has the label {label!r:.100}, which is no list as Python or JSON writes it: write names with commas "
         "between them, or say that it is one name with --task classification"
     )
+
+
+def _tuple(text: str) -> list[str] | None:
+    """The names of a tuple or a set as Python writes it; None where it is neither: a name may stand in brackets."""
+    if TUPLE.fullmatch(text) and not JOINED.search(text):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            parts = ast.literal_eval(text)
+            if isinstance(parts, tuple | set) and all(isinstance(part, str) for part in parts):
+                return sorted(parts)
+    return None
 
 
 def _settle_vectors(rows: Sequence[Row], task: str | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -133,6 +134,22 @@ def rows_named(rows: Sequence[int]) -> str:
     """
     named = ", ".join(str(row + 1) for row in rows[:NAMED])
     return f"{named} and {len(rows) - NAMED} more" if len(rows) > NAMED else named
+
+
+@contextlib.contextmanager
+def in_rows(first: int, count: int) -> Iterator[None]:
+    """What is refused in a batch of `count` rows from `first` on (0 is the first) is refused with their numbers.
+
+    >>> with in_rows(32, 8):
+    ...     raise ValueError("sample 3 of the batch has nothing")
+    Traceback (most recent call last):
+    ValueError: rows 33 to 40: sample 3 of the batch has nothing
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"rows {first + 1} to {first + count}: {error}") from error
 
 
 def undecoded(dataset: Any) -> Any:

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ DELIMITERS = ",;\t|"
 ALONE = "\x1f"  # stands in no file: a header without a delimiter is that of one column, whose cells may hold any
 SNIFFED = 50  # lines
 FOR_EXCEL = re.compile(r'"?sep=(?P<delimiter>[,;\t|])"?\r?\n', re.IGNORECASE)  # a line that tells it the delimiter
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+OTHERS = (".json", ".ndjson", ".xlsx", ".xls", ".ods", ".arrow", ".feather", ".txt", *PACKED)  # tables, but not read
 # What people call a split -> what we call it.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -53,24 +56,43 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
             raise ValueError(f"{path} holds {len(stems)} tables for {name}; keep one of them")
         if stems:
             found[name] = tables.pop(stems[0])
+    unread = _named([file for file in (*_files_in(path), *_files_in(path / "data")) if _is_unread_split(file)])
     if found:
         if tables:
-            logger.warning("%s: %s is no split by its name and is not read", path, next(iter(tables.values()))[0].name)
+            extra = _named([files[0] for files in tables.values()])
+            logger.warning("%s: not read, since no split has that name: %s", path, extra)
+        if unread:
+            logger.warning("%s: not read, since tables end in %s: %s", path, ", ".join(SUFFIXES), unread)
         return found
     if len(tables) != 1:
+        beside = f", beside {unread}" if unread else ""
         raise FileNotFoundError(
-            f"{path} holds {len(tables)} tables; it should hold one, or train, validation and test "
+            f"{path} holds {len(tables)} tables{beside}; it should hold one, or train, validation and test "
             f"({', '.join(SUFFIXES)})"
         )
     return {"all": next(iter(tables.values()))}
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """In order, less what macOS leaves: `._x.csv`."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if file.is_file() and not file.name.startswith(".")]
+
+
+def _is_unread_split(file: Path) -> bool:
+    return file.suffix.lower() in OTHERS and file.name.partition(".")[0].casefold() in SPLITS
+
+
+def _named(files: Sequence[Path]) -> str:
+    return ", ".join(file.name for file in files)
 
 
 def _tables_in(folder: Path) -> dict[tuple[str, str], list[Path]]:
     """{(stem, suffix): files}, the shards of a table together and in order."""
     tables: dict[tuple[str, str], list[Path]] = {}
     counts: dict[tuple[str, str], int] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith("."):  # macOS leaves ._x.csv
+    for file in _files_in(folder):
+        if file.suffix.lower() in SUFFIXES:
             shard = SHARD.fullmatch(file.stem)
             key = (
                 shard["stem"] if shard else file.stem,
@@ -131,22 +153,63 @@ def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
     body = whole.lstrip("\r\n")
     above = whole[: len(whole) - len(body)].count("\n") + bool(told)  # lines without a cell
     delimiter = told["delimiter"] if told else _delimiter_of(body)
-    # strict, because otherwise a quote that is never closed swallows the rest of the file.
-    reader = csv.DictReader(io.StringIO(body, newline=""), delimiter=delimiter, strict=True)
     try:
-        rows = list(reader)
+        lines = _cells_by_line(body, delimiter)
     except csv.Error as error:
-        if delimiter == "\t" and (plain := _without_quoting(body)):
-            return plain
-        # The line where the row starts, which is where a quote may have been left open.
-        line = reader.line_num + 1 + above
-        raise ValueError(f"{path}, line {line}: {error}; such a table is safer as .jsonl") from error
-    for number, row in enumerate(rows, start=1):
-        if any(cell.strip() for cell in row.pop(None, ())):  # blank ones hold nothing
+        start, fault = error.args
+        place = f"{path}, line {start + above}"
+        raise ValueError(f"{place}: {fault}; such a table is safer as .jsonl") from error
+    header, *cells = lines or [[]]
+    blank = next((i for i, row in enumerate(cells) if not row and any(cells[i:])), None)
+    if blank is not None and len(header) == 1:
+        logger.warning(
+            '%s: blank lines, the one below row %d for one, are no rows: write "" for a row of nothing', path, blank
+        )
+    cells = [row for row in cells if row]
+    for number, row in enumerate(cells, start=1):
+        if any(cell.strip() for cell in row[len(header) :]):  # blank ones hold nothing
             raise ValueError(
                 f"{path}, row {number} has more cells than the header; quote cells that hold {delimiter!r}"
             )
-    return list(reader.fieldnames or ()), rows
+    return header, [dict.fromkeys(header) | dict(zip(header, row, strict=False)) for row in cells]
+
+
+def _cells_by_line(text: str, delimiter: str) -> list[list[str]]:
+    """Quotes enclose cells, behind a blank too; in a table of tabs they are letters where every line fits so.
+
+    Raises:
+        csv.Error: the line at which a row starts, 1 for the first, and what is wrong with the row.
+    """
+    # strict, because otherwise a quote that is never closed swallows the rest of the file.
+    quoted = partial(_parse, text, delimiter=delimiter, strict=True)
+    if delimiter == "\t" and '"' in text:
+        letters = _parse(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        with contextlib.suppress(csv.Error):
+            if len(lines := quoted()) >= len(letters):
+                return lines
+        if _is_even(letters):
+            return letters
+    elif f'{delimiter} "' in text:
+        with contextlib.suppress(csv.Error):
+            if _is_even(lines := quoted(skipinitialspace=True)):
+                return lines
+    return quoted()
+
+
+def _parse(text: str, **dialect: Any) -> list[list[str]]:
+    reader, lines, start = csv.reader(io.StringIO(text, newline=""), **dialect), [], 1
+    try:
+        for cells in reader:
+            lines.append(cells)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise csv.Error(start, error) from error
+    return lines
+
+
+def _is_even(lines: list[list[str]]) -> bool:
+    """Whether all lines that hold cells hold as many."""
+    return len({len(cells) for cells in lines if cells}) == 1
 
 
 def _delimiter_of(text: str) -> str:
@@ -161,16 +224,6 @@ def _delimiter_of(text: str) -> str:
         if widths and widths[0] > 1:
             fits[delimiter] = (sum(width == widths[0] for width in widths), widths[0])
     return max(fits, key=fits.__getitem__, default=ALONE)
-
-
-def _without_quoting(text: str) -> tuple[list[str], list[Row]] | None:
-    """A table of tabs in which a quote is a letter, as programs write that quote nothing; None where a row misfits."""
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    try:
-        rows = list(reader)
-    except csv.Error:
-        return None
-    return None if any(None in row or None in row.values() for row in rows) else (list(reader.fieldnames or ()), rows)
 
 
 def _read_json_lines(path: Path) -> tuple[list[str], list[Row]]:

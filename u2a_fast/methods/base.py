@@ -248,19 +248,21 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             TypeError: something else than samples.
         """
         from ..data import MultimodalCollator, is_absent
-        from ..data.presence import batches_of
+        from ..data.presence import batches_of, in_rows
 
-        modalities, was_training, logits = self.config.modalities, self.training, []
+        modalities, was_training = self.config.modalities, self.training
+        logits: list[Tensor] = []
         self.eval()
         try:
             for chosen in batches_of(self._read_samples(samples), batch_size):
                 named = [name for name in modalities if any(not is_absent(sample.get(name)) for sample in chosen)]
                 collate = MultimodalCollator(self._processors_of(named or modalities))
-                batch = collate([{name: sample.get(name) for name in collate.modalities} for sample in chosen])
-                present = dict(zip(collate.modalities, batch.pop("modality_mask").unbind(1), strict=True))
-                nowhere = torch.zeros(len(chosen), dtype=torch.bool)
-                mask = torch.stack([present.get(name, nowhere) for name in modalities], dim=1)
-                logits.append(self(**to_device(batch, self.device), modality_mask=mask).logits)
+                with in_rows(sum(len(part) for part in logits), len(chosen)):
+                    batch = collate([{name: sample.get(name) for name in collate.modalities} for sample in chosen])
+                    present = dict(zip(collate.modalities, batch.pop("modality_mask").unbind(1), strict=True))
+                    nowhere = torch.zeros(len(chosen), dtype=torch.bool)
+                    mask = torch.stack([present.get(name, nowhere) for name in modalities], dim=1)
+                    logits.append(self(**to_device(batch, self.device), modality_mask=mask).logits)
         finally:
             self.train(was_training)
         return torch.cat(logits) if logits else torch.empty(0, self.config.num_labels)
