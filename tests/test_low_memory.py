@@ -103,10 +103,12 @@ def test_the_largest_preset_trains_a_layer_of_each(capsys):
     example = runpy.run_path(str(EXAMPLE))
     preset = example["PRESETS"][LARGE]
     preset.image.num_hidden_layers = preset.text.num_hidden_layers = 1
-    preset.text.vocab_size = 999  # or most of the time goes to drawing an embedding
+    preset.image.intermediate_size = preset.text.intermediate_size = 1024  # or most of the time goes to drawing
+    preset.text.vocab_size = 999
     example["train"](preset, preset.quantization, steps=1, size=1)
     printed = capsys.readouterr().out
-    weights = 4096 * (128 * (32 + 8 + 8 + 32) + 3 * 12288) + 4096 * (4 * 4096 + 3 * 8192)
+    weights = 4096 * (128 * (32 + 8 + 8 + 32) + 3 * 1024) + 4096 * (4 * 4096 + 3 * 1024)
+    weights += 4096 * (999 + 3 * 16 * 16)  # words and patches
     count = int(re.search(r"all params: ([\d,]+)", printed)[1].replace(",", ""))
     assert weights < count < 1.05 * weights
     assert 0 < float(re.search(r"loss ([\d.]+)", printed)[1]) < 50

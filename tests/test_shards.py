@@ -8,11 +8,11 @@ import shutil
 import launches
 import pytest
 import ranks
-import shard_on_cpus
 import torch
 from accelerate import Accelerator, DistributedType
 from launches import losses
 from safetensors.torch import load_file
+from shard_on_cpus import shard_on_cpus
 
 from u2a_fast.cli import main
 
@@ -22,13 +22,18 @@ pytestmark = pytest.mark.slow
 
 
 def told(run, world):
-    """`run()` in forks that are told what `accelerate launch` tells its processes."""
-    ranks.run_ranks(run, world, **ranks.settings(FSDP2["config_file"], world))
+    """What `run()` prints in forks that are told what `accelerate launch` tells its processes."""
+    return ranks.run_ranks(run, world, **ranks.settings(FSDP2["config_file"], world))
 
 
 def sharded(*given):
-    shard_on_cpus.shard_on_cpus()
+    shard_on_cpus()
     launches.example(*given)
+
+
+def commanded(*given):
+    shard_on_cpus()
+    launches.watched([*given])
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +69,7 @@ def test_the_example_is_the_run_of_one_process_and_goes_on_in_more_and_in_fewer(
 def test_two_processes_of_the_command_line_write_one_run(common, tmp_path):
     given = ["train", *common[:-4], "--dtype", "float32", "--max-steps", "4"]
     main([*given, "--output-dir", str(tmp_path / "one")])
-    script = [shard_on_cpus.__file__, launches.__file__, *given, "--output-dir", str(tmp_path / "two")]
-    said = ranks.run_command(ranks.launched("accelerate", script, FSDP2))
+    said = "".join(told(lambda: commanded(*given, "--output-dir", str(tmp_path / "two")), world=2))
     assert said.count("trainable params:") == 1 and said.count("majority") == 1
     assert "rank 1 wrote nothing" in said and "rank 0 wrote report.csv" in said
     one, two = ({str(p.relative_to(tmp_path / n)) for p in (tmp_path / n).rglob("*")} for n in ("one", "two"))

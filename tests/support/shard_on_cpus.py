@@ -1,12 +1,9 @@
-"""`python shard_on_cpus.py script arguments ..`: a script in whose processes accelerate shards on CPUs as on GPUs.
+"""A process in which accelerate shards on CPUs as on GPUs.
 
 accelerate 1.15 reads `ACCELERATE_USE_FSDP` only `elif self.distributed_type in [DistributedType.MULTI_GPU, ..]`
 (`AcceleratorState.__init__`, accelerate/state.py), a list without MULTI_CPU: there it goes on as DDP without a word.
 Here MULTI_CPU gets what those lines give MULTI_GPU. All else is accelerate's and Trainer's own.
 """
-
-import runpy
-import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -22,9 +19,3 @@ def shard_on_cpus():
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
-
-
-if __name__ == "__main__":
-    shard_on_cpus()
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -27,13 +27,17 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main() -> None:
-    name, part, path, seconds, where, parent = sys.argv[1:]
-    end_with(int(parent))
+def run(name: str, part: str, path: str, seconds: str, where: str) -> None:
     step, dry = STEPS[name], where == "dry"
     torch.manual_seed(0)
     report = Report(Path(path), dry, time.monotonic() + float(seconds), int(part), 1 if dry else step.parts)
     importlib.import_module(f".{step.module}", __package__).measure(report)
+
+
+def main() -> None:
+    *given, parent = sys.argv[1:]
+    end_with(int(parent))
+    run(*given)
 
 
 if __name__ == "__main__":
