@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +16,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from u2a_fast import cli, load_model
+from u2a_fast import commands, load_model, training
 from u2a_fast.card import data_hash
 from u2a_fast.cli import main
 from u2a_fast.data import load_table
 from u2a_fast.evaluation import scenario_logits
+from u2a_fast.methods import METHODS
 from u2a_fast.options import TrainOptions, load_sources
 
 COLOURS = sorted(tiny_data.COLOURS)
@@ -101,14 +104,14 @@ def test_columns_without_an_encoder_stop_no_training(tmp_path):
 @pytest.mark.slow
 def test_evaluate_splits_by_the_seed_of_the_run(common, tmp_path, monkeypatch):
     """By another seed most of the test split was trained on."""
-    out, drawn, load_splits = tmp_path / "out", [], cli.load_splits
+    out, drawn, load_splits = tmp_path / "out", [], commands.load_splits
     main(["train", *common, "--seed", "3", "--output-dir", str(out)])
 
     def watched(data, seed, **table):
         drawn.append(seed)
         return load_splits(data, seed, **table)
 
-    monkeypatch.setattr(cli, "load_splits", watched)
+    monkeypatch.setattr(commands, "load_splits", watched)
     evaluated = ["evaluate", "--model", str(out), "--data", common[1], "--output-dir", str(tmp_path / "again")]
     main(evaluated)
     assert (tmp_path / "again" / "report.csv").read_text() == (out / "report.csv").read_text()
@@ -197,7 +200,7 @@ def test_where_answers_go_is_looked_at_before_anything_is_answered(trained, tmp_
     given = ["predict", "--model", str(trained), "--input", str(samples), "--output"]
     main([*given, str(tmp_path / "new" / "answers.jsonl")])
     assert json.loads((tmp_path / "new" / "answers.jsonl").read_text())["label"] in tiny_data.COLOURS
-    monkeypatch.setattr(cli, "predict_answers", lambda *_: pytest.fail("it was answered"))
+    monkeypatch.setattr(commands, "predict_answers", lambda *_: pytest.fail("it was answered"))
     with pytest.raises(SystemExit, match="new is a folder: name a file in it"):
         main([*given, str(tmp_path / "new")])
 
@@ -367,8 +370,17 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common,
     assert not (tmp_path / "out").exists()
 
 
+def test_help_names_every_method_and_imports_little(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said.partition("which method to train")[2][:70] for name in METHODS)
+    heavy = "import sys, u2a_fast.cli; print({'transformers', 'datasets', 'scipy', 'peft'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_a_full_disk_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(cli, "train", lambda options: torch.save(torch.zeros(10**6), "/dev/full"))
+    monkeypatch.setattr(training, "train", lambda options: torch.save(torch.zeros(10**6), "/dev/full"))
     with pytest.raises(
         SystemExit, match="u2a-fast train: torch could not write a file: make sure that the disk is not"
     ):
@@ -377,7 +389,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch):
     def broken(options):
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(cli, "train", broken)
+    monkeypatch.setattr(training, "train", broken)
     with pytest.raises(RuntimeError, match="of ours"):
         main(["train"])
 

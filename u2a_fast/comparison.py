@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from .data_checks import check_data
 from .methods import METHODS, LateFusion
 from .methods.config import check_choice
 from .metrics import headline
-from .options import TrainOptions, load_sources, option, settled
+from .options import CompareOptions, TrainOptions, load_sources, settled
 from .paired import TALLIES
 from .processes import processes
 from .reports import UNIMODAL, Row, plot_curves, plot_report
@@ -28,25 +28,6 @@ from .training import BASELINES, STATE, build_model, run_once
 from .verdicts import Cell, Verdicts, markdown
 
 Due = dict[tuple[str, int], TrainOptions]  # by method or baseline, and seed
-
-
-@dataclass(frozen=True)
-class CompareOptions(TrainOptions):
-    """The options of `train`, for every method and seed; `method` and `seed` are set by the comparison."""
-
-    methods: list[str] | None = option(None, "which methods to train; None: all but the baselines")
-    seeds: list[int] | None = option(None, "which seeds to train with; None: 0, 1, 2")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("method", "seed", "resume"):
-            if getattr(self, name) != getattr(TrainOptions, name):
-                raise ValueError(f"compare takes --methods and --seeds, and goes on by itself: leave --{name} out")
-        for name in ("methods", "seeds"):
-            given = getattr(self, name) or []
-            twice = next((value for value in given if given.count(value) > 1), None)
-            if twice is not None:
-                raise ValueError(f"--{name} has {twice!r} twice, which would count one run as two: name it once")
 
 
 def compare(options: CompareOptions) -> dict[str, dict[str, Cell]]:

@@ -38,7 +38,7 @@ def refuse_labels(data: str, splits: Mapping[str, Any]) -> None:
                 "ClassLabel column and what was measured floats; load_table reads lists of names"
             )
         labels = _known_labels(part)
-        if not len(labels):
+        if not hasattr(part, "__len__") and not labels:
             raise ValueError(f"the {name} split of {data} has no rows: give it some")
         for row, label in enumerate(labels):
             if label is None or (classes and label < 0) or (isinstance(label, list) and None in label):

@@ -17,7 +17,6 @@ from .data.presence import without_unreadable
 from .data.splits import MODALITIES
 from .data.table_files import digest_of
 from .lora_config import LoraConfig
-from .methods import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class TrainOptions:
     """Everything `u2a-fast train` takes; a YAML file may set the same names."""
 
     data: str = option("emoji", DATA_HELP)
-    method: str = option("u2a", "which method to train, one of " + ", ".join(METHODS))
+    method: str = option("u2a", "which method to train: u2a, pmf, joint_embedding or late_fusion")
     output_dir: str = option("out", "where checkpoint, report and model card go")
     encoders: dict[str, str] | None = option(
         None, "{modality: hub id or folder} of the encoders; None: those of [demo]"
@@ -159,6 +158,25 @@ class TrainOptions:
     @property
     def lora(self) -> LoraConfig:
         return LoraConfig(r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
+
+
+@dataclass(frozen=True)
+class CompareOptions(TrainOptions):
+    """The options of `train`, for every method and seed; `method` and `seed` are set by the comparison."""
+
+    methods: list[str] | None = option(None, "which methods to train; None: all but the baselines")
+    seeds: list[int] | None = option(None, "which seeds to train with; None: 0, 1, 2")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("method", "seed", "resume"):
+            if getattr(self, name) != getattr(TrainOptions, name):
+                raise ValueError(f"compare takes --methods and --seeds, and goes on by itself: leave --{name} out")
+        for name in ("methods", "seeds"):
+            given = getattr(self, name) or []
+            twice = next((value for value in given if given.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"--{name} has {twice!r} twice, which would count one run as two: name it once")
 
 
 # ----------------------------------------------------------------------------------------------------------- choices
