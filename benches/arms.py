@@ -18,7 +18,7 @@ from limits import Limit, limits_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from u2a_fast import get_backend, set_backend
-from u2a_fast.training import fast_dtype
+from u2a_fast.quantization import fast_dtype
 
 T = TypeVar("T")
 Arms = Mapping[str, Callable[[], Any]]

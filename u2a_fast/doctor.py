@@ -14,8 +14,7 @@ import torch
 
 from .kernels.backend import interpreting, triton
 from .kernels.targets import has_bfloat16, supports_triton
-from .quantization import slower_than_float32
-from .training import fast_dtype
+from .quantization import fast_dtype, slower_than_float32
 
 OPTIONAL = {
     "bitsandbytes": "no nf4 encoders, no 8-bit optimizer, no encoders loaded with BitsAndBytesConfig",

@@ -30,6 +30,11 @@ def storage_of(weight: Tensor) -> str:
     return {torch.int8: "int8", torch.uint8: "nf4"}.get(weight.dtype, "float")
 
 
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where it is multiplied in hardware, float32 elsewhere."""
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
 def slower_than_float32(dtype: torch.dtype, mode: str | None = None) -> str | None:
     """Why an encoder of `dtype`, stored in `mode`, would be slower here than in fp32; None where it would not be.
 

@@ -21,7 +21,6 @@ from .data.labels import label_names, labels_of, task_of
 from .data.presence import undecoded, warn_of_cuts
 from .data_checks import PROBLEM_TYPES, check_data, numbered_alike, warn_of_holes
 from .evaluation import evaluate
-from .kernels.targets import has_bfloat16
 from .label_checks import labels_in_words, warn_of_classes
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
@@ -41,7 +40,7 @@ from .options import (
     settled,
 )
 from .processes import check_shards, collect_for_evaluation, for_main, is_main, least, on_cpu, processes, share
-from .quantization import read_quantization
+from .quantization import fast_dtype, read_quantization
 from .reports import Row, plot_curves, print_report, with_baseline, write_report
 from .runs import BESIDE, as_begun, check_directory, claim_directory, split_before
 
@@ -337,11 +336,6 @@ def _measure(model: MultimodalModel, collate: MultimodalCollator | StandardLabel
         return score(model.config.problem_type, logits, labels)
 
     return compute
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where it is multiplied in hardware, float32 elsewhere."""
-    return torch.bfloat16 if has_bfloat16() else torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------- baselines
