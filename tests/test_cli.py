@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from u2a_fast import commands, load_model, training
 from u2a_fast.card import data_hash
-from u2a_fast.cli import main
+from u2a_fast.cli import build_parser, main
 from u2a_fast.data import load_table
 from u2a_fast.evaluation import scenario_logits
 from u2a_fast.methods import METHODS
@@ -368,6 +368,12 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments, message, common,
         main([arguments[0], *given, *arguments[1:]])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("separator", ["~", "#", "null", "|"])
+def test_a_separator_is_what_was_typed(separator):
+    parsed = build_parser().parse_args(["train", f"--label-separator={separator}"])
+    assert parsed.train.label_separator == separator and parsed.train.task is None
 
 
 def test_help_names_every_method_and_imports_little(capsys):

@@ -339,8 +339,9 @@ def test_names_in_any_samples_are_scored_by_name(folders, caplog):
 def test_several_names_of_a_sample_are_scored_by_name(folders):
     model = U2A(folders, num_labels=3, processors=tiny_data.processors(), problem_type="multi_label_classification")
     model.config.id2label = {0: "a", 1: "b", 2: "c"}
-    rows = [{"text": "red", "label": ["c", "a"]}, {"text": "red", "label": [0.0, 1.0, 0.0]}]
-    assert scenario_logits(model, rows, ["full"], 2, 0)[2].tolist() == [[1, 0, 1], [0, 1, 0]]
+    labels = [["c", "a"], [0.0, 1.0, 0.0], []]
+    rows = [{"text": "red", "label": label} for label in labels]
+    assert scenario_logits(model, rows, ["full"], 2, 0)[2].tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
 
 
 def test_numbers_of_a_regression_may_be_whole_and_any(folders):

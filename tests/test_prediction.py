@@ -6,6 +6,7 @@ import os
 import stat
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -115,6 +116,24 @@ def test_samples_without_any_column_of_the_model_are_a_mistake():
     model = SimpleNamespace(config=SimpleNamespace(modalities=("image", "text")))
     with pytest.raises(ValueError, match="no sample has a column for image or text; there are body, id: rename one"):
         predict_answers(model, [{"body": "red", "id": 1}, {"body": "blue"}])
+
+
+def test_samples_may_be_what_predict_takes():
+    class Model(SimpleNamespace):
+        config = SimpleNamespace(modalities=("text",), id2label={0: "a", 1: "b"}, num_labels=2)
+        all_absent = "prior"
+
+        def predict(self, samples, batch_size):
+            return torch.tensor([[float(len(sample["text"])), 2.0] for sample in samples])
+
+        def problem_type(self, labels):
+            return "single_label_classification"
+
+    for samples in (["x", "xyz"], ({"text": text} for text in ("x", "xyz")), pd.DataFrame({"text": ["x", "xyz"]})):
+        assert [answer["label"] for answer in predict_answers(Model(), samples)] == ["b", "a"]
+    assert predict_answers(Model(), iter(())) == []
+    with pytest.raises(ValueError, match="top_k must be at least 1, not 0"):
+        predict_answers(Model(), ["x"], top_k=0)
 
 
 def test_answers_do_not_replace_the_samples(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_answers_may_be_a_table_and_files_are_found_beside_the_input(run, root, 
     model = load_model(folder)
     chances = model.predict([{"text": "red square", "image": str(root / "0.png")}]).softmax(dim=1)[0]
     assert float(rows[0]["probability"]) == pytest.approx(chances.max().item(), abs=1e-4)
-    with pytest.raises(SystemExit, match="--top-k must be at least 1"):
+    with pytest.raises(SystemExit, match="top_k must be at least 1"):
         predict(folder, root, capsys, "--top-k", "0")
 
 

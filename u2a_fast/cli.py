@@ -88,8 +88,9 @@ def _options_parser(options: type) -> ArgumentParser:
         flag = "--" + item.name.replace("_", "-")
         if hints[item.name] is bool:
             parser.add_argument(flag, action="store_true", help=item.metadata["help"])
-        else:
-            parser.add_argument(flag, type=hints[item.name], default=item.default, help=item.metadata["help"])
+        else:  # of a string that may be None, jsonargparse would read ~ and # as YAML does
+            kind = str if hints[item.name] == (str | None) else hints[item.name]
+            parser.add_argument(flag, type=kind, default=item.default, help=item.metadata["help"])
     return parser
 
 

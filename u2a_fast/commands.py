@@ -20,7 +20,7 @@ from .memory import plan, print_plan
 from .methods import load_model
 from .methods.base import MultimodalModel
 from .options import CompareOptions, TrainOptions, check_splits, data_digest, is_known, load_splits, refuse_of_tables
-from .prediction import check_output, predict_answers, samples_from, write_answers
+from .prediction import check_output, predict_answers, refuse_top_k, samples_from, write_answers
 from .processes import leave
 from .reports import print_report
 from .runs import data_of, modalities_of, refuse_model, run_of, seed_of
@@ -83,8 +83,7 @@ def task_of(model: MultimodalModel) -> str:
 
 
 def run_predict(options: PredictOptions) -> None:
-    if options.top_k < 1:
-        raise ValueError(f"--top-k must be at least 1, not {options.top_k}")
+    refuse_top_k(options.top_k)
     usual, modalities = run_of(options.model).get("columns"), modalities_of(options.model)
     samples = samples_from(options.input, options.columns, usual, modalities)
     model = load_model(options.model, encoders=options.encoders)

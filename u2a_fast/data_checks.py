@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from .data.labels import Classes, label_names, task_of
+from .data.classes import Classes
+from .data.labels import label_names, task_of
 from .data.presence import readable
 from .label_checks import refuse_alike, refuse_labels, refuse_unmeasurable
 from .methods.config import check_choice

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 
 from .allocator import keep_freed_memory
 from .data import MissingPattern, MultimodalCollator
+from .data.classes import Classes
 from .data.collator import LABELS
 from .data.holes import leave
 from .data.inputs import is_absent
-from .data.labels import Classes, label_names
+from .data.labels import label_names
 from .data.presence import batches_of, in_rows, rows_named, samples_of, warn_of_losses
 from .methods.base import MultimodalModel, to_device
 from .metrics import NOT_FINITE, refuse_not_finite, score
@@ -212,7 +213,7 @@ def _numbered(sample: Mapping[str, Any], known: Classes | None) -> Mapping[str, 
     label = sample[column]
     if isinstance(label, str) and not is_absent(label):
         return {**sample, column: known.number(label)}
-    if isinstance(label, list | tuple) and label and all(isinstance(part, str) for part in label):
+    if isinstance(label, list | tuple) and all(isinstance(part, str) for part in label):
         marked = {known.number(part) for part in label}
         return {**sample, column: [float(i in marked) for i in range(len(known.names))]}
     return sample

@@ -26,7 +26,7 @@ def refuse_labels(data: str, splits: Mapping[str, Any]) -> None:
             found = ", ".join(part.features)
             raise ValueError(
                 f"the {name} split of {data} needs a label column of class names, numbers or lists of names; "
-                f"it has {found}"
+                f'it has {found}; where a table calls it otherwise, pass --columns \'{{"label": ".."}}\''
             )
         feature = part.features["label"]
         one = getattr(feature, "feature", feature)  # of a list

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from .data import MultimodalCollator, readable
 from .data.cells import is_bare
-from .data.presence import refuse_misspelt, rows_named
+from .data.presence import rows_named, samples_for
 from .data.splits import MODALITIES
 from .data.table_files import parse_json_lines
 from .data.tables import COLUMNS, NO_MODALITY, read_lines, read_samples, short_name
@@ -85,24 +85,24 @@ def _renamed(
 
 
 def predict_answers(
-    model: MultimodalModel, samples: Sequence[Mapping[str, Any]], batch_size: int = 32, top_k: int = 3
+    model: MultimodalModel, samples: Iterable[Mapping[str, Any] | str], batch_size: int = 32, top_k: int = 3
 ) -> list[Answer]:
     """What the model says of each sample, in their order; an empty answer where nothing can be read.
 
-    See `answers` for what an answer holds.
+    See `model.predict` for what samples may be, and `answers` for what an answer holds.
     """
-    if not samples:
-        return []
+    refuse_top_k(top_k)
     modalities = model.config.modalities
-    found = {name: None for sample in samples for name in sample}
+    given = [*samples_for(samples, modalities)]
+    if not given:
+        return []
+    found = {name: None for sample in given for name in sample}
     if found and not found.keys() & set(modalities):
         raise ValueError(
             f"no sample has a column for {' or '.join(modalities)}; there are {', '.join(map(str, found))}: "
             "rename one, or pass --columns"
         )
-    for number, sample in enumerate(samples, start=1):
-        refuse_misspelt(sample, modalities, number)
-    whole = [dict.fromkeys(modalities) | {name: sample.get(name) for name in modalities} for sample in samples]
+    whole = [dict.fromkeys(modalities) | {name: sample.get(name) for name in modalities} for sample in given]
     kept = torch.ones(len(whole), dtype=torch.bool)
     if model.all_absent == "error":
         kept = readable(whole, MultimodalCollator(model.processors), source="the input").any(dim=1)
@@ -114,6 +114,11 @@ def predict_answers(
         )
     said = dict(zip(rows, answers(model, model.predict([whole[i] for i in rows], batch_size), top_k), strict=True))
     return [said.get(i, {}) for i in range(len(whole))]
+
+
+def refuse_top_k(top_k: int) -> None:
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
 
 
 def answers(model: MultimodalModel, logits: torch.Tensor, top_k: int = 3) -> Iterator[Answer]:

@@ -287,6 +287,13 @@ def test_without_soundfile_there_is_a_sentence_and_no_absent_clip(monkeypatch):
         to_audio("a.ogg", 16000)
 
 
+@pytest.mark.parametrize(("most", "white"), [(255, 255), (4095, 255), (4096, 15)])
+def test_sixteen_bits_hold_the_shades_of_eight_or_twelve(most, white):
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, most]], np.uint16)).save(file, "png")
+    assert np.asarray(to_image(file.getvalue(), square=False))[..., 0].tolist() == [[0, white]]
+
+
 def test_the_transparent_shade_of_sixteen_bits_is_white():
     shades, file = np.full((8, 8), 0xC800, np.uint16), io.BytesIO()
     shades[0] = 0x1000

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from u2a_fast.data.labels import Classes, label_feature, label_names, settle_labels, task_of
+from u2a_fast.data.labels import label_feature, label_names, settle_labels, task_of
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -113,10 +113,6 @@ def test_a_list_may_be_written_as_text(labels, lists):
     assert settled(labels, task="classification")[1] == [label.strip() for label in labels]
 
 
-def test_classes_of_an_earlier_version_are_found_however_blank():
-    assert Classes(["hot  dog", "New\u00a0York"]).number("New York") == 1
-
-
 def test_brackets_around_a_name_are_letters():
     assert settled(["[NSFW]", "[cat]"])[1] == ["[NSFW]", "[cat]"]
     assert settled(["('Heroes')", "{'x': 1}"])[1] == ["('Heroes')", "{'x': 1}"]
@@ -182,6 +178,14 @@ def test_commas_that_are_no_list_of_rising_numbers_are_decimal(labels):
         (["1,5", "2,5", "1.200,50"], {}, r"row 3 has the label '1\.200,50', but most"),
         (["950,5", "1.234", "12,25"], {}, r"row 2 has the label '1\.234', which may be 1\.234 or 1234: write numbers"),
         (["950.25", "1 200.50", "2\u00a0500"], {}, r"row 2 has the label '1 200\.50', but most"),
+        (["0.5", "1.5"] * 5 + ["#N/A"], {}, r"row 11 has the label '#N/A', but most labels are numbers"),
+        (["0.5", "1.5"] * 5 + ["12 kg"], {}, r"row 11 has the label '12 kg', but most labels are numbers"),
+        (["$1.50", "$2.50"], {}, r"row 1 has the label '\$1\.50', but most labels are numbers"),
+        (["12,5 %", "2 \u20ac"], {}, r"row 1 has the label '12,5 %', but most"),
+        (["1.5", "(1.5)", "5.3-"], {}, r"row 2 has the label '\(1\.5\)', but most"),
+        (["1,20,000.5"], {}, r"row 1 has the label '1,20,000\.5', but most"),
+        (["850", "1.200", "12.500"], {}, r"row 2 has the label '1\.200', which may be 1\.200 or 1200: write numbers"),
+        (["850", "1.200", "12.500"], {"task": "regression"}, r"row 2 has the label '1\.200', which may be"),
         (["a"], {"task": "ranking"}, "task must be one of classification, multi_label, regression"),
     ],
 )
@@ -189,6 +193,15 @@ def test_what_does_not_fit_is_named_with_its_row(labels, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         settled(labels, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [["850", "1.200", "12.50"], ["1500", "1.200", "2.400"], [850, 1.125, 12.375]])
+def test_points_are_decimal_where_they_cannot_part_thousands(labels):
+    assert settled(labels) == (None, [float(label) for label in labels])
+
+
+def test_several_names_beside_numbers_are_classes():
+    assert settled(["0.5", "1.5"] * 4 + ["low"])[0] == ["0.5", "1.5", "low"]
 
 
 def test_numbers_that_fp32_cannot_tell_apart_are_refused():

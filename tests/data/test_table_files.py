@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from u2a_fast.data import MultimodalCollator, load_table
 from u2a_fast.data.labels import label_names
@@ -95,6 +96,23 @@ def test_shards_of_the_hub_are_one_table(tmp_path, below):
         load_table(tmp_path)
 
 
+def test_a_table_hides_those_in_data_with_a_warning(tmp_path, caplog):
+    write(tmp_path, "sample.csv")
+    write(tmp_path, "data/train.csv")
+    with caplog.at_level(logging.WARNING):
+        assert [path.name for path in find_tables(tmp_path)["all"]] == ["sample.csv"]
+    assert "not read, since there is sample.csv beside it: data with train.csv" in caplog.text
+
+
+def test_folders_of_splits_hold_a_table_each(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path, f"{name}/metadata.csv", f"file_name,text,label\na.png,{name},x\n")
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+    splits = load_table(tmp_path, decode=True)
+    assert {name: part["text"][:] for name, part in splits.items()} == {"train": ["train"], "test": ["test"]}
+    assert all(part[0]["image"] for part in splits.values())
+
+
 def test_hidden_files_are_no_tables(tmp_path):
     for name in ("._items.csv", ".items.csv", "items.csv"):
         write(tmp_path, name)
@@ -168,6 +186,26 @@ def test_a_quote_is_a_letter_where_nothing_is_quoted(tmp_path):
     assert load_table(tmp_path)["train"]["text"][:] == ['"Yes', 'no"', '"a"']
 
 
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_a_quote_may_stand_behind_a_backslash(tmp_path, separator):
+    texts = ['says "no"', "a, b\tc", "back\\slash"]
+    file = io.StringIO()
+    options = {"delimiter": separator, "doublequote": False, "escapechar": "\\", "quoting": csv.QUOTE_ALL}
+    csv.writer(file, **options).writerows([["text", "label"], *([text, "x"] for text in texts)])
+    write(tmp_path, "train.csv", file.getvalue())
+    assert load_table(tmp_path)["train"]["text"][:] == texts
+
+
+def test_rows_shorter_than_the_header_are_told(tmp_path, caplog):
+    write(tmp_path, "train.csv", "label,text\nx,a\ny\nx\n")
+    with caplog.at_level(logging.WARNING):
+        assert load_table(tmp_path)["train"]["text"][:] == ["a", None, None]
+    assert "2 rows are shorter than the header, row 2 for one" in caplog.text
+    write(tmp_path, "train.csv", "text,label\na,x\ntext,label\nb,y\n")
+    with pytest.raises(ValueError, match="row 2 is the header again: remove it"):
+        load_table(tmp_path)
+
+
 def test_a_blank_may_stand_in_front_of_a_quote(tmp_path):
     write(tmp_path, "train.csv", 'label, text\nx, "a, ""b"""\ny, c\n')
     assert load_table(tmp_path)["train"]["text"][:] == ['a, "b"', "c"]
@@ -205,13 +243,15 @@ def unread_columns(kind):
     table = {"text": ["a", "b"], "label": ["x", "y"]}
     if kind == "interval":
         return pa.Table.from_pandas(pd.DataFrame({**table, "note": pd.interval_range(0, 2)}))
+    if kind == "infinity":  # of Postgres, a year that Python does not know
+        return pa.table({**table, "note": pa.array([2**62, 0], pa.timestamp("us"))})
     if kind == "map":
         cells = pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64()))
         return pa.table({**table, "note": cells}).replace_schema_metadata({"pandas": "{}"})
     return pa.Table.from_arrays([pa.array(cells) for cells in (*table.values(), [1, 2], [3, 4])], [*table, "o", "o"])
 
 
-@pytest.mark.parametrize("kind", ["interval", "map", "twice"])
+@pytest.mark.parametrize("kind", ["interval", "map", "twice", "infinity"])
 def test_a_column_of_a_parquet_file_that_nobody_reads_may_be_anything(kind, tmp_path):
     from pyarrow.parquet import write_table
 
@@ -223,7 +263,9 @@ def test_a_modality_that_is_not_needed_is_not_looked_at(tmp_path):
     write(tmp_path, "t.csv", "text,audio,img,photo,label\na,no.wav,a,b,x\nb,https://a.b/c.wav,c,d,y\n")
     splits = load_table(tmp_path, modalities=["text"], decode=True)
     assert splits["train"].column_names == ["text", "label"]
-    with pytest.raises(ValueError, match=r"has the columns \['audio', .*\]; it needs at least one of video$"):
+    with pytest.raises(
+        ValueError, match=r"has the columns \['audio', .*\]; it needs at least one of video: rename one, or pass"
+    ):
         load_table(tmp_path, modalities=["video"])
     write(tmp_path, "t.csv", "text,audio,class,target\na,no.wav,1,2\nb,neither.wav,1,2\n")
     assert [row["text"] for row in read_samples(tmp_path)] == ["a", "b"]

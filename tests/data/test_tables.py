@@ -140,6 +140,13 @@ def test_one_table_is_split_by_seed_with_groups_together(tmp_path):
     assert load_table(table, seed=1)["test"]["text"][:] != splits["test"]["text"][:]
 
 
+@pytest.mark.parametrize("none", ["NA", "nan", "\\N", ""])
+def test_rows_without_a_group_are_not_one(none, tmp_path):
+    lines = "".join(f"{i},{i % 2},{none if i % 3 else i}\n" for i in range(60))
+    splits = load_table(write(tmp_path, text="text,label,group\n" + lines))
+    assert all(None in part["group"][:] for part in splits.values())
+
+
 def test_a_group_is_one_however_it_is_written(tmp_path):
     lines = "".join(f'{{"text": "{i}", "label": {i % 2}, "group": {group}}}\n'
                     for i in range(40) for group in (i, f"{i}.0", f'" {i}"'))  # fmt: skip

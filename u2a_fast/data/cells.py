@@ -21,6 +21,7 @@ FILES = ("image", "audio", "video")  # columns of paths, bytes or records
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 INLINE = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)  # as web pages hold a picture
 LONGEST_PATH = 1000  # characters; what is longer is content
+NO_GROUP = ("na", "nan", "n/a", "<na>", "none", "null", "\\n")  # a row of its own
 WHOLE = re.compile(r"[+-]?\d+\.0*")  # as spreadsheets and pandas write whole numbers
 
 
@@ -38,11 +39,13 @@ def _text_cell(cell: Any, column: str, folder: Path) -> str:
     return cell
 
 
-def _group_cell(cell: Any, column: str, folder: Path) -> str:
-    """The name of a group: 1, 1.0 and " 1" are one, as of labels."""
+def _group_cell(cell: Any, column: str, folder: Path) -> str | None:
+    """The name of a group: 1, 1.0 and " 1" are one, as of labels; None where R or pandas wrote that there is none."""
     if isinstance(cell, float):
         return str(int(cell)) if cell.is_integer() else str(cell)
     name = tidy(_text_cell(cell, column, folder))
+    if name.casefold() in NO_GROUP:
+        return None
     return name.rstrip("0").removesuffix(".") if WHOLE.fullmatch(name) else name
 
 

@@ -163,9 +163,10 @@ def _on_white(image: Image.Image, square: bool) -> Image.Image:
     if image.mode == "F":
         raise DecodeError("mode F does not say which number is white; convert it to 8 bits (0 to 255)")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Sixteen bits: Pillow's own conversion would clip all but the darkest pixels to white. "I" may hold eight too.
+        # Pillow's own conversion would clip all but the darkest pixels to white. As many bits as the brightest needs,
+        # of the 8, 12 and 16 that scanners and cameras give: a picture of fewer would be black.
         shades, clear = np.asarray(image), image.info.get("transparency")
-        scale = 1 if image.mode == "I" and shades.max() <= 255 else 257
+        scale = next(scale for scale, most in ((1, 255), (16, 4095), (257, np.inf)) if shades.max() <= most)
         image = Image.fromarray((shades // scale).clip(0, 255).astype(np.uint8))
         if isinstance(clear, int):  # the one shade that is transparent
             image.putalpha(Image.fromarray(np.where(shades == clear, 0, 255).astype(np.uint8)))

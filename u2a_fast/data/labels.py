@@ -11,24 +11,27 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
+from .classes import LONGEST_NUMBER, NUMBER, TRUTH, meaning
 from .inputs import is_absent
 from .spelling import tidy
 
 logger = logging.getLogger(__name__)
 
 TASKS = ("classification", "multi_label", "regression")
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 COMMA = re.compile(r"[+\-\N{MINUS SIGN}]?(\d+[.,]?\d*|[.,]\d+)", re.ASCII)
 THOUSANDS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2},\d{3}", re.ASCII)
 GROUPED = re.compile(r"[1-9]\d{0,2}(,\d{3})+", re.ASCII)
 IDS = re.compile(r"\d{1,9}(, ?\d{1,9})*", re.ASCII)  # of several labels
-# A number as people write it: 1.5, 1,5, 1,200,000.5, 1.200.000,5.
+# A number as people write it: 1.5, 1,5, 1,200,000.5, 1.200.000,5, 1,20,000.5, $1.50, 12,5 %, (1.50), 1.5-.
 MEASURED = re.compile(
-    r"[+\-\N{MINUS SIGN}]?(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([, ']\d{3})+([.,]\d+)?|\d{1,3}(\.\d{3})+(,\d+)?)"
-    r"([eE][+-]?\d{1,3})?",
+    r"[(<>~+\-\N{MINUS SIGN}]?[$\u20ac\u00a3\u00a5\u20b9]? ?"
+    r"(\d+([.,]\d*)?|[.,]\d+|\d{1,3}([, ']\d{3})+([.,]\d+)?|\d{1,3}(\.\d{3})+(,\d+)?|\d{1,2}(,\d\d)+,\d{3}(\.\d+)?)"
+    r"([eE][+-]?\d{1,3})? ?[%$\u20ac\u00a3\u00a5\u20b9]?[)\-]?",
     re.ASCII,
 )
+FEW = 0.1  # of the labels, so many that are no numbers are no classes beside measured numbers
 POINTS = re.compile(r"[+\-\N{MINUS SIGN}]?[1-9]\d{0,2}\.\d{3}", re.ASCII)  # thousands, where commas are decimal
+BELOW = re.compile(r"[+\-\N{MINUS SIGN}]?\d{1,3}", re.ASCII)  # a thousand
 JOINED = re.compile(r"['\"]\s+['\"]")  # NumPy's 'a' 'b', which Python reads as one
 NAMES = re.compile(r"\[\s*['\"]")  # how a list of names begins
 TUPLE = re.compile(r"[({]\s*['\"].*[)}]", re.DOTALL)  # or set
@@ -36,9 +39,7 @@ NOTHING = ("()", "set()")
 LIST = re.compile(r"\[(\s*['\"].*)?\]", re.DOTALL)  # of names or of nothing
 MARKS = re.compile(r"\[[01](\.0*)?(, ?[01](\.0*)?)+\]")  # other numbers between brackets may be an interval
 BLANKS = ("na", "n/a", "n.a.", "none", "null", "?", "-", "--", ".")
-TRUTH = {"false": "0", "true": "1"}
 FP32_STEP = 2.0**-24  # what rounding loses of a number, at most
-LONGEST_NUMBER = 100  # characters; a longer label is a name
 
 Row = dict[str, Any]
 
@@ -113,36 +114,6 @@ def task_of(feature: Any) -> str | None:
     if hasattr(feature, "names"):
         return "classification"
     return "multi_label" if label_names(feature) else "regression"
-
-
-def meaning(name: str) -> str | Decimal:
-    """What a class name stands for, the same for all spellings of a number or a truth value.
-
-    >>> meaning("1.0") == meaning("1") == meaning("True"), meaning("Dog") == meaning("dog")
-    (True, False)
-    """
-    plain = TRUTH.get(name.casefold(), name)
-    if len(plain) > LONGEST_NUMBER or not NUMBER.fullmatch(plain) or Decimal(plain).is_nan():
-        return name
-    return Decimal(plain)
-
-
-class Classes:
-    """The classes of a model or a split, and the number of each however it is spelled."""
-
-    def __init__(self, names: Sequence[str]):
-        self.names = names
-        self.numbers = {meaning(tidy(name)): i for i, name in enumerate(names)}  # a model's may be from before `tidy`
-        self.numbers |= {name: i for i, name in enumerate(names)}
-
-    def find(self, name: str) -> int | None:
-        return self.numbers.get(name, self.numbers.get(meaning(tidy(name))))
-
-    def number(self, name: str) -> int:
-        found = self.find(name)
-        if found is None:
-            raise ValueError(f"this model has no class {name!r}: its classes are {', '.join(self.names)}")
-        return found
 
 
 def _cell(label: Any, place: str, separator: str | None) -> Any:
@@ -271,9 +242,11 @@ def _with_points(texts: list[str], rows: Sequence[Row]) -> list[str]:
     written = [
         text.replace("\N{MINUS SIGN}", "-").replace(",", ".") if COMMA.fullmatch(text) else text for text in texts
     ]
-    if written == texts or _numbers(written) is None:
+    if _numbers(written) is None:
         return texts
     commas = [(text, row["place"]) for text, row in zip(texts, rows, strict=True) if "," in text]
+    if not commas:
+        _refuse_points(rows)
     if commas and all(THOUSANDS.fullmatch(text) for text, _ in commas):
         raise _two_numbers(*commas[0], ",")
     if commas:
@@ -281,6 +254,17 @@ def _with_points(texts: list[str], rows: Sequence[Row]) -> list[str]:
             if POINTS.fullmatch(text):
                 raise _two_numbers(text, row["place"], ".")
     return written
+
+
+def _refuse_points(rows: Sequence[Row]) -> None:
+    """ValueError where cells are whole below a thousand, 850, and above it 1.200, which may be thousands."""
+    cells = [row["label"] for row in rows]
+    if not all(isinstance(cell, str) for cell in cells):
+        return
+    pointed = {cell: row["place"] for cell, row in zip(cells, rows, strict=True) if "." in cell}
+    others = {cell for cell in cells if cell not in pointed}
+    if len(pointed) > 1 and others and all(map(POINTS.fullmatch, pointed)) and all(map(BELOW.fullmatch, others)):
+        raise _two_numbers(*next(iter(pointed.items())), ".")
 
 
 def _two_numbers(text: str, place: str, mark: str) -> ValueError:
@@ -338,12 +322,12 @@ def _refuse_ids(texts: Sequence[str], rows: Sequence[Row]) -> None:
 
 
 def _refuse_mixed(texts: Sequence[str], rows: Sequence[Row]) -> None:
-    """ValueError where labels are measured numbers but for blanks, or for some in another writing: each was a class."""
+    """ValueError where labels are measured numbers but for blanks, few names, or another writing: each was a class."""
     written = [len(text) <= LONGEST_NUMBER and bool(MEASURED.fullmatch(text)) for text in texts]
     measured = any("." in text.rstrip(".0") or "," in text for text, like in zip(texts, written, strict=True) if like)
     others = [(text, row["place"]) for text, row in zip(texts, rows, strict=True) if _numbers([text]) is None]
     names = [text for text, _ in others if text.casefold() not in BLANKS and not MEASURED.fullmatch(text)]
-    if names or not measured or 2 * sum(written) <= len(texts):
+    if len(names) > FEW * len(texts) or not measured or 2 * sum(written) <= len(texts):
         return
     text, place = next((other for other in others if not COMMA.fullmatch(other[0])), others[0])
     raise ValueError(

@@ -181,6 +181,26 @@ def samples_of(dataset: Any) -> Iterator[dict[str, Any]]:
     return iter(dataset)
 
 
+def samples_for(samples: Any, modalities: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """`samples_of` what a model is asked about; a string is a text, or a cell of a model's only modality.
+
+    Raises:
+        TypeError: something else than samples.
+        ValueError: one with a modality under its name in other letters.
+    """
+    if isinstance(samples, (Mapping, str)):
+        raise TypeError("samples must be a list of dictionaries: write predict([sample]) for a single one")
+    only = modalities[0] if len(modalities) == 1 else "text"
+    for number, sample in enumerate(samples_of(samples), start=1):
+        if isinstance(sample, str) and only in modalities:
+            sample = {only: sample}
+        if not isinstance(sample, Mapping):
+            known = ", ".join(modalities)
+            raise TypeError(f"sample {number} is a {type(sample).__name__}: write a dictionary with any of {known}")
+        refuse_misspelt(sample, modalities, number)
+        yield sample
+
+
 def refuse_misspelt(sample: Mapping[str, Any], modalities: Iterable[str], number: int) -> None:
     """ValueError where a sample has a modality under its name in other letters, under which nobody reads it."""
     known = {name.casefold(): name for name in modalities}

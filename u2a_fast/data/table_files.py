@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,11 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
         return {"all": [path]}
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither a file nor a folder")
-    tables = _tables_in(path) or _tables_in(path / "data")
+    tables, nested = _tables_in(path), _tables_in(path / "data")
+    if tables and nested:
+        here, below = (_named([files[0] for files in each.values()]) for each in (tables, nested))
+        logger.warning("%s: not read, since there is %s beside it: data with %s", path, here, below)
+    tables = tables or nested or _tables_of_splits(path)
     found: dict[str, list[Path]] = {}
     for name in dict.fromkeys(SPLITS.values()):
         stems = [stem for stem in tables if SPLITS.get(stem[0].casefold()) == name]
@@ -77,6 +81,13 @@ def _files_in(folder: Path) -> list[Path]:
     """In order, less what macOS leaves: `._x.csv`."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [file for file in files if file.is_file() and not file.name.startswith(".")]
+
+
+def _tables_of_splits(path: Path) -> dict[tuple[str, str], list[Path]]:
+    """Of folders named as splits, the only table of each: the hub's train/metadata.csv beside its pictures."""
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder.name.casefold() in SPLITS]
+    each = {folder.name: list(_tables_in(folder).items()) for folder in folders}
+    return {(name, tables[0][0][1]): tables[0][1] for name, tables in each.items() if len(tables) == 1}
 
 
 def _is_unread_split(file: Path) -> bool:
@@ -122,14 +133,19 @@ def digest_of(path: Path) -> str | None:
     return content.hexdigest()
 
 
-def read_rows(path: Path) -> tuple[list[str], list[Row]]:
+def read_rows(path: Path, wanted: Callable[[str], bool] | None = None) -> tuple[list[str], list[Row]]:
     """The columns of a table and its rows, as they are written; class numbers of Hugging Face's tables as names.
+
+    Args:
+        wanted: whether a column of this name may be read; the cells of others may be left out.
 
     Raises:
         ValueError: the file cannot be read as what its name says, with the line where there is one, and the cure.
     """
-    suffix = path.suffix.lower()
-    columns, rows = {".parquet": _read_parquet, ".jsonl": _read_json_lines}.get(suffix, _read_csv)(path)
+    if path.suffix.lower() == ".parquet":
+        columns, rows = _read_parquet(path, wanted)
+    else:
+        columns, rows = (_read_json_lines if path.suffix.lower() == ".jsonl" else _read_csv)(path)
     if not rows:
         raise ValueError(f"{path} has no rows{f' below its header {sorted(columns)}' if columns else ''}")
     return columns, rows
@@ -166,6 +182,11 @@ def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
             '%s: blank lines, the one below row %d for one, are no rows: write "" for a row of nothing', path, blank
         )
     cells = [row for row in cells if row]
+    short = [i for i, row in enumerate(cells) if len(row) < len(header)]
+    if short:
+        logger.warning("%s: %d rows are shorter than the header, row %d for one", path, len(short), short[0] + 1)
+    if len(header) > 1 and header in cells:
+        raise ValueError(f"{path}, row {cells.index(header) + 1} is the header again: remove it")
     for number, row in enumerate(cells, start=1):
         if any(cell.strip() for cell in row[len(header) :]):  # blank ones hold nothing
             raise ValueError(
@@ -177,11 +198,20 @@ def _read_csv(path: Path) -> tuple[list[str], list[Row]]:
 def _cells_by_line(text: str, delimiter: str) -> list[list[str]]:
     """Quotes enclose cells, behind a blank too; in a table of tabs they are letters where every line fits so.
 
+    Within quotes another is written twice or, where the table is none otherwise, behind a backslash.
+
     Raises:
         csv.Error: the line at which a row starts, 1 for the first, and what is wrong with the row.
     """
     # strict, because otherwise a quote that is never closed swallows the rest of the file.
     quoted = partial(_parse, text, delimiter=delimiter, strict=True)
+    if '\\"' in text:
+        try:
+            return quoted()
+        except csv.Error:
+            with contextlib.suppress(csv.Error):
+                if _is_even(lines := quoted(escapechar="\\", doublequote=False)):
+                    return lines
     if delimiter == "\t" and '"' in text:
         letters = _parse(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
         with contextlib.suppress(csv.Error):
@@ -266,13 +296,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
+def _read_parquet(path: Path, wanted: Callable[[str], bool] | None) -> tuple[list[str], list[Row]]:
     import datasets
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
-        table = ParquetFile(path).read()  # `read_table` refuses two columns of one name, even where nobody reads them
+        file = ParquetFile(path)  # `read_table` refuses two columns of one name, even where nobody reads them
+        names = file.schema_arrow.names
+        # Other columns may be wide, or hold what Python has no value for.
+        table = file.read([name for name in names if wanted is None or wanted(name)] or None)
         rows = table.to_pylist()
         # Only a table of `datasets` names classes; columns of others it may not know.
         named = b"huggingface" in (table.schema.metadata or {})
@@ -288,7 +321,7 @@ def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
                 except IndexError:
                     told = f"class {row[name]}, but its table names {len(one.names)} of them, from 0 on: correct it"
                     raise ValueError(f"{path}, row {number}, column {name} has {told}") from None
-    return table.column_names, rows
+    return names, rows
 
 
 def _class_names(cell: Any, names: Sequence[str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,11 +136,16 @@ def read_lines(rows: Sequence[Row], source: str, modalities: Collection[str]) ->
 
 def _read(path: Path, columns: Mapping[str, str], usual: Mapping[str, str], needed: Collection[str]) -> list[Row]:
     """The rows of a table with those of our columns that are needed, every one in every row, absent cells as None."""
-    names, rows = read_rows(path)
+    named = [theirs for theirs in (*columns.values(), *usual.values()) if isinstance(theirs, str)]
+    known = {short_name(name) for name in (*COLUMNS, *chain(*COLUMNS.values()), FILE_NAME, *SPLITS_TOO, *named)}
+    names, rows = read_rows(path, lambda name: short_name(name) in known)
     chosen = _choose_columns(names, rows, columns, usual, path, needed)
     modalities = [name for name in MODALITIES if name in needed]
     if not set(chosen) & set(modalities):
-        raise ValueError(f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(modalities)}")
+        raise ValueError(
+            f"{path} has the columns {sorted(names)}; it needs at least one of {', '.join(modalities)}: "
+            f"""rename one, or pass --columns '{{"{modalities[0]}": ".."}}'"""
+        )
     if "split" in needed and "split" not in chosen:
         _warn_of_unread_splits(names, rows, chosen.values(), path)
     return _cells(rows, chosen, path, path.absolute().parent)

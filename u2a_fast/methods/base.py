@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -248,13 +248,13 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             TypeError: something else than samples.
         """
         from ..data import MultimodalCollator, is_absent
-        from ..data.presence import batches_of, in_rows
+        from ..data.presence import batches_of, in_rows, samples_for
 
         modalities, was_training = self.config.modalities, self.training
         logits: list[Tensor] = []
         self.eval()
         try:
-            for chosen in batches_of(self._read_samples(samples), batch_size):
+            for chosen in batches_of(samples_for(samples, modalities), batch_size):
                 named = [name for name in modalities if any(not is_absent(sample.get(name)) for sample in chosen)]
                 collate = MultimodalCollator(self._processors_of(named or modalities))
                 with in_rows(sum(len(part) for part in logits), len(chosen)):
@@ -266,22 +266,6 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
         finally:
             self.train(was_training)
         return torch.cat(logits) if logits else torch.empty(0, self.config.num_labels)
-
-    def _read_samples(self, samples: Iterable[Mapping[str, Any] | str]) -> Iterator[Mapping[str, Any]]:
-        from ..data.presence import refuse_misspelt, samples_of
-
-        if isinstance(samples, (Mapping, str)):
-            raise TypeError("samples must be a list of dictionaries: write predict([sample]) for a single one")
-        modalities = self.config.modalities
-        only = modalities[0] if len(modalities) == 1 else "text"
-        for number, sample in enumerate(samples_of(samples), start=1):
-            if isinstance(sample, str) and only in modalities:
-                sample = {only: sample}
-            if not isinstance(sample, Mapping):
-                known = ", ".join(modalities)
-                raise TypeError(f"sample {number} is a {type(sample).__name__}: write a dictionary with any of {known}")
-            refuse_misspelt(sample, modalities, number)
-            yield sample
 
     # ------------------------------------------------------------------------------------------------- bookkeeping
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
