@@ -26,21 +26,27 @@ threshold_backward = torch.ops.aten.threshold_backward.default
 SMALL = 2**13  # numbers up to which a CPU computes GELU sooner than oneDNN, which takes all but views, has prepared it
 
 
-def _is_small(u: Tensor) -> bool:
-    return u.is_cpu and not torch.compiler.is_compiling() and u.dim() == 2 and u.numel() <= SMALL
+def _small(u: Tensor) -> Tensor | None:
+    """The transposed rows of a small u; None of a large one."""
+    if not u.is_cpu or torch.compiler.is_compiling() or u.dim() < 2 or u.numel() > SMALL:
+        return None
+    return (u if u.dim() == 2 else u.flatten(0, -2)).t()
 
 
-def _gelu(u: Tensor) -> Tensor:
-    return F.gelu(u.t()).t() if _is_small(u) else F.gelu(u)
+def gelu(u: Tensor) -> Tensor:
+    """u (1 + erf(u / sqrt(2))) / 2, to the last bit the same for rows in any shape."""
+    small = _small(u)
+    return F.gelu(u) if small is None else F.gelu(small).t().view(u.shape)
 
 
 def _gelu_backward(d: Tensor, u: Tensor) -> Tensor:
-    return gelu_backward(d.t(), u.t()).t() if _is_small(u) else gelu_backward(d, u)
+    small = _small(u)
+    return gelu_backward(d, u) if small is None else gelu_backward(d.t(), small).t()
 
 
 # name: (act(u), the gradient of u from that of act(u))
 ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
-    "gelu": (_gelu, _gelu_backward),
+    "gelu": (gelu, _gelu_backward),
     "gelu_tanh": (
         lambda u: F.gelu(u, approximate="tanh"),
         lambda d, u: gelu_backward(d, u, approximate="tanh"),

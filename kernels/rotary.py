@@ -309,7 +309,7 @@ def rotary(
     tensor([[-2.,  1., -4.,  3.,  9.]])
     """
     _check(rows, heads, cos, sin, weight)
-    operands = heads, cos, sin, weight, eps
+    operands = heads, cos, sin, None if weight is None else weight.detach(), eps
     if backend.resolve(rows, cos, sin, weight) == "reference":
         return _reference(rows, *operands)
     rows = rows if _may_be_written(rows) else rows.clone(memory_format=torch.contiguous_format)

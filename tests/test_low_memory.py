@@ -16,7 +16,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from u2a_fast import U2A, LoraConfig, memory
-from u2a_fast.block import LEAN_ACTIVATIONS
+from u2a_fast.activations import LEAN_ACTIVATIONS
 from u2a_fast.cli import main
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "low_memory.py"

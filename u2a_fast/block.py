@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import kernels
+from .activations import FUSED_ACTIVATIONS, LEAN_ACTIVATIONS
 from .layout import Layout, dense
 from .lora import LoraLinear
-from .norms import BlockNorm, RMSNorm, normalise, operands
+from .norms import BlockNorm, RMSNorm, normalise, normalise_heads, operands
 from .rotary import Rotation
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x)"""
-    return F.silu(1.702 * x) / 1.702
 
 
 def _add(x: torch.Tensor, update: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """`x + scale * update`, to the last bit as `kernels.transformer_block` does it."""
     return x + update if scale is None else torch.addcmul(x, update, scale)
 
-
-# Hugging Face's spellings that keep several tensors for backward, as the same function of one kept tensor.
-LEAN_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "quick_gelu": quick_gelu,
-    **dict.fromkeys(
-        ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), partial(F.gelu, approximate="tanh")
-    ),
-    "gelu_python": F.gelu,
-}
-
-
-# Hugging Face's spellings of what `kernels.transformer_block` computes; others run apart from it.
-FUSED_ACTIVATIONS = {
-    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
-    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_tanh"),
-    **dict.fromkeys(("silu", "swish"), "silu"),
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-}
 
 NO_NORMS = kernels.Norm(), kernels.Norm()
 FP16_LIMIT = torch.finfo(torch.float16).max - 1000  # Hugging Face's margin
@@ -281,7 +256,16 @@ class Block(GradientCheckpointingLayer):
     def _turn(self, rows: torch.Tensor, rotation: Rotation | None, heads: int, first: int) -> torch.Tensor:
         """rows `[..., C]`; their `heads` heads in front, queries and keys from `first` on, normalised and turned."""
         turn = self._turning(rotation, heads, first)
+        if self._head_norms_train:  # kernels have no gradient of them
+            each = [self.q_norm] * self.heads.query + [self.k_norm] * self.heads.key
+            rows = normalise_heads(rows, each[first : first + heads])
+            turn = None if rotation is None else kernels.Turn(heads, *rotation)
         return rows if turn is None else kernels.rotary(rows.flatten(0, -2), *turn).view(rows.shape)
+
+    @property
+    def _head_norms_train(self) -> bool:
+        norms = self._modules["q_norm"], self._modules["k_norm"]
+        return any(norm is not None and norm.weight.requires_grad for norm in norms) and torch.is_grad_enabled()
 
     def _turning(self, rotation: Rotation | None, heads: int, first: int = 0) -> kernels.Turn | None:
         """What kernels take of these angles and of the norms of `heads` queries and keys from `first` on."""
@@ -300,6 +284,8 @@ class Block(GradientCheckpointingLayer):
             return None
         if (own["clamps_fp16"] and rows.dtype == torch.float16) or modules["update_norm1"] is not None:
             return None
+        if any(scale is not None and scale.requires_grad for scale in scales.values()) or self._head_norms_train:
+            return None  # kernels have no gradient of them
         if not rows.is_cpu and torch.compiler.is_compiling():
             return None  # a graph cannot hold attention that is differentiated by autograd inside a Function
         linears = [modules[name].operands() for name in ("qkv", "o", "fc1", "fc2")]

@@ -22,7 +22,7 @@ from .data.holes import leave
 from .data.inputs import is_absent
 from .data.labels import label_names
 from .data.presence import batches_of, in_rows, rows_named, samples_of, warn_of_losses
-from .methods.base import MultimodalModel, to_device
+from .methods.base import MultimodalModel, evaluating, to_device
 from .metrics import NOT_FINITE, refuse_not_finite, score
 from .paired import TALLIES, tally
 from .processes import is_main
@@ -148,7 +148,7 @@ def scenario_logits(
     model: MultimodalModel, dataset: Any, scenarios: Sequence[str], batch_size: int, seed: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """`({scenario: logits [n, C]}, natural presence [n, M], labels [n])`; rows with nothing present hold zeros."""
-    modalities, collate, was_training = model.config.modalities, MultimodalCollator(model.processors), model.training
+    modalities, collate = model.config.modalities, MultimodalCollator(model.processors)
     batches = batches_of(samples_of(dataset), batch_size)
     natural: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
@@ -158,8 +158,7 @@ def scenario_logits(
     classes, known = class_order(dataset, model), _classes(model)
     named = classes is not None
     total = None if count is None else math.ceil(count / batch_size)
-    model.eval()
-    try:
+    with evaluating(model):
         for samples in tqdm(batches, desc="evaluating", unit="batch", total=total, disable=not is_main()):
             with in_rows(sum(len(part) for part in labels), len(samples)):
                 batch = collate([_numbered(sample, known) for sample in samples])
@@ -175,8 +174,6 @@ def scenario_logits(
                 logits[name].append(model.fuse(encoded, mask)[0].float().cpu())
             natural.append(present)
             labels.append(target)
-    finally:
-        model.train(was_training)
     if not labels:
         raise ValueError("evaluate needs samples: this data set is empty")
     warn_of_losses(collate, sum(map(len, labels)))

@@ -259,7 +259,7 @@ def of_plan(plan: Tensor, sizes: PlanSizes) -> Layout:
 
 def _with_first(mask: Tensor) -> Tensor:
     """A sample without a real token keeps its first."""
-    return mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(mask.shape[1]) == 0))
+    return mask | (~mask.any(dim=1, keepdim=True) & (torch.arange(mask.shape[1], device=mask.device) == 0))
 
 
 def packed(mask: Tensor, device: torch.device, suffix: int = 0) -> Layout:
@@ -271,13 +271,13 @@ def packed(mask: Tensor, device: torch.device, suffix: int = 0) -> Layout:
     lengths, order = mask.sum(dim=1).sort(stable=True)
     of_sample, column = mask[order].nonzero().unbind(1)
     ends = (lengths + suffix).cumsum(0)  # behind the last row of each sample
-    learned = (ends - suffix)[:, None] + torch.arange(suffix)
+    learned = (ends - suffix)[:, None] + torch.arange(suffix, device=mask.device)
     each, counts = lengths.unique_consecutive(return_counts=True)
     sizes = zip(counts.tolist(), (each + suffix).tolist(), strict=True)
     where = {
         "samples": order,
         "tokens": order[of_sample] * mask.shape[1] + column,
-        "rows": torch.arange(len(column)) + suffix * of_sample,  # learned rows stand between
+        "rows": torch.arange(len(column), device=mask.device) + suffix * of_sample,  # learned rows stand between
         "learned": learned.flatten(),
         "starts": ends - suffix - lengths,
         "ends": ends - suffix - 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -69,3 +70,11 @@ def normalise(norm: BlockNorm | None, x: torch.Tensor) -> torch.Tensor:
     if isinstance(norm, RMSNorm):
         return kernels.rms_norm(x, norm.scale, norm.eps)
     return x if norm is None else kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def normalise_heads(rows: torch.Tensor, norms: Sequence[RMSNorm]) -> torch.Tensor:
+    """rows `[..., C]`, whose first heads are normalised, each by its own norm: gradients reach the norms."""
+    width = norms[0].weight.shape[0]
+    heads = rows[..., : len(norms) * width].unflatten(-1, (len(norms), width)).unbind(-2)
+    rest = rows[..., len(norms) * width :]
+    return torch.cat([*(norm(head) for norm, head in zip(norms, heads, strict=True)), rest], dim=-1)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from u2a_fast.kernels.activations import ACTIVATIONS, SMALL
+from u2a_fast.kernels.activations import ACTIVATIONS, SMALL, gelu
 
 HUGGING_FACE = {
     "gelu": F.gelu,
@@ -11,6 +11,12 @@ HUGGING_FACE = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (1, 6), (2, 3), (6,)])
+def test_gelu_is_bitwise_that_of_the_rows_in_any_shape(shape):
+    u = torch.randn(6, 40)
+    assert torch.equal(gelu(u.view(*shape, 40)).view(6, 40), ACTIVATIONS["gelu"][0](u))
 
 
 @pytest.mark.parametrize("rows", [1, SMALL // 64, SMALL // 64 + 1])  # on either side of what a CPU calls small

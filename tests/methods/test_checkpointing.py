@@ -32,6 +32,13 @@ def test_u2a_takes_reentrant_checkpoints():
         parity.assert_close(reentrant[name], expected, 1e-5, name)
 
 
+def test_u2a_refuses_them_where_its_mask_tokens_do_not_train():
+    model = U2A(tiny_encoders.build_many(PAIR), num_labels=3)
+    model.mask_tokens.requires_grad_(False)
+    with pytest.raises(ValueError, match="U2A needs use_reentrant=False"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+
+
 @pytest.mark.parametrize("method", [method for method in METHODS.values() if method is not U2A])
 def test_all_others_refuse_them_since_not_everything_would_train(method):
     with pytest.raises(ValueError, match=f"{method.__name__} needs use_reentrant=False: .* not train all"):

@@ -144,6 +144,9 @@ def test_predict_takes_samples_with_anything_missing(folders, tmp_path):
     again = U2A.from_pretrained(tmp_path / "saved")
     assert logits.shape == (4, 3) and torch.equal(again.predict(rows, batch_size=4), logits)
     assert model.training and not again.training
+    model.head.eval()
+    model.predict(rows)
+    assert model.training and model.encoders.training and not model.head.training
     with pytest.raises(ValueError, match=r"rows 3 to 4: samples \[1\] of the batch have every modality absent"):
         model.predict([*rows[:3], {"text": None}], batch_size=2)
 

@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import parity
 import pytest
 import tiny_encoders
@@ -39,6 +40,21 @@ def inputs():
         ({"labels": torch.rand(3, 3)}, ValueError, r"labels must be \[3, 4\]"),
         ({"text": {"input_ids": torch.ones(2, 4).long()}}, ValueError, "3 samples but 2 rows of text"),
         ({"text": torch.ones(3, 4)}, TypeError, "dictionary of tensors"),
+        (
+            {"text": {"input_ids": [[1, 2]] * 3}},
+            TypeError,
+            "input_ids of text must be a tensor, not a list: pass return_",
+        ),
+        (
+            {"image": {"pixel_values": np.zeros((3, 3, 8, 8))}},
+            TypeError,
+            "pixel_values of image must be a tensor, not a nd",
+        ),
+        (
+            {"text": {"input_ids": torch.ones(3, 4).long(), "attention_mask": torch.ones(2, 4)}},
+            ValueError,
+            "the inputs of text are 3 rows of input_ids but 2 rows of attention_mask: give each sample a row",
+        ),
     ],
 )
 def test_a_bad_batch_is_refused(model, inputs, change, error, message):
@@ -256,6 +272,43 @@ def test_inputs_without_a_tensor_are_an_absent_modality(options, empty, inputs):
     model = U2A(encoders, num_labels=4, **options).eval()
     expected = model(image=inputs["image"]).logits
     assert torch.equal(model(image=inputs["image"], text=empty).logits, expected)
+
+
+@pytest.mark.parametrize("method", [U2A, PMF, JointEmbedding, LateFusion])
+def test_a_row_may_stand_for_all_samples(method, inputs):
+    model = method(tiny_encoders.build_many(FAMILIES), num_labels=4).eval()
+    given = {"modality_mask": torch.tensor([[True, True], [True, False], [False, True]])}
+    expected = model(**inputs, **given).logits
+    position = torch.arange(inputs["text"]["input_ids"].shape[1])[None]
+    text = {"position_ids": position, "token_type_ids": torch.zeros_like(position), **inputs["text"]}
+    assert torch.equal(model(**{**inputs, "text": text}, **given).logits, expected)
+
+
+def test_pixels_may_be_whole_numbers(model, inputs):
+    pixels = torch.randint(0, 255, inputs["image"]["pixel_values"].shape, dtype=torch.uint8)
+    found, expected = (
+        model.eval()(image={"pixel_values": p}, text=inputs["text"]).logits for p in (pixels, pixels.float())
+    )
+    assert torch.equal(found, expected)
+
+
+def test_what_lies_on_the_host_does_not_follow_the_default_device(model, inputs):
+    mask = ALL & torch.tensor([[True, True], [True, False], [False, True]])
+    inputs["text"]["attention_mask"] = torch.ones_like(inputs["text"]["input_ids"]).tril(3)
+    expected = model.eval()(**inputs, modality_mask=mask).logits
+    torch.set_default_device("meta")
+    try:
+        found = model(**inputs, modality_mask=mask).logits
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+
+
+def test_what_a_model_of_several_encoders_cannot_do_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="has no vocabulary: resize that of an encoder"):
+        model.resize_token_embeddings(50)
+    with pytest.raises(ValueError, match="variant='fp16' is not read again"):
+        model.save_pretrained(tmp_path, variant="fp16")
 
 
 def test_data_parallel_is_refused(model, monkeypatch):

@@ -127,13 +127,15 @@ class Encoder(nn.Module):
     """A frozen encoder: Hugging Face's embedding stage, our blocks, Hugging Face's final norm.
 
     Made by `from_pretrained_model`. Every parameter is frozen, and dropout in the embedding stage stays off whatever
-    `train()` is called. Calling it gives `finish(blocks(embed(**inputs)))` `[B, S, D]`, adapters applied.
+    `train()` is called. Calling it gives `finish(blocks(embed(**inputs)))` `[B, S, D]`, adapters applied. Models call
+    its parts: forward hooks run on its embeddings, blocks and linears, not on itself nor on norms, which are fused.
 
     Attributes:
         blocks: `nn.ModuleList` of `Block`.
         width: D. num_layers: number of blocks. config: the Hugging Face config. name_or_path: where it came from.
         loaded_in_8bit: whether bitsandbytes had quantised it before.
         quantized_from: the dtype that its linears had before we quantised them; None: we did not.
+        was_trained: whether some of its weights are no longer those that were read.
         origin: what it was read from; None where it was put together by hand.
     """
 
@@ -154,6 +156,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.loaded_in_8bit = blocks[0].o.storage == "int8"
         self.quantized_from: torch.dtype | None = None
+        self.was_trained = False
         _, *taken = inspect.signature(family.embed).parameters.values()
         self._takes = tuple(p.name for p in taken if p.kind is not p.VAR_KEYWORD)
         self._needs = {p.name for p in taken if p.name in self._takes and p.default is p.empty}
@@ -204,7 +207,7 @@ class Encoder(nn.Module):
         """
         self._check_names(inputs)
         inputs = {
-            name: value.to(self.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            name: value.to(self.dtype) if torch.is_tensor(value) and _is_measured(name, value) else value
             for name, value in inputs.items()
             if name != "token_type_ids" or self.knows_types  # BERT's tokenizer says them to DistilBERT as well
         }
@@ -352,6 +355,11 @@ class Encoder(nn.Module):
                 return tokens[:, length - 1]
             index = length - 1 - padding_mask.flip(1).int().argmax(dim=1)
         return tokens[torch.arange(tokens.shape[0], device=tokens.device), index]
+
+
+def _is_measured(name: str, value: torch.Tensor) -> bool:
+    """Whether an input has the dtype of the encoder, as pictures have in Hugging Face's that come as integers."""
+    return value.is_floating_point() or name == "pixel_values"
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

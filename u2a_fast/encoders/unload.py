@@ -115,7 +115,7 @@ def _without_values(encoder: Encoder, origin: Origin) -> PreTrainedModel:
 
 def _is_as_read(encoder: Encoder) -> bool:
     """Whether nothing was trained or rounded: its weights are those that lie where it came from."""
-    changed = any(p.requires_grad or "lora_" in name for name, p in encoder.named_parameters())
+    changed = encoder.was_trained or any(p.requires_grad or "lora_" in name for name, p in encoder.named_parameters())
     return not changed and all(linear.storage == "float" for block in encoder.blocks for linear in block.linears)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +21,24 @@ from .checkpointing import Checkpointing
 from .config import MultimodalConfig, MultimodalOutput, Option, check_choice
 from .hub import Hub, dtypes_of
 from .label_scale import into_head, scale_from
-from .loading import as_encoder, check_overrides, check_parts, fit_processor, load_processor, overlay, saved_processors
+from .loading import (
+    as_encoder,
+    check_overrides,
+    check_parts,
+    fitted_processor,
+    load_processor,
+    overlay,
+    saved_processors,
+)
 from .presence import Rows, all_take_part, check_modalities, nobody, presence, present_rows, refuse_empty
 from .saved import saved_config, saved_state
 from .tasks import Tasks
+from .trained import Trained
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
-class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTrainedModel):
+class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, Trained, PreTrainedModel):
     """Frozen encoders under one head. Subclasses say what `encode` keeps of each sample and how `fuse` classifies it.
 
     `encode` looks at each sample once and never at which other modalities it has, so that every missing-modality
@@ -182,6 +193,8 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             return (logits,)
         if self.problem_type(labels) != "single_label_classification":
             labels = labels.reshape(logits.shape)  # a loss of [B] and [B, 1] would compare each with each
+        else:
+            labels = labels.long()  # torch's own losses take no other
         task = (self.loss or self.task_loss)(logits, labels)
         return task + self.auxiliary_weight * auxiliary, logits, task, auxiliary
 
@@ -226,8 +239,7 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
     def processors(self, processors: Mapping[str, Any]) -> None:
         check_modalities(processors, self.config.modalities)
         for name, processor in processors.items():
-            fit_processor(processor, self.encoders[name])
-        self._processors.update(processors)
+            self._processors[name] = fitted_processor(processor, self.encoders[name])
 
     def _processors_of(self, names: Sequence[str]) -> dict[str, Any]:
         for name in names:
@@ -250,21 +262,18 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
         from ..data import MultimodalCollator, is_absent
         from ..data.presence import batches_of, in_rows, samples_for
 
-        modalities, was_training = self.config.modalities, self.training
+        modalities = self.config.modalities
         logits: list[Tensor] = []
-        self.eval()
-        try:
+        with evaluating(self):
             for chosen in batches_of(samples_for(samples, modalities), batch_size):
                 named = [name for name in modalities if any(not is_absent(sample.get(name)) for sample in chosen)]
                 collate = MultimodalCollator(self._processors_of(named or modalities))
                 with in_rows(sum(len(part) for part in logits), len(chosen)):
                     batch = collate([{name: sample.get(name) for name in collate.modalities} for sample in chosen])
                     present = dict(zip(collate.modalities, batch.pop("modality_mask").unbind(1), strict=True))
-                    nowhere = torch.zeros(len(chosen), dtype=torch.bool)
+                    nowhere = torch.zeros(len(chosen), dtype=torch.bool, device="cpu")
                     mask = torch.stack([present.get(name, nowhere) for name in modalities], dim=1)
                     logits.append(self(**to_device(batch, self.device), modality_mask=mask).logits)
-        finally:
-            self.train(was_training)
         return torch.cat(logits) if logits else torch.empty(0, self.config.num_labels)
 
     # ------------------------------------------------------------------------------------------------- bookkeeping
@@ -280,6 +289,9 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
     def get_input_embeddings(self) -> None:
         return None  # the default raises on a composite model, and accelerate calls it unguarded
 
+    def resize_token_embeddings(self, *given: Any, **options: Any) -> None:
+        raise ValueError("a model of several encoders has no vocabulary: resize that of an encoder before you pass it")
+
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: constructors initialise what they make, and encoders arrive with their weights."""
 
@@ -294,17 +306,6 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
         return next(self.parameters()).device
 
     # ------------------------------------------------------------------------------------------- saving and loading
-    @property
-    def _keys_to_ignore_on_save(self) -> set[str]:
-        """Every frozen key of the encoders, as they are now: a list made once would drop what is unfrozen later."""
-        kept = {name for name, p in self.named_parameters() if p.requires_grad or "lora_" in name}
-        frozen = {name for name in self.state_dict() if name.startswith("encoders.")} - kept
-        return frozen | {name for name in self.state_dict() if name.startswith("loss.")}
-
-    @_keys_to_ignore_on_save.setter
-    def _keys_to_ignore_on_save(self, keys: set[str]) -> None:
-        """`post_init` assigns an empty set; the property stays in charge."""
-
     @classmethod
     def from_pretrained(
         cls,
@@ -339,6 +340,8 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             in_8bit = name in config.encoders_in_8bit and modes[name] in ("int8", "int8_w8a8")
             own = config.encoder_dtypes[name]
             read = getattr(torch, config.quantized_from.get(name, own) if modes[name] else own)
+            if isinstance(source, nn.Module) and dtype is not None:
+                source = copy.deepcopy(source).to(dtype)  # the caller's stays as it is
             encoder = as_encoder(name, source, dtype or read, modes[name], in_8bit)
             built[name] = quantize_encoder(encoder, modes[name])  # now: two encoders' float weights need not fit
             if read != getattr(torch, own) and dtype is None and not isinstance(source, nn.Module):
@@ -351,6 +354,18 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, PreTra
             into_head(model.head, *scale_from(config.label_scale, config.num_labels))
         model.processors = saved_processors(name_or_path) | dict(overrides.get("processors") or {})
         return model.eval()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards for each part the mode that it had."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

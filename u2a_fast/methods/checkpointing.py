@@ -9,19 +9,22 @@ from transformers import PreTrainedModel
 
 
 class Checkpointing(nn.Module):
-    """Part of `MultimodalModel`.
-
-    Attributes:
-        reentrant: whether reentrant checkpoints train everything. They see none but the tensors that a block takes by
-            position, and train nothing in a block of which none of these asks for a gradient.
-    """
+    """Part of `MultimodalModel`."""
 
     supports_gradient_checkpointing = True
-    reentrant = False
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # its name in later versions of transformers
         activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
         activation_checkpointing_disable = PreTrainedModel.gradient_checkpointing_disable
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether reentrant checkpoints train everything.
+
+        They see none but the tensors that a block takes by position, and train nothing in a block of which none of
+        these asks for a gradient.
+        """
+        return False
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any

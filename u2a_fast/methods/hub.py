@@ -29,6 +29,8 @@ class Hub(nn.Module):
         With `push_to_hub`, `options` may hold the arguments of that method too; the repository is called as the folder
         is where no `repo_id` is given.
         """
+        if options.get("variant"):
+            raise ValueError(f"variant={options['variant']!r} is not read again: choose another folder instead")
         upload = {name: options.pop(name) for name in UPLOAD if push_to_hub and name in options}
         self.config.encoder_dtypes = dtypes_of(self.encoders)  # `to` may have changed them
         quantized = {name: encoder.quantized_from for name, encoder in self.encoders.items() if encoder.quantized_from}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoFeatureExtractor, AutoTokenizer, BitsAndBytesConfig, ImageProcessingMixin, PreTrainedModel
+from transformers import AutoFeatureExtractor, AutoTokenizer, BitsAndBytesConfig, ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 # Not from the package itself: that of transformers 5.17 has it only beside torchvision, which nothing here needs.
@@ -111,15 +112,16 @@ def _dinov3_processor(source: str) -> ViTImageProcessorPil | None:
     return ViTImageProcessorPil(**DINOV3_DEFAULTS | settings)
 
 
-def fit_processor(processor: Any, encoder: Encoder) -> None:
-    """Tell a video's processor how many frames its encoder takes, and a tokenizer how many tokens.
+def fitted_processor(processor: Any, encoder: Encoder) -> Any:
+    """A video's processor that knows how many frames its encoder takes, and a tokenizer that knows how many tokens.
 
-    Its limit is lowered to the positions that there are; many tokenizers know none, or one too many. SigLIP's texts all
-    have that length, whichever tokenizer makes them.
+    It is a copy where it knew it otherwise: the caller's may serve another model too. The limit of tokens is lowered to
+    the positions that there are; many tokenizers know none, or one too many. SigLIP's texts all have that length,
+    whichever tokenizer makes them.
     """
     frames = getattr(encoder.config, "num_frames", None)
     if frames is not None:
-        processor.num_frames = frames
+        return _with(processor, num_frames=frames)
     tokenizer = getattr(processor, "tokenizer", processor)
     tables = (
         module
@@ -127,12 +129,25 @@ def fit_processor(processor: Any, encoder: Encoder) -> None:
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2].startswith("position_embedding")
     )
     table = next(tables, None)
-    if table is not None and hasattr(tokenizer, "model_max_length"):
-        # RoBERTa counts positions from behind the padding's.
-        positions = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-        if encoder.config.model_type in FIXED_LENGTH:
-            tokenizer.fixed_length = True
+    if table is None or not hasattr(tokenizer, "model_max_length"):
+        return processor
+    # RoBERTa counts positions from behind the padding's.
+    positions = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    limits: dict[str, Any] = {"model_max_length": min(tokenizer.model_max_length, positions)}
+    if encoder.config.model_type in FIXED_LENGTH:
+        limits["fixed_length"] = True
+    fitted = _with(tokenizer, **limits)
+    return fitted if tokenizer is processor else _with(processor, tokenizer=fitted)
+
+
+def _with(processor: Any, **settings: Any) -> Any:
+    """The processor with these settings: itself where it has them, else a copy."""
+    if all(getattr(processor, name, None) == value for name, value in settings.items()):
+        return processor
+    processor = copy.copy(processor)
+    for name, value in settings.items():
+        setattr(processor, name, value)
+    return processor
 
 
 def saved_processors(source: str | os.PathLike) -> dict[str, Any]:
@@ -162,7 +177,7 @@ def _processor_class(folder: Path) -> Any:
     return AutoFeatureExtractor if "feature_extractor_type" in settings else AutoImageProcessor
 
 
-def overlay(model: PreTrainedModel, state: dict[str, torch.Tensor], source: str) -> None:
+def overlay(model: Any, state: dict[str, torch.Tensor], source: str) -> None:
     """Load what was trained over the encoders; ValueError, before anything changes, where it does not fit them."""
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     unexpected = sorted(set(state) - set(own))
@@ -172,4 +187,5 @@ def overlay(model: PreTrainedModel, state: dict[str, torch.Tensor], source: str)
     found = ", ".join(f"{kind} {names[:3]}" for kind, names in problems.items() if names)
     if found:
         raise ValueError(f"{source} does not fit these encoders: {found}")
+    model.remember(state)
     model.load_state_dict(state, strict=False)

@@ -20,7 +20,7 @@ def presence(modalities: Sequence[str], inputs: Mapping[str, Any], modality_mask
     Shapes and dtypes are checked, values are not (see `refuse_empty`).
     """
     check_modalities(inputs, modalities)
-    batches = {name: _batch(values) for name, values in inputs.items()}
+    batches = {name: _batch(name, values) for name, values in inputs.items()}
     batches = {name: count for name, count in batches.items() if count is not None}
     if not batches:
         raise ValueError(
@@ -29,7 +29,7 @@ def presence(modalities: Sequence[str], inputs: Mapping[str, Any], modality_mask
         )
     batch = next(iter(batches.values()))
     if modality_mask is None:
-        modality_mask = torch.ones(batch, len(modalities), dtype=torch.bool)
+        modality_mask = torch.ones(batch, len(modalities), dtype=torch.bool, device="cpu")
     if not torch.is_tensor(modality_mask) or modality_mask.dtype != torch.bool:
         found = getattr(modality_mask, "dtype", type(modality_mask).__name__)
         raise TypeError(f"modality_mask must be a bool tensor (True = present), not {found}")
@@ -48,10 +48,25 @@ def presence(modalities: Sequence[str], inputs: Mapping[str, Any], modality_mask
     return present
 
 
-def _batch(values: Any) -> int | None:
+def _batch(name: str, values: Any) -> int | None:
+    """How many samples the inputs of a modality are of; None where there are none.
+
+    A tensor of one row may stand for all samples, as Hugging Face's position_ids do.
+    """
     if not isinstance(values, Mapping):
         raise TypeError(f"a modality's inputs must be a dictionary of tensors, not {type(values).__name__}")
-    return next((value.shape[0] for value in values.values() if torch.is_tensor(value)), None)
+    counts: dict[int, str] = {}
+    for key, value in values.items():
+        if torch.is_tensor(value):
+            counts.setdefault(value.shape[0], key)
+        elif isinstance(value, Iterable) and not isinstance(value, str):
+            found = f"{key} of {name} must be a tensor, not a {type(value).__name__}"
+            raise TypeError(f'{found}: pass return_tensors="pt" to its processor')
+    several = [count for count in counts if count != 1] or list(counts)
+    if len(several) > 1:
+        found = " but ".join(f"{count} rows of {counts[count]}" for count in several)
+        raise ValueError(f"the inputs of {name} are {found}: give each sample a row")
+    return several[0] if several else None
 
 
 def refuse_empty(present: Tensor) -> None:
@@ -103,7 +118,7 @@ class Rows:
 
 def nobody(device: torch.device) -> Rows:
     """No sample, of a modality that the batch holds no inputs of."""
-    nowhere = torch.zeros(0, dtype=torch.long)
+    nowhere = torch.zeros(0, dtype=torch.long, device="cpu")
     return Rows(nowhere, host.send(nowhere, device), {})
 
 
@@ -125,5 +140,13 @@ def present_rows(inputs: Mapping[str, Any], here: Tensor, padding_mask: Tensor |
     index = host.send(positions, next(iter(tensors.values())).device)
     if len(positions) == len(here):
         return Rows(positions, index, dict(inputs), padding_mask)
-    rows = {name: value.index_select(0, index) for name, value in tensors.items()}
-    return Rows(positions, index, {**inputs, **rows}, None if padding_mask is None else padding_mask[positions])
+    rows = of_samples(inputs, index, len(here))
+    return Rows(positions, index, rows, None if padding_mask is None else padding_mask[positions])
+
+
+def of_samples(inputs: Mapping[str, Any], index: Tensor, batch: int) -> dict[str, Any]:
+    """The samples `index` of a modality's inputs; what is one for all `batch` samples stays as it is."""
+    return {
+        name: value.index_select(0, index) if torch.is_tensor(value) and value.shape[0] == batch else value
+        for name, value in inputs.items()
+    }

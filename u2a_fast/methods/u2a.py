@@ -17,7 +17,7 @@ from ..lora_config import LoraConfig, read_lora
 from ..padding import Padding, padding_of
 from .base import MultimodalModel, PaddingMasks
 from .config import MultimodalConfig, Option, check_choice
-from .presence import Rows, all_take_part, nobody
+from .presence import Rows, all_take_part, nobody, of_samples
 
 PARTS = 8  # of a batch: how finely the samples of a captured step are counted
 Read = tuple[Tensor, Tensor]  # what one encoder says: class tokens [B, D], proxies [M - 1, B, D]
@@ -83,7 +83,6 @@ class U2A(MultimodalModel):
     """
 
     config_class = U2AConfig
-    reentrant = True  # mask tokens, which train, enter the first block by position
     modality_dropout = Option(lambda value: 0 <= value <= 1, "in [0, 1]")
     align_weight = Option(lambda value: value >= 0, "at least 0")
     absent = Option(("pack", "where").__contains__, 'one of ["pack", "where"]')
@@ -148,6 +147,11 @@ class U2A(MultimodalModel):
         return self.align_weight
 
     @property
+    def reentrant(self) -> bool:
+        """Mask tokens enter the first block by position."""
+        return all(tokens.requires_grad for tokens in self.mask_tokens.values())
+
+    @property
     def static_shapes(self) -> bool:
         return self.absent == "where"
 
@@ -189,8 +193,8 @@ class U2A(MultimodalModel):
         spare = -len(positions) % max(1, batch // PARTS)
         device = next(value.device for value in inputs.values() if torch.is_tensor(value))
         chosen = host.send(torch.cat([positions, positions[-1:].expand(spare)]), device)
-        rows = {k: v.index_select(0, chosen) if torch.is_tensor(v) else v for k, v in inputs.items()}
-        return {"inputs": rows, "index": torch.cat([positions, torch.full((spare,), batch)])}  # to a row nobody reads
+        nowhere = torch.full((spare,), batch, device="cpu")  # a row that nobody reads
+        return {"inputs": of_samples(inputs, chosen, batch), "index": torch.cat([positions, nowhere])}
 
     def encode_fixed(self, fixed: Mapping[str, Any]) -> tuple[U2AEncoded, Tensor]:
         present = fixed["present"]
