@@ -284,8 +284,10 @@ class Block(GradientCheckpointingLayer):
             return None
         if (own["clamps_fp16"] and rows.dtype == torch.float16) or modules["update_norm1"] is not None:
             return None
-        if any(scale is not None and scale.requires_grad for scale in scales.values()) or self._head_norms_train:
-            return None  # kernels have no gradient of them
+        if modules["q_norm"] is not None and self._head_norms_train:
+            return None  # kernels have no gradient of them, nor of scales
+        if True in [scale is not None and scale.requires_grad for scale in scales.values()]:
+            return None
         if not rows.is_cpu and torch.compiler.is_compiling():
             return None  # a graph cannot hold attention that is differentiated by autograd inside a Function
         linears = [modules[name].operands() for name in ("qkv", "o", "fc1", "fc2")]
