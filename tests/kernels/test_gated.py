@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
+from formulas import ACTIVATIONS
 from running import on, running
 from tolerance import assert_as_exact_as
-from torch.nn import functional as F
 
 from u2a_fast.kernels import gated, set_backend
 from u2a_fast.memory import saved_bytes
@@ -14,13 +14,6 @@ from u2a_fast.memory import saved_bytes
 module = importlib.import_module("u2a_fast.kernels.gated")  # the package's attribute of that name is the function
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 SANITIZERS = ("bounds", "races", "order")
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 SHAPES = [(5, 7), (3, 11, 70), (1, 513), (0, 8), (2, 0, 3), (4, 1), (3, 0), (2, 3, 0), (150, 1100)]  # and F of them
 
 
