@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import host
+from ..encoders.fingerprint import differ, fingerprint
 from ..encoders.frozen import check_storage, mode_of, quantize_encoder, stored_elements
 from ..quantization import read_quantization
 from .adapters import Adapters
@@ -35,6 +37,12 @@ from .saved import saved_config, saved_state
 from .tasks import Tasks
 from .trained import Trained
 
+logger = logging.getLogger(__name__)
+
+CHANGED = (
+    "the encoders of %s have other weights than those that the model was trained with, which were changed before, or "
+    "those under their name since: pass encoders={%r: ...} with the ones that are meant"
+)
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -84,12 +92,14 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, Traine
         built = {name: as_encoder(name, given, None, modes[name]) for name, given in encoders.items()}
         for name, encoder in built.items():
             check_storage(encoder, modes[name])
+        prints = {name: fingerprint(encoder) for name, encoder in built.items()}
         stored = {name: mode_of(quantize_encoder(encoder, modes[name])) for name, encoder in built.items()}
         config = self.config_class(
             modalities=list(built),
             encoders={name: encoder.name_or_path for name, encoder in built.items()},
             encoder_dtypes=dtypes_of(built),
             encoders_in_8bit=[name for name, encoder in built.items() if encoder.loaded_in_8bit],
+            fingerprints=prints,
             arguments={**arguments, "quantization": stored if any(stored.values()) else None},
             num_labels=num_labels,
             problem_type=problem_type,
@@ -347,6 +357,11 @@ class MultimodalModel(Adapters, CapturedSteps, Checkpointing, Hub, Tasks, Traine
             if read != getattr(torch, own) and dtype is None and not isinstance(source, nn.Module):
                 built[name].to(getattr(torch, own))  # the integers are those of what was quantised
         model = cls(built, **arguments)
+        now = model.config.fingerprints
+        changed = [name for name in now if differ(config.fingerprints.get(name, ""), now[name])]
+        if changed:
+            logger.warning("%s: %s", name_or_path, CHANGED % (" and ".join(changed), changed[0]))
+        model.config.fingerprints = {name: now[name] or config.fingerprints.get(name, "") for name in now}
         model.config.id2label, model.config.label2id = config.id2label, config.label2id
         model._restore_adapters(config.adapters)
         overlay(model, saved_state(name_or_path), str(name_or_path))

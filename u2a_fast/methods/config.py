@@ -89,6 +89,7 @@ class MultimodalConfig(PreTrainedConfig):
         encoders: Mapping[str, str] | None = None,
         encoder_dtypes: Mapping[str, str] | None = None,
         encoders_in_8bit: Sequence[str] = (),
+        fingerprints: Mapping[str, str] | None = None,
         arguments: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
@@ -96,6 +97,7 @@ class MultimodalConfig(PreTrainedConfig):
         self.encoders = dict(encoders or {})
         self.encoder_dtypes = dict(encoder_dtypes or {})
         self.encoders_in_8bit = list(encoders_in_8bit)  # quantised by bitsandbytes, whose rounding is not quite ours
+        self.fingerprints = dict(fingerprints or {})  # of the encoders as they came, before anything trained
         self.arguments = dict(arguments or {})
         super().__init__(**kwargs)
 

@@ -63,6 +63,8 @@ def as_encoder(
         raise ValueError(f"modality name {name!r} has another meaning: choose a name such as 'image'")
     if isinstance(given, Encoder):
         encoder = without_adapters(given)
+        if given.was_trained:  # under its name lies another
+            encoder.name_or_path = ""
     elif isinstance(given, nn.Module):
         encoder = encoders_module.from_pretrained_model(given)
     elif isinstance(given, (str, os.PathLike)):

@@ -58,7 +58,9 @@ def _batch(name: str, values: Any) -> int | None:
     counts: dict[int, str] = {}
     for key, value in values.items():
         if torch.is_tensor(value):
-            counts.setdefault(value.shape[0], key)
+            if torch.compiler.is_compiling():  # a graph is for any number of samples, and compares none
+                return value.shape[0]
+            counts.setdefault(value.shape[0] if value.dim() else 1, key)
         elif isinstance(value, Iterable) and not isinstance(value, str):
             found = f"{key} of {name} must be a tensor, not a {type(value).__name__}"
             raise TypeError(f'{found}: pass return_tensors="pt" to its processor')
@@ -147,6 +149,8 @@ def present_rows(inputs: Mapping[str, Any], here: Tensor, padding_mask: Tensor |
 def of_samples(inputs: Mapping[str, Any], index: Tensor, batch: int) -> dict[str, Any]:
     """The samples `index` of a modality's inputs; what is one for all `batch` samples stays as it is."""
     return {
-        name: value.index_select(0, index) if torch.is_tensor(value) and value.shape[0] == batch else value
+        name: value.index_select(0, index)
+        if torch.is_tensor(value) and value.dim() and value.shape[0] == batch
+        else value
         for name, value in inputs.items()
     }

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
+from ..encoders.fingerprint import is_fingerprint
 from ..encoders.streaming import INDEX, checkpoint_files
 from .config import MOST_CLASSES, MultimodalConfig, constructor_arguments
 
@@ -57,7 +58,11 @@ def saved_config(model_class: Any, source: str | os.PathLike) -> MultimodalConfi
     found = next((what for what, fine in _checks(model_class, config) if not fine), None)
     if found is not None:
         raise ValueError(f"the config in {source} is damaged: {found}")
-    config = {"arguments": {}, "encoders_in_8bit": []} | config  # transformers gives a config no defaults of ours
+    config = {
+        "arguments": {},
+        "encoders_in_8bit": [],
+        "fingerprints": {},
+    } | config  # transformers gives a config no defaults of ours
     return _tried(f"the config in {source}", lambda: model_class.config_class.from_dict(config))
 
 
@@ -70,7 +75,7 @@ def _checks(model_class: Any, config: Mapping[str, Any]) -> list[tuple[str, bool
         return [(f"its arguments are {arguments!r:.200}, no dictionary", False)]
     known = {*constructor_arguments(model_class)} - {"num_labels", "problem_type"}
     strange = sorted(set(arguments) - known)
-    before = config.get("quantized_from", {})
+    before, prints = config.get("quantized_from", {}), config.get("fingerprints", {})
     labels, counted = config.get("id2label"), config.get("num_labels", 1)
     return [
         ("a modality is there twice", len(set(names)) == len(names)),
@@ -83,6 +88,10 @@ def _checks(model_class: Any, config: Mapping[str, Any]) -> list[tuple[str, bool
         (
             f"its quantized_from is not out of {', '.join(DTYPES)} by modality",
             isinstance(before, dict) and _by_name(before, [*before], DTYPES.__contains__),
+        ),
+        (
+            "its fingerprints are none of encoders",
+            isinstance(prints, dict) and _by_name(prints, [*prints], is_fingerprint),
         ),
         ("its encoders_in_8bit are no list of modalities", _part_of(config.get("encoders_in_8bit", []), names)),
         ("its id2label is no dictionary of names", labels is None or _class_names(labels)),
