@@ -36,7 +36,7 @@ def _small(u: Tensor) -> Tensor | None:
 def gelu(u: Tensor) -> Tensor:
     """u (1 + erf(u / sqrt(2))) / 2, to the last bit the same for rows in any shape."""
     small = _small(u)
-    return F.gelu(u) if small is None else F.gelu(small).t().view(u.shape)
+    return F.gelu(u) if small is None else F.gelu(small).t().reshape(u.shape)
 
 
 def _gelu_backward(d: Tensor, u: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from .base import Encoder
 
 BLOCKS = PLACES = 4  # so many blocks, and weights along each side of their linears
-FORM = re.compile(r"\d{1,15} (float16|bfloat16|float32|float64)( -?(\d[\d.e+-]{0,30}|inf|nan))*", re.ASCII)
+FORM = re.compile(r"\d{1,15} (float16|bfloat16|float32|float64)( -?(\d+(\.\d+)?(e[+-]\d+)?|inf|nan))*", re.ASCII)
 
 
 def fingerprint(encoder: Encoder) -> str:
@@ -30,7 +30,8 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 def is_fingerprint(text: str) -> bool:
-    """
+    """Whether `fingerprint` may have said so.
+
     >>> is_fingerprint("12 float32 0.5 -1e-05"), is_fingerprint("12 weights")
     (True, False)
     """

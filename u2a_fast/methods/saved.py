@@ -58,11 +58,8 @@ def saved_config(model_class: Any, source: str | os.PathLike) -> MultimodalConfi
     found = next((what for what, fine in _checks(model_class, config) if not fine), None)
     if found is not None:
         raise ValueError(f"the config in {source} is damaged: {found}")
-    config = {
-        "arguments": {},
-        "encoders_in_8bit": [],
-        "fingerprints": {},
-    } | config  # transformers gives a config no defaults of ours
+    # transformers gives a config no defaults of ours
+    config = {"arguments": {}, "encoders_in_8bit": [], "fingerprints": {}} | config
     return _tried(f"the config in {source}", lambda: model_class.config_class.from_dict(config))
 
 
