@@ -376,6 +376,7 @@ def test_a_separator_is_what_was_typed(separator):
     assert parsed.train.label_separator == separator and parsed.train.task is None
 
 
+@pytest.mark.slow
 def test_help_names_every_method_and_imports_little(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])

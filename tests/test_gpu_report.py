@@ -105,6 +105,7 @@ def test_what_there_was_no_time_for_is_no_result(tmp_path):
     assert script.entries_of(stopped)["under way"]["state"] == "no result"
 
 
+@pytest.mark.slow
 def test_a_process_is_ended_when_its_time_is_over(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "command_of", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
     start = time.monotonic()

@@ -24,6 +24,7 @@ def reloaded(model, folder):
     return type(model).from_pretrained(folder, encoders=tiny_encoders.build_many(PAIR))
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_saved_again_and_again(tmp_path):
     model = built()
     for p in model.encoders["text"].blocks[-1].norm2.parameters():
