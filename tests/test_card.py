@@ -1,13 +1,16 @@
 """The card of a model, whatever its folder is called."""
 
 import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
+import tiny_data
 import torch
 
-from u2a_fast.card import write_card
+from u2a_fast.card import data_hash, write_card
+from u2a_fast.data import load_table
 from u2a_fast.options import TrainOptions
 
 
@@ -29,3 +32,12 @@ def test_the_snippet_is_python_whatever_the_folder_is_called(name, tmp_path):
     (call,) = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call) and len(node.args) == 1
                and isinstance(node.args[0], ast.Constant)]  # fmt: skip
     assert call.args[0].value == name
+
+
+def test_the_data_hash_follows_content_and_not_place(tmp_path):
+    tables = {name: load_table(tiny_data.write_table(tmp_path / name, 12))["train"] for name in ("a", "b")}
+    hashed = {name: data_hash(table, ("image", "text")) for name, table in tables.items()}
+    assert hashed["a"] == hashed["b"]
+    Path(tables["b"][0]["image"]["path"]).write_bytes(b"another picture")
+    assert data_hash(tables["b"], ("image", "text")) != hashed["a"]
+    assert data_hash(tables["a"].select(range(3)), ("image", "text")) != hashed["a"]

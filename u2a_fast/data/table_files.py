@@ -205,25 +205,27 @@ def _cells_by_line(text: str, delimiter: str) -> list[list[str]]:
     """
     # strict, because otherwise a quote that is never closed swallows the rest of the file.
     quoted = partial(_parse, text, delimiter=delimiter, strict=True)
-    if '\\"' in text:
-        try:
-            return quoted()
-        except csv.Error:
-            with contextlib.suppress(csv.Error):
-                if _is_even(lines := quoted(escapechar="\\", doublequote=False)):
-                    return lines
+    lines = _unless_broken(quoted)
+    if lines is None and '\\"' in text:
+        escaped = _unless_broken(partial(quoted, escapechar="\\", doublequote=False))
+        if escaped is not None and _is_even(escaped):
+            return escaped
     if delimiter == "\t" and '"' in text:
         letters = _parse(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-        with contextlib.suppress(csv.Error):
-            if len(lines := quoted()) >= len(letters):
-                return lines
-        if _is_even(letters):
+        if (lines is None or len(lines) < len(letters)) and _is_even(letters):
             return letters
     elif f'{delimiter} "' in text:
-        with contextlib.suppress(csv.Error):
-            if _is_even(lines := quoted(skipinitialspace=True)):
-                return lines
-    return quoted()
+        spaced = _unless_broken(partial(quoted, skipinitialspace=True))
+        if spaced is not None and _is_even(spaced):
+            return spaced
+    return quoted() if lines is None else lines  # which says what is wrong
+
+
+def _unless_broken(read: Callable[[], list[list[str]]]) -> list[list[str]] | None:
+    try:
+        return read()
+    except csv.Error:
+        return None
 
 
 def _parse(text: str, **dialect: Any) -> list[list[str]]:
