@@ -58,6 +58,11 @@ def test_a_quote_is_a_letter_where_nothing_is_quoted(tmp_path):
     assert load_table(tmp_path)["train"]["text"][:] == ['"Yes', 'no"', '"a"']
 
 
+def test_a_quoted_cell_of_a_table_of_tabs_may_hold_any_end_of_line(tmp_path):
+    write(tmp_path, "train.tsv", 'text\tlabel\n"a\rb"\tx\n"c\r\nd"\ty\n')
+    assert load_table(tmp_path)["train"]["text"][:] == ["a\rb", "c\r\nd"]
+
+
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_a_quote_may_stand_behind_a_backslash(tmp_path, separator):
     texts = ['says "no"', "a, b\tc", "back\\slash"]

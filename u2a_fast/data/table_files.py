@@ -211,8 +211,8 @@ def _cells_by_line(text: str, delimiter: str) -> list[list[str]]:
         if escaped is not None and _is_even(escaped):
             return escaped
     if delimiter == "\t" and '"' in text:
-        letters = _parse(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-        if (lines is None or len(lines) < len(letters)) and _is_even(letters):
+        letters = _unless_broken(partial(_parse, text, delimiter=delimiter, quoting=csv.QUOTE_NONE))
+        if letters is not None and (lines is None or len(lines) < len(letters)) and _is_even(letters):
             return letters
     elif f'{delimiter} "' in text:
         spaced = _unless_broken(partial(quoted, skipinitialspace=True))
