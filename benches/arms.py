@@ -18,6 +18,7 @@ from limits import Limit, limits_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from u2a_fast import get_backend, set_backend
+from u2a_fast.kernels import products
 from u2a_fast.quantization import fast_dtype
 
 T = TypeVar("T")
@@ -115,9 +116,10 @@ def compare(benchmark: Any, arms: Arms, rounds: int, warmup: int = 2) -> dict[st
 
 
 def gemm_arm(dtype: torch.dtype) -> Callable[[], Any]:
+    """As fast as this machine multiplies: what PyTorch chooses, or oneDNN where that is faster."""
     x = torch.randn(GEMM_ROWS, GEMM_IN, device=DEVICE, dtype=dtype)
     weight = torch.randn(GEMM_OUT, GEMM_IN, device=DEVICE, dtype=dtype)
-    return lambda: torch.nn.functional.linear(x, weight)
+    return lambda: products.linear(x, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------- reports

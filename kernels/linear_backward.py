@@ -21,9 +21,10 @@ from .quantize import dequantize_rows_aten
 from .reduce import launch_reduce_rows, launch_sum_parts, splits
 from .tiling import accumulator, dot_precision, gemm_tile, group_of, rank_tile, tile_index
 
-# Below fp32, ranks up to here take less time in one product with all groups, most of it in vain, than in one for each;
-# measured on a CPU at 3,152 rows of width 768.
+# Ranks up to here take less time in one product with all groups, most of it in vain, than in one for each: below fp32,
+# at 3,152 rows of width 768 on a CPU; in fp32 dY B alone, without AVX-512, from that many rows on.
 MOST_SKINNY = 16
+NARROW, FEW = 8, 64
 LOW = 32  # ranks from here on take less time in dY^T S itself than in its transpose
 LOW_RANK_TILE = {"BM": 64, "num_warps": 8, "num_stages": 3}
 
@@ -238,9 +239,9 @@ def linear_backward_aten(
     if lora_a is not None and seed is not None:
         mask = kept(rows.shape[0], lora_a.shape[1], dropout, seed)
     if weight is not None and lora_a is None:
-        dx = products.mm(rows, as_float(weight, weight_scale, dy.dtype))
+        dx = products.through(rows, as_float(weight, weight_scale, dy.dtype))
     elif weight is not None:
-        dx, a = products.mm(rows, as_float(weight, weight_scale, dy.dtype)), cast(lora_a, dy.dtype)
+        dx, a = products.through(rows, as_float(weight, weight_scale, dy.dtype)), cast(lora_a, dy.dtype)
         if mask is None:  # the narrow product second: adding up rows in the wide one takes 2 to 5% of its time
             products.addmm_(dx, g, a)
         else:
@@ -274,13 +275,15 @@ def low_rank_backward(dy, s, lora_b, scaling, groups, lead, wants_g=True):
             db = of_own_group(products.mm(s.t(), dy).t(), groups, lead, dy.dtype).mul_(scaling)
     else:
         (n, r), m = b.shape, dy.shape[0]
-        parts, b = dy.view(m, groups, n // groups).transpose(0, 1), b.view(groups, n // groups, r)
-        if wants_g:
-            g = products.bmm(parts, b).transpose(0, 1).flatten(1)
+        parts, each = dy.view(m, groups, n // groups).transpose(0, 1), b.view(groups, n // groups, r)
+        if wants_g and r <= NARROW and m >= FEW:
+            g = products.mm(dy, torch.block_diag(*each))
+        elif wants_g:
+            g = products.bmm(parts, each).transpose(0, 1).flatten(1)
         if s is not None:
             low = s.view(m, groups, r).permute(1, 2, 0)  # [groups, r, M]
             # b is not read; of beta = 0 and alpha = 0 ATen leaves memory as it is, in bf16 and fp16
-            none, beta = (b.transpose(1, 2), 0) if scaling else (b.new_zeros(()), 1)
+            none, beta = (each.transpose(1, 2), 0) if scaling else (b.new_zeros(()), 1)
             db = products.baddbmm(none, low, parts, beta=beta, alpha=scaling)
             db = db.transpose(1, 2).reshape(lora_b.shape)
     return g, None if db is None else cast(db, lora_b.dtype)

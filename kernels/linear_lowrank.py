@@ -201,22 +201,6 @@ def linear_int8(q, h_scale, weight, bias, weight_scale, dtype):
     return y
 
 
-def linear_aten(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`products.linear` of operands of one dtype.
-
-    In bf16 on a CPU oneDNN adds the bias, which ATen writes to each row of the result first: 2 to 8% of the time.
-    """
-    if (
-        bias is not None
-        and h.dtype == torch.bfloat16
-        and h.is_cpu
-        and weight.numel()
-        and torch.cpu._is_avx512_bf16_supported()
-    ):
-        return torch.ops.mkldnn._linear_pointwise(h, weight, bias.contiguous(), "none", [], "")  # knows no strides
-    return products.linear(h, weight, bias)
-
-
 def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, groups, lead, quantize_input, q, scale):
     """As `linear_lowrank_triton`; the low-rank products are added in place."""
     rows = flat(h)
@@ -225,7 +209,7 @@ def linear_lowrank_aten(h, weight, bias, s, lora_b, scaling, weight_scale, group
         y = linear_int8(q, scale, weight, bias, weight_scale, h.dtype)
     else:
         bias = None if bias is None else cast(bias, h.dtype)
-        y = linear_aten(rows, as_float(weight, weight_scale, h.dtype), bias)
+        y = products.linear(rows, as_float(weight, weight_scale, h.dtype), bias)
     if lora_b is not None:
         add_lowrank(y, flat(s), cast(lora_b, y.dtype), scaling, groups, lead)
     return shaped(y, h)
@@ -376,6 +360,6 @@ def linear_lowrank(
     if backend.resolve(h, weight, bias, s, lora_b, weight_scale) == "reference":
         return linear_lowrank_reference(*operands)
     if lora_b is None and is_plain(h, weight, bias):
-        return F.linear(h, weight, bias)
+        return products.linear(h, weight, bias)
     run = _LinearLowrank.apply if backend.needs_grad(h, weight, bias, s, lora_b) else linear_lowrank_op
     return run(*operands, q, scale)

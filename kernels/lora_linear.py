@@ -210,7 +210,7 @@ def lora_linear(
     if backend.resolve(x, weight, bias, lora_a, lora_b, weight_scale, seed) == "reference":
         return lora_linear_reference(*operands)
     if lora_a is None and is_plain(x, weight, bias):
-        return F.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
     if backend.needs_grad(x, weight, bias, lora_a, lora_b):
         return _LoraLinear.apply(*operands)
     return _lora_linear(*operands)[0]

@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import products
 from .assemble_aten import Leaves
 from .assemble_backward import backward_triton as assemble_backward_triton
 from .assemble_norm_project import forward_triton as assemble_forward_triton
 from .backend import cast
 from .linear_backward import of_own_group
-from .linear_lowrank import linear_aten
 from .operands import Linear, Norm
 
 ROOM = 16  # columns beside a weight come in multiples of this: rows stay aligned
@@ -52,7 +52,7 @@ def joined_forward(x: Tensor, norm: Norm, linear: Linear):
     operands = x[None], *(None,) * 4, norm[0], norm[1], linear.lora_a, *norm[2:], joined.dtype, False
     _, h, s, mean, rstd, _, _ = assemble_forward_triton(*operands, pitch=joined.shape[1])
     bias = None if linear.bias is None else cast(linear.bias, joined.dtype)
-    return linear_aten(h[0], joined, bias), s[0], *(None if t is None else t[:, None] for t in (mean, rstd))
+    return products.linear(h[0], joined, bias), s[0], *(None if t is None else t[:, None] for t in (mean, rstd))
 
 
 def factor_grad(dy: Tensor, s: Tensor, linear: Linear) -> Tensor:

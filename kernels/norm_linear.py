@@ -102,7 +102,7 @@ def backward_aten(
         wants_g = through_norm or need_a
         g, d_b = low_rank_backward(dy, s if need_b else None, lora_b, scaling, groups, lead, wants_g)
     if through_norm:
-        dh = products.mm(dy, as_float(weight, weight_scale, dy.dtype))
+        dh = products.through(dy, as_float(weight, weight_scale, dy.dtype))
         if g is not None:
             products.addmm_(dh, g, cast(lora_a, dy.dtype), scaling)
     if need_a:

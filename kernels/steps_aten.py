@@ -13,7 +13,7 @@ from torch import Tensor
 from . import products
 from .backend import cast
 from .linear_backward import a_grad, as_float, low_rank_backward
-from .linear_lowrank import add_lowrank, linear_aten, linear_lowrank_aten
+from .linear_lowrank import add_lowrank, linear_lowrank_aten
 from .norm_aten import norm_aten, norm_backward_aten
 from .operands import Linear, Norm
 
@@ -30,7 +30,7 @@ def project(h: Tensor, linear: Linear, residual: Tensor | None = None):
     """y, and S [M, groups * r], None without an adapter. A residual has the dtype of h."""
     weight, bias, a, b, weight_scale, scaling, groups, lead, int8, _ = linear
     if weight.dtype == h.dtype and (bias is None or bias.dtype == h.dtype):
-        y = linear_aten(h, weight, bias)
+        y = products.linear(h, weight, bias)
     else:
         y = linear_lowrank_aten(h, weight, bias, None, None, 1.0, weight_scale, 1, 1, int8, None, None)
     s = None
@@ -43,7 +43,7 @@ def project(h: Tensor, linear: Linear, residual: Tensor | None = None):
 def project_backward(dy: Tensor, h: Tensor | None, s: Tensor | None, linear: Linear, apart: bool = False):
     """dH, dS, dA and dB. h and s: None where dA and dB are not asked for; `apart`: dS is not part of dH yet."""
     weight, _, a, b, weight_scale, scaling, groups, lead, *_ = linear
-    dh = products.mm(dy, weight if weight.dtype == dy.dtype else as_float(weight, weight_scale, dy.dtype))
+    dh = products.through(dy, weight if weight.dtype == dy.dtype else as_float(weight, weight_scale, dy.dtype))
     if b is None:
         return dh, None, None, None
     g, d_b = low_rank_backward(dy, s, b, scaling, groups, lead)

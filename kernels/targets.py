@@ -61,6 +61,13 @@ def multiplied_by_cpu(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether oneDNN multiplies fp32 matrices faster on this CPU than MKL, which PyTorch asks: without AVX-512."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def has_int8() -> bool:
     """Whether the current GPU, or the CPU where there is none, multiplies int8 in hardware."""
     return torch.cuda.is_available() or torch.cpu._is_vnni_supported()

@@ -1,4 +1,4 @@
-"""Products of half precision on a CPU without instructions for it: all in fp32, and nothing kept for them."""
+"""Products on CPUs that have a faster way than PyTorch's: half precision in fp32 copies, large fp32 ones oneDNN's."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from u2a_fast.kernels import (
     products,
     transformer_block,
 )
+from u2a_fast.kernels.linear_backward import low_rank_backward
 from u2a_fast.memory import saved_bytes
 
 HALF = (torch.bfloat16, torch.float16)
@@ -152,3 +153,80 @@ def test_int8_products_are_exact(shape):
     b[::2] = torch.randint(-128, 128, b[::2].shape, dtype=torch.int8)
     for rows in (a, torch.randint(-128, 128, a.shape, dtype=torch.int8)):
         assert torch.equal(products.int8_mm(rows, b), (rows.long() @ b.long()).int())
+
+
+# ------------------------------------------------------------------------------------------------ fp32 without AVX-512
+class Called(TorchDispatchMode):
+    """The names of all ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """A CPU whose fp32 products oneDNN is asked for, whichever this is."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    monkeypatch.setattr(products, "prefers_onednn", lambda: True)
+
+
+def assert_exact(got, exact):
+    torch.testing.assert_close(got.double(), exact, atol=2e-5 * exact.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("bias", [None, "dense", "strided"])
+@pytest.mark.parametrize("shape", [(257, 387, 515), (4, 65, 512, 384)], ids=str)
+def test_a_large_product_in_fp32_is_onednns(shape, bias, onednn):
+    *rows, k, n = shape
+    x, weight = torch.randn(*rows, k), torch.randn(n, k)
+    bias = None if bias is None else torch.randn(n) if bias == "dense" else torch.randn(n, 2)[:, 0]
+    with Called() as called:
+        got = products.linear(x, weight, bias)
+    assert called.names[-1:] == ["_linear_pointwise"]
+    assert_exact(got, torch.nn.functional.linear(*(t if t is None else t.double() for t in (x, weight, bias))))
+
+
+@pytest.mark.parametrize("n", [300, 515])
+def test_a_gradient_of_many_rows_goes_through_the_weight_turned(n, onednn):
+    dy, weight = torch.randn(products.MANY, n), torch.randn(n, 130)
+    with Called() as called:
+        got = products.through(dy, weight)
+    assert called.names[-1:] == ["_linear_pointwise"]
+    assert_exact(got, dy.double() @ weight.double())
+
+
+def test_few_rows_strides_and_other_dtypes_are_multiplied_all_the_same(onednn):
+    weight = torch.randn(2 * 300, 130)[::2]
+    for rows, dtype in ((3, torch.float32), (products.MANY, torch.float32), (products.MANY, torch.float64)):
+        dy, w = torch.randn(rows, 2 * 300, dtype=dtype)[:, ::2], weight.to(dtype)
+        assert_exact(products.through(dy, w).to(dtype), dy.double() @ w.double())
+
+
+def test_what_is_recorded_or_traced_stays_pytorchs(onednn):
+    x, weight = torch.randn(300, 400, requires_grad=True), torch.randn(500, 400)
+    products.linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(300, -1), atol=1e-3, rtol=1e-4)
+    traced = torch.compile(lambda x: products.linear(x, weight), backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x.detach()), torch.nn.functional.linear(x.detach(), weight))
+
+
+def test_operands_of_two_dtypes_are_no_product_of_onednns(onednn):
+    with pytest.raises(RuntimeError, match="dtype"):
+        products.linear(torch.ones(300, 400), torch.ones(500, 400, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rank", [8, 9])
+def test_groups_of_a_low_rank_have_their_own_gradients(rank):
+    rows, groups, width = 70, 3, 20
+    dy, s, b = torch.randn(rows, groups * width), torch.randn(rows, groups * rank), torch.randn(groups * width, rank)
+    g, db = low_rank_backward(dy, s, b, 0.5, groups, 1)
+    for i in range(groups):
+        own, low = slice(i * width, (i + 1) * width), slice(i * rank, (i + 1) * rank)
+        assert_exact(g[:, low], dy[:, own].double() @ b[own].double())
+        assert_exact(db[own], 0.5 * dy[:, own].double().t() @ s[:, low].double())
