@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from u2a_fast.allocator import keep_freed_memory
+from u2a_fast.kernels import keep_turned_weights
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,7 @@ def _same_start(request, monkeypatch):
     if "smoke" in request.node.name:
         torch.set_num_threads(1)  # tensors this small take longer on two
         monkeypatch.setattr(arms, "GEMM_ROWS", 16)
-    with keep_freed_memory():
+    with keep_freed_memory(), keep_turned_weights():  # which PEFT's arms gain nothing by: their products are MKL's
         yield
     torch.set_num_threads(threads)
 

@@ -16,6 +16,7 @@ if __name__ != "kernels":
     from .norm import layer_norm, rms_norm
     from .norm_linear import norm_linear
     from .operands import Half, Linear, Norm
+    from .products import keep_turned_weights
     from .quantize import QuantizedRows, dequantize_rows, quantize_rows
     from .rotary import rotary
     from .substitute import substitute
@@ -37,6 +38,7 @@ __all__ = [
     "dequantize_rows",
     "gated",
     "get_backend",
+    "keep_turned_weights",
     "layer_norm",
     "linear_lowrank",
     "lora_linear",

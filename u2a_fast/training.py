@@ -21,6 +21,7 @@ from .data.labels import label_names, labels_of, task_of
 from .data.presence import undecoded, warn_of_cuts
 from .data_checks import PROBLEM_TYPES, check_data, numbered_alike, warn_of_holes
 from .evaluation import evaluate
+from .kernels import keep_turned_weights
 from .label_checks import labels_in_words, warn_of_classes
 from .losses import StandardLabels, balanced
 from .methods import METHODS, LateFusion
@@ -164,6 +165,7 @@ class LossBar(ProgressCallback):
 
 
 @keep_freed_memory()
+@keep_turned_weights()
 def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> MultimodalModel:
     """Train to the end, from a checkpoint where one is given; the model, saved."""
     state = TrainerState.load_from_json(str(Path(checkpoint) / STATE)) if checkpoint else None

@@ -1,5 +1,7 @@
 """Products on CPUs that have a faster way than PyTorch's: half precision in fp32 copies, large fp32 ones oneDNN's."""
 
+import gc
+
 import pytest
 import torch
 from block_cases import BATCH, ROWS, WIDTH, halves, see
@@ -199,6 +201,63 @@ def test_a_gradient_of_many_rows_goes_through_the_weight_turned(n, onednn):
         got = products.through(dy, weight)
     assert called.names[-1:] == ["_linear_pointwise"]
     assert_exact(got, dy.double() @ weight.double())
+
+
+def frozen(*shape):
+    return torch.nn.Parameter(torch.randn(*shape), requires_grad=False)
+
+
+def test_within_the_context_a_frozen_weight_is_turned_once_whatever_the_rows(onednn):
+    dy, weight, trained = torch.randn(300, 515), frozen(515, 300), torch.nn.Parameter(torch.randn(515, 300))
+    turns = []
+    with torch.no_grad(), products.keep_turned_weights():
+        for given in (weight, weight, trained, trained):
+            with Called() as called:
+                got = products.through(dy, given)
+            assert_exact(got, dy.double() @ given.double())
+            turns.append("copy_" in called.names)
+            assert (called.names[-1] == "_linear_pointwise") == (given is weight)
+    assert turns == [True, False, False, False]
+    with Called() as called:
+        products.through(dy, weight)
+    assert called.names == ["mm"]
+
+
+CHANGES = {
+    "in place": lambda weight: weight.mul_(2),
+    "data in place": lambda weight: weight.data.mul_(2),
+    "other data": lambda weight: setattr(weight, "data", torch.randn_like(weight)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("shape", [(515, 300), (300, 515)], ids=str)
+def test_a_weight_that_has_changed_is_turned_anew(shape, change, onednn):
+    dy, weight = torch.randn(300, shape[0]), frozen(*shape)
+    with torch.no_grad(), products.keep_turned_weights():
+        products.through(dy, weight)
+        CHANGES[change](weight)
+        assert_exact(products.through(dy, weight), dy.double() @ weight.double())
+
+
+def test_nothing_is_kept_of_weights_that_are_gone_nor_behind_the_outermost_context(onednn):
+    dy, weight = torch.randn(300, 515), frozen(515, 300)
+    with torch.no_grad(), products.keep_turned_weights():
+        with products.keep_turned_weights():
+            products.through(dy, weight)
+        assert len(products._kept) == 1
+        del weight
+        gc.collect()
+        assert len(products._kept) == 0
+    assert products._kept is None
+
+
+def test_weights_of_inference_mode_are_turned_too(onednn):
+    dy = torch.randn(300, 515)
+    with torch.inference_mode(), products.keep_turned_weights():
+        weight = frozen(515, 300)
+        for _ in range(2):
+            assert_exact(products.through(dy, weight), dy.double() @ weight.double())
 
 
 def test_few_rows_strides_and_other_dtypes_are_multiplied_all_the_same(onednn):
