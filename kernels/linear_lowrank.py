@@ -306,7 +306,8 @@ def check_factors(lora_a, lora_b, groups, k):
 
 def is_plain(x, weight, bias) -> bool:
     """Whether without an adapter autograd's own linear does the same as fast, and keeps no copy in another dtype."""
-    return weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype) and not products.one_by_one(x)
+    alike = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    return alike and not (products.one_by_one(x) or products.is_onednns(x, weight.shape[0]))
 
 
 def linear_lowrank(

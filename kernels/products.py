@@ -97,14 +97,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] w^T [K, N] + bias, all of one dtype."""
     if one_by_one(x):
         return _product(F.linear, x, weight, bias).to(x.dtype)
-    if _is_onednns(weight.shape[0], x, weight, bias):
-        return _onednn(x, weight, None if bias is None else bias.contiguous())  # which knows no strides
-    return F.linear(x, weight, bias)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if recorded or weight.dtype is not x.dtype or not (is_onednns(x, weight.shape[0]) or _adds_bias(x, weight, bias)):
+        return F.linear(x, weight, bias)
+    return _onednn(x, weight, None if bias is None else bias.contiguous())  # knows no derivative and no strides
 
 
 def through(dy: Tensor, weight: Tensor) -> Tensor:
     """dy [M, N] w [N, K]: the gradient of the input that `linear` took."""
-    if _is_onednns(weight.shape[1], dy, weight):
+    if weight.dtype is dy.dtype and is_onednns(dy, weight.shape[1]):
         if _kept is not None and isinstance(weight, torch.nn.Parameter) and not weight.requires_grad:
             return _onednn(dy, _kept_turned(weight, _kept), None)
         if dy.shape[0] >= MANY:
@@ -152,22 +153,18 @@ def _turned(weight: Tensor) -> Tensor:
     return turned
 
 
-def _is_onednns(columns: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN multiplies x and the weight, into so many columns, faster than what ATen chooses.
+def is_onednns(x: Tensor, columns: int) -> bool:
+    """Whether oneDNN multiplies x by so many columns in fp32 faster than what ATen asks. A graph asks for no sizes."""
+    if x.dtype is not torch.float32 or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    return x.numel() * columns >= WORTH and prefers_onednn()
 
-    In bf16 that is oneDNN too, but a bias is written to each row of the result first: 2 to 8% of the time.
-    """
-    if not x.is_cpu or torch.compiler.is_compiling():  # a graph asks for no sizes
+
+def _adds_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN, which multiplies bf16, is to add the bias too: ATen writes it to each row first, 2 to 8% more."""
+    if x.dtype is not torch.bfloat16 or bias is None or not x.is_cpu or torch.compiler.is_compiling():
         return False
-    if x.dtype is torch.float32:
-        faster = x.numel() * columns >= WORTH and prefers_onednn()
-    else:
-        in_bf16 = x.dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-        faster = in_bf16 and bias is not None and weight.numel() > 0
-    if not faster or weight.dtype is not x.dtype:
-        return False
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return not recorded  # it has no derivative
+    return weight.numel() > 0 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

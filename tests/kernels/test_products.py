@@ -13,6 +13,7 @@ from u2a_fast.kernels import (
     Half,
     attention,
     attention_rows,
+    linear_lowrank,
     lora_linear,
     nf4_linear,
     pack_nf4,
@@ -273,6 +274,16 @@ def test_what_is_recorded_or_traced_stays_pytorchs(onednn):
     torch.testing.assert_close(x.grad, weight.sum(0).expand(300, -1), atol=1e-3, rtol=1e-4)
     traced = torch.compile(lambda x: products.linear(x, weight), backend="eager", fullgraph=True)
     torch.testing.assert_close(traced(x.detach()), torch.nn.functional.linear(x.detach(), weight))
+
+
+@pytest.mark.parametrize("function", [lora_linear, linear_lowrank])
+def test_a_large_frozen_linear_takes_it_both_ways_and_is_differentiated(function, onednn):
+    x, weight, bias = torch.randn(300, 515, requires_grad=True), frozen(300, 515), frozen(300)
+    with Called() as called, products.keep_turned_weights():
+        function(x, weight, bias, None, None, 1.0).square().sum().backward()
+    assert called.names.count("_linear_pointwise") == 2
+    y = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert_exact(x.grad, 2 * y @ weight.double())
 
 
 def test_operands_of_two_dtypes_are_no_product_of_onednns(onednn):
