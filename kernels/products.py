@@ -27,7 +27,8 @@ from .targets import multiplied_by_cpu, prefers_onednn
 
 EXACT = 2**10  # products of two int8 numbers, of 2**14 at most, that fp32 adds up without rounding
 WORTH = 2**25  # multiplications that take longer than oneDNN's preparation, some 50 us
-MANY = 2048  # rows whose product gains more by a weight the other way round than turning it takes
+WIDE = 512  # columns of a weight from which on oneDNN is faster with it turned than MKL with it as it is
+MANY = 2048  # rows whose product gains more by that than turning takes
 NEAR = 256  # rows of a weight that are turned at a time
 
 _kept: WeakTensorKeyDictionary | None = None  # inside `keep_turned_weights`: of each weight its state, and its w^T
@@ -105,7 +106,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def through(dy: Tensor, weight: Tensor) -> Tensor:
     """dy [M, N] w [N, K]: the gradient of the input that `linear` took."""
-    if weight.dtype is dy.dtype and is_onednns(dy, weight.shape[1]):
+    if weight.dtype is dy.dtype and weight.shape[1] >= WIDE and is_onednns(dy, weight.shape[1]):
         if _kept is not None and isinstance(weight, torch.nn.Parameter) and not weight.requires_grad:
             return _onednn(dy, _kept_turned(weight, _kept), None)
         if dy.shape[0] >= MANY:
