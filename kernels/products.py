@@ -134,20 +134,30 @@ def keep_turned_weights() -> Iterator[None]:
 
 
 def _kept_turned(weight: Tensor, kept: WeakTensorKeyDictionary) -> Tensor:
-    """w^T, made anew where the weight has changed.
+    """w^T [K, N] of w [N, K], made anew where the weight has changed.
 
-    Writing to `weight.data` leaves no trace but the numbers: those of the diagonal are compared.
+    Writing to `weight.data` leaves no trace but the numbers: one of each row and of each column is compared.
     """
     state = weight.data_ptr(), None if weight.is_inference() else weight._version
     known, turned = kept.get(weight, (None, None))
-    if known != state or not torch.equal(turned.diagonal(), weight.diagonal()):
+    if known != state or not _diagonals_agree(weight, turned):
         turned = _turned(weight.detach())
         kept[weight] = state, turned
     return turned
 
 
+def _diagonals_agree(weight: Tensor, turned: Tensor) -> bool:
+    """Of w [N, K] and w^T [K, N], cut along the longer side into squares."""
+    side, longer = min(weight.shape), int(weight.shape[1] > weight.shape[0])
+    squares = zip(weight.split(side, longer), turned.split(side, 1 - longer), strict=True)
+    return all(torch.equal(a.diagonal(), b.diagonal()) for a, b in squares)
+
+
 def _turned(weight: Tensor) -> Tensor:
-    """w^T, contiguous; some rows at a time, so that a line of memory is still near when its next number is read."""
+    """w [N, K] -> w^T [K, N], contiguous.
+
+    Some rows at a time, so that a line of memory is still near when its next number is read.
+    """
     turned = weight.new_empty(weight.shape[::-1])
     for rows, columns in zip(weight.split(NEAR), turned.split(NEAR, 1), strict=True):
         columns.copy_(rows.t())
